@@ -1,0 +1,165 @@
+"""Flags to a run: which config, which workdir, which mode; with one-line errors and without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from pcpvt.config import fields, recipes
+from pcpvt.errors import UserError
+
+MODES = ("train", "eval", "predict", "export", "bench")
+DEFAULT_CONFIG = "configs/pcpvt_s.py"
+
+
+class Run(NamedTuple):
+    config: ConfigDict
+    workdir: Path
+    mode: str
+
+
+def define_flags() -> None:
+    """Defines the flags; ml_collections reads the overrides of fields from sys.argv while it does."""
+    sys.argv[:] = _with_config(sys.argv)
+    config_flags.DEFINE_config_file(
+        "config", DEFAULT_CONFIG, "Python file with get_config(ARG), then `:ARG`, e.g. configs/pcpvt_s.py:npu8,perf."
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/ and the config's name.")
+    flags.DEFINE_enum("mode", "train", MODES, "What to do; all but train work on what a workdir holds.")
+
+
+def field_help() -> str:
+    return fields.describe()
+
+
+def inside_torchrun() -> bool:
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def find_config(path: str) -> str:
+    """A config's path as given, or the installed one of that name when there is no such file here."""
+    file, _, arg = path.partition(":")
+    if not os.path.exists(file):
+        installed = Path(__file__).parent / "configs" / os.path.basename(file)
+        if not installed.exists():
+            raise UserError(f"--config: {file}: no such file: give one like configs/pcpvt_s.py:cpu")
+        file = str(installed)
+    return f"{file}:{arg}" if arg else file
+
+
+def parse(argv: list[str]) -> list[str]:
+    """`flags.FLAGS(argv)` with our errors: one line that names the flag, the value and the remedy."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise _said_by_config(error) or UserError(_explain(str(error))) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).replace("\\n", " ").split()).strip("'\" ")
+        raise UserError(f"--config: {text}") from None
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """The arguments with the config's path found, and the names of fields checked."""
+    out, path = [], DEFAULT_CONFIG
+    expects = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if expects:
+            path, expects = word, False
+            continue
+        if name in ("--config", "-config"):
+            path, expects = value, not equals
+            continue
+        if match := re.match(r"--?config\.([\w.]+)$", name):
+            _check_field(match[1])
+        out.append(word)
+    return [out[0], f"--config={find_config(_imply_folder(path, out))}", *out[1:]]
+
+
+def _imply_folder(path: str, argv: list[str]) -> str:
+    """`data.path` without a recipe for data means an image folder: the ARG then gets `folder`."""
+    given = any(re.match(r"--?config\.data\.path=.", word) for word in argv)
+    _, _, arg = path.partition(":")
+    if not given or not arg or set(arg.split(",")) & set(recipes.DATA_RECIPES):
+        return path
+    return f"{path},folder"
+
+
+def _check_field(name: str) -> None:
+    if name not in fields.FIELDS:
+        near = difflib.get_close_matches(name, list(fields.FIELDS), 1, 0.4)
+        hint = f"did you mean config.{near[0]}?" if near else "see --help for the fields"
+        raise UserError(f"config.{name}: no such field: {hint}")
+
+
+def _said_by_config(error: BaseException | None) -> UserError | None:
+    """The error that a config file raised for its reader, which ml_collections wraps in others."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _explain(text: str) -> str:
+    """absl's message as one line."""
+    text = " ".join(text.split("\n")[0].split())
+    if match := re.match(r"flag --(config\.[\w.]+)=(.*?): (.*)", text):
+        wanted = fields.FIELDS.get(match[1].removeprefix("config."), ("",))[0]
+        kind = (wanted if isinstance(wanted, type) else type(wanted)).__name__
+        return f"{match[1]}: {match[2]!r} is not of type {kind}: {fields.FIELDS[match[1].removeprefix('config.')][1]}"
+    return f"{text}: see --help" if "see" not in text else text
+
+
+def read_run(values: flags.FlagValues) -> Run:
+    """The run that the parsed flags describe; later modes get the config that the workdir was trained with.
+
+    What the command line gives always wins: fields, and with an explicit ARG the device and the process count.
+    """
+    from pcpvt.config import plan
+
+    flag = values["config"]
+    config, given = values.config, config_flags.get_override_values(flag)
+    file, _, arg = config_flags.get_config_filename(flag).partition(":")
+    workdir = Path(values.workdir or Path("runs") / Path(file).stem)
+    if values.mode in ("eval", "predict", "export"):
+        _adopt(config, given, arg, workdir)
+    _supersede(config, given)
+    if config.data.path and config.data.name == "digits" and "data.name" not in given:
+        config.data.name = "folder"
+    plan.check(config)
+    return Run(config, workdir, values.mode)
+
+
+def _adopt(config: ConfigDict, given: dict, arg: str, workdir: Path) -> None:
+    """Takes over the trained config; a named checkpoint brings its own."""
+    from pcpvt.store import records
+
+    if given.get("checkpoint"):
+        from pcpvt.store import checkpoint
+
+        stored, where = checkpoint.read_meta(Path(given["checkpoint"]))["config"], given["checkpoint"]
+        stored = records.nested(stored)
+    else:
+        where = str(workdir / "config.json")
+        stored = records.read_config(Path(where))
+    device, processes = config.device, config.processes
+    records.apply_config(config, stored, where)
+    config.checkpoint = ""
+    if arg:
+        config.device, config.processes = device, processes
+    config.update_from_flattened_dict(given)
+
+
+def _supersede(config: ConfigDict, given: dict) -> None:
+    """A duration given in one unit replaces the recipe's in another."""
+    for prefix, units in (("", ("epochs", "steps", "examples")), ("warmup_", ("epochs", "steps"))):
+        named = [unit for unit in units if prefix + unit in given]
+        for unit in units:
+            if named and unit not in named:
+                config[prefix + unit] = None

@@ -1,0 +1,231 @@
+"""One sample to network input on the host: uint8 in, uint8 out, every random number from the given generator.
+
+Training: crop, flip, RandAugment, colour jitter, random erasing, in timm's order and with timm's distributions.
+Evaluation: resize of the short side, centre crop.
+
+Resizing is PyTorch's antialiased uint8 kernel: 5 times as fast as Pillow's, with the same filters. Both round
+between their two passes, and Pillow chooses the order of the passes by version and shape, so single pixels can
+differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+
+from pcpvt.data.decode import Picture, Source, check_pixels
+from pcpvt.data.randaugment import rand_augment
+from pcpvt.functional.mixing import NOISE_SCALE, NOISE_ZERO
+
+
+class AugmentSpec(NamedTuple):
+    """How a training sample is augmented.
+
+    Attributes:
+        size: (height, width) of the result.
+        scale: area range of the random resized crop, as a fraction of the image; empty: resize the short side and
+            crop the centre.
+        ratio: range of width / height of the random resized crop.
+        crop_padding: if not 0, in place of the random resized crop: pad by so many pixels and crop at random.
+        padding_mode: `constant` (black) or `reflect`, for `crop_padding`.
+        hflip: probability of a horizontal flip.
+        interpolation: `bicubic` or `bilinear`.
+        randaugment: timm's notation; empty: none.
+        color_jitter: brightness, contrast and saturation vary by factors in 1 +- this; 0: none. timm leaves it
+            out beside RandAugment; here both apply when both are set.
+        erase_prob: probability of random erasing with noise.
+        fill: colour that RandAugment fills in; ImageNet's mean, as in timm.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, ...] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = 0
+    padding_mode: str = "constant"
+    hflip: float = 0.5
+    interpolation: str = "bicubic"
+    randaugment: str = ""
+    color_jitter: float = 0.0
+    erase_prob: float = 0.0
+    fill: tuple[int, int, int] = (124, 116, 104)
+
+
+def train_sample(
+    source: Source, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """An augmented training image.
+
+    Args:
+        source: see `decode.Picture`.
+        rng: the sample's own generator.
+        name: what to call the source in messages.
+
+    Returns:
+        uint8 `[height, width, 3]`, which may share memory with an array source, and the random-erasing box, int32
+        (top, bottom, left, right), all 0 where nothing was erased. Inside the box the image holds noise codes,
+        see `erase`.
+
+    Raises:
+        DecodeError: the source cannot be read.
+    """
+    picture = Picture(source, name)
+    if spec.crop_padding or not spec.scale:
+        pixels = resized_centre(picture, spec.size, spec.size, spec.interpolation)
+    else:
+        box = random_crop_box(picture.height, picture.width, spec.scale, spec.ratio, rng)
+        pixels = resize(picture.crop(box, spec.size), spec.size, spec.interpolation)
+    if spec.crop_padding:
+        pixels = pad_and_crop(pixels, spec.crop_padding, spec.padding_mode, rng)
+    if spec.hflip and rng.random() < spec.hflip:
+        pixels = _tensor(pixels).flip(1).numpy()
+    if spec.randaugment:
+        pixels = rand_augment(pixels, spec.randaugment, spec.interpolation, spec.fill, rng)
+    if spec.color_jitter:
+        pixels = jitter_colors(pixels, spec.color_jitter, rng)
+    if spec.erase_prob and rng.random() < spec.erase_prob:
+        return erase(pixels, rng)
+    return pixels, np.zeros(4, np.int32)
+
+
+def eval_sample(
+    source: Source,
+    size: tuple[int, int],
+    resize_to: int,
+    name: str = "",
+    *,
+    interpolation: str = "bicubic",
+    exact: bool = False,
+) -> np.ndarray:
+    """An evaluation image: the short side resized to `resize_to`, the centre cropped; JPEGs decoded at full scale.
+
+    Args:
+        source, name: see `decode.Picture`.
+        size: (height, width) of the result. Where it is not square, the resized image covers `size` in the
+            proportion in which `resize_to` covers its smaller side.
+        exact: resize with Pillow, to the very pixels of timm's and torchvision's transforms; 5 times as slow.
+            Without it, on photographs, 0.3 % of the pixels differ by one level and few by more.
+
+    Returns:
+        uint8 `[height, width, 3]`, which may share memory with an array source.
+
+    Raises:
+        DecodeError: the source cannot be read, or is so elongated that its resized form would be absurdly large.
+    """
+    shorter = min(size)
+    assert resize_to >= shorter, (resize_to, size)
+    cover = round(resize_to * size[0] / shorter), round(resize_to * size[1] / shorter)
+    return resized_centre(Picture(source, name), size, cover, interpolation, exact)
+
+
+def resized_centre(
+    picture: Picture, size: tuple[int, int], cover: tuple[int, int], interpolation: str, exact: bool = False
+) -> np.ndarray:
+    """The picture resized, in proportion, until it just covers `cover`; then its centre of `size` (height, width)."""
+    height, width = picture.height, picture.width
+    if height * cover[1] <= width * cover[0]:
+        resized = cover[0], cover[0] * width // height
+    else:
+        resized = cover[1] * height // width, cover[1]
+    check_pixels(*resized, picture.name)
+    pixels = resize(picture.crop(), resized, interpolation, exact)
+    # A half rounds to even, as in torchvision.
+    top, left = (round((n - m) / 2) for n, m in zip(resized, size, strict=True))
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, exact: bool = False) -> np.ndarray:
+    """uint8 `[h, w, 3]` to uint8 `[height, width, 3]`, antialiased; `exact` as in `eval_sample`."""
+    if pixels.shape[:2] == size:
+        return pixels
+    if exact:
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling[interpolation.upper()]))
+    # Contiguous and with the batch axis first, or PyTorch takes the layout for planar and is half as fast.
+    channels_last = _tensor(pixels)[None].permute(0, 3, 1, 2)
+    out = F.interpolate(channels_last, size, mode=interpolation, antialias=True)
+    return np.ascontiguousarray(out.permute(0, 2, 3, 1)[0].numpy())
+
+
+def random_crop_box(
+    height: int, width: int, scale: tuple[float, ...], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """The box (top, left, height, width) of torchvision's RandomResizedCrop: ten tries, else a central crop."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    w, h = width, height
+    if width < ratio[0] * height:
+        h = round(width / ratio[0])
+    elif width > ratio[1] * height:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def pad_and_crop(pixels: np.ndarray, padding: int, mode: str, rng: np.random.Generator) -> np.ndarray:
+    """Pads all sides and cuts out a window of the original size at a uniformly drawn place."""
+    height, width = pixels.shape[:2]
+    top, left = (int(n) for n in rng.integers(0, 2 * padding + 1, 2))
+    padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
+    return padded[top : top + height, left : left + width]
+
+
+def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """torchvision's ColorJitter: brightness, contrast and saturation, in any order, by U(1 -+ strength) each."""
+    image = Image.fromarray(pixels)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(3):
+        image = enhancers[i](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return np.asarray(image)
+
+
+def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """The (top, bottom, left, right) of timm's RandomErasing: 2 % to a third of the area, aspect 0.3 to 1 / 0.3."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+            return top, top + h, left, left + w
+    return 0, 0, 0, 0
+
+
+def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random erasing with noise: N(0, 1) per pixel and channel of the *normalised* image, as timm's mode `pixel`.
+
+    The image is normalised later, on the device, so the noise is written as 8-bit codes (see `functional.mixing`),
+    which `decode_images` reads back: in steps of 1/32, from -4 to 3.97.
+
+    Returns:
+        a copy of the pixels with the codes, and the box, int32 (top, bottom, left, right).
+    """
+    top, bottom, left, right = erase_box(*pixels.shape[:2], rng)
+    draws = rng.integers(0, 1 << 16, (bottom - top, right - left, 3), np.uint16)
+    out = pixels.copy()
+    out[top:bottom, left:right] = _noise_codes()[draws]
+    return out, np.array((top, bottom, left, right), np.int32)
+
+
+@functools.cache
+def _noise_codes() -> np.ndarray:
+    """65,536 equally likely noise codes: a table is 5 times as fast as normal draws that are rounded to 8 bits."""
+    edges = [(code - 0.5 - NOISE_ZERO) / NOISE_SCALE for code in range(1, 256)]
+    below = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
+    counts = np.diff(np.rint(np.array(below) * (1 << 16)).astype(np.int64))
+    return np.repeat(np.arange(256, dtype=np.uint8), counts)
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    """For reading only: PyTorch warns of arrays that cannot be written to, and takes no negative strides."""
+    if not pixels.flags.writeable or not pixels.flags.c_contiguous:
+        pixels = pixels.copy()
+    return torch.from_numpy(pixels)

@@ -1,0 +1,206 @@
+"""Samples to batches: fixed shapes, every random draw included, the same bytes for any number of workers.
+
+Loader processes are PyTorch's; each builds whole batches in shared memory, and they live as long as the run, because the
+training stream has no end (see `order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcpvt.data import augment, order
+from pcpvt.data.decode import DecodeError
+from pcpvt.data.sources import Source
+from pcpvt.errors import UserError
+from pcpvt.functional import mixing, rng
+from pcpvt.models.pcpvt import draw_keep
+
+Batch = dict[str, Tensor]
+
+
+class TrainBatches:
+    """`batches[step]` is this process's part of the global batch of that step."""
+
+    def __init__(
+        self,
+        source: Source,
+        spec: augment.AugmentSpec,
+        mix: mixing.MixSpec | None,
+        drop_rates: np.ndarray,
+        *,
+        seed: int,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
+        on_error: str = "error",
+    ):
+        self.source, self.spec, self.mix, self.drop_rates = source, spec, mix, drop_rates
+        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
+        self.repeats, self.on_error = repeats, on_error
+
+    def draws(self, step: int) -> list[order.Draw]:
+        """What this process reads in a step."""
+        everything = order.global_batch(self.seed, step, self.batch, len(self.source), self.repeats)
+        return order.rank_slice(everything, self.rank, self.world)
+
+    def __getitem__(self, step: int) -> Batch:
+        draws = self.draws(step)
+        height, width = self.spec.size
+        batch = {
+            "image": _shared((len(draws), height, width, 3), torch.uint8),
+            "label": torch.empty(len(draws), dtype=torch.int64),
+            "id": torch.empty(len(draws), dtype=torch.int64),
+        }
+        erase = np.zeros((len(draws), 4), np.int32)
+        pixels = batch["image"].numpy()
+        for row, draw in enumerate(draws):
+            generator = rng.generator(self.seed, "augment", draw.epoch, draw.index, draw.copy)
+            index, pixels[row], erase[row], label = self._sample(draw.index, generator)
+            batch["label"][row], batch["id"][row] = label, index
+        if self.spec.erase_prob:
+            batch["erase"] = torch.from_numpy(erase)
+        if self.drop_rates.any():
+            keep = [draw_keep(rng.generator(self.seed, "drop_path", *draw), self.drop_rates) for draw in draws]
+            batch["keep"] = torch.from_numpy(np.stack(keep))
+        if self.mix is not None:
+            generator = rng.generator(self.seed, "mix", step)
+            lam, box = mixing.mixing_draws(generator, self.batch, self.spec.size, self.mix)
+            mine = slice(self.rank * len(draws), (self.rank + 1) * len(draws))
+            batch["lam"], batch["box"] = torch.from_numpy(lam[mine].copy()), torch.from_numpy(box[mine].copy())
+        return batch
+
+    def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, int]:
+        """The sample, or under `skip` the next readable one; `id` tells the reader which it was."""
+        for tries in range(len(self.source)):
+            chosen = (index + tries) % len(self.source)
+            image, label = self.source[chosen]
+            try:
+                pixels, box = augment.train_sample(image, self.spec, generator)
+            except DecodeError:
+                if self.on_error == "error":
+                    raise
+                continue
+            return chosen, pixels, box, label
+        raise UserError("config.data.path: no training image can be read: check the files")
+
+
+class EvalBatches:
+    """`batches[i]` is this process's i-th evaluation batch; rows beyond the data are invalid and count nowhere.
+
+    No sample is ever substituted. Under `skip` an unreadable one stays invalid and is reported by its id.
+    """
+
+    def __init__(
+        self, source: Source, size: tuple[int, int], crop: float, local_batch: int, rank: int, world: int, on_error: str
+    ):
+        self.source, self.size, self.crop, self.local_batch, self.on_error = source, size, crop, local_batch, on_error
+        self.batches = order.evaluation_batches(len(source), local_batch, rank, world)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        shape = (self.local_batch, *self.size, 3)
+        batch = {
+            "image": _shared(shape, torch.uint8).zero_(),
+            "label": torch.zeros(self.local_batch, dtype=torch.int64),
+            "id": torch.full((self.local_batch,), -1, dtype=torch.int64),
+            "valid": torch.zeros(self.local_batch, dtype=torch.bool),
+        }
+        pixels = batch["image"].numpy()
+        resize = round(min(self.size) / self.crop)
+        for row, sample in enumerate(self.batches[index]):
+            image, label = self.source[sample]
+            batch["label"][row], batch["id"][row] = label, sample
+            try:
+                pixels[row] = augment.eval_sample(image, self.size, resize)
+                batch["valid"][row] = True
+            except DecodeError:
+                if self.on_error == "error":
+                    raise
+        return batch
+
+
+class _Failure(NamedTuple):
+    """A user error that crosses from a loader process as data: a traceback would hide its one line."""
+
+    message: str
+
+
+class _Guarded:
+    def __init__(self, batches: TrainBatches | EvalBatches):
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> Batch | _Failure:
+        try:
+            return self.batches[index]
+        except UserError as error:
+            return _Failure(str(error))
+
+
+class Loader:
+    """Iterates `batches[i]` for each index, in order, read ahead by loader processes that live as long as this object.
+
+    Args:
+        workers: loader processes; 0 reads in this process.
+        start: how processes start; see `Device.worker_start`.
+        pin: copy into page-locked memory, for transfers that overlap.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches | EvalBatches,
+        indices: Sequence[int],
+        workers: int,
+        *,
+        start: str = "forkserver",
+        pin: bool = False,
+    ):
+        self.loader = torch.utils.data.DataLoader(
+            _Guarded(batches),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            collate_fn=_as_is,
+            prefetch_factor=2 if workers else None,
+            multiprocessing_context=start if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
+            pin_memory=pin,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises UserError: one that a worker met, or that a worker died."""
+        try:
+            for batch in self.loader:
+                if isinstance(batch, _Failure):
+                    raise UserError(batch.message)
+                yield batch
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise UserError(
+                f"config.data.workers: a loader process died ({str(error).splitlines()[0]}): "
+                "check the memory and /dev/shm, or lower it"
+            ) from error
+
+
+def _as_is(value):
+    return value
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; inside a loader process in shared memory, so that handing it over copies nothing."""
+    empty = torch.empty(shape, dtype=dtype)
+    return empty.share_memory_() if torch.utils.data.get_worker_info() else empty
+
+
+def default_workers(source: Source, cores: int) -> int:
+    """Loader processes for `config.data.workers=-1`: none for data in memory, else the cores but one, at most 16."""
+    return 0 if source.in_memory else max(1, min(16, cores - 1))

@@ -1,0 +1,66 @@
+"""Which sample when: a pure function of (seed, step), the same at every world size, worker count and resume point.
+
+Training reads one endless stream: the permutation of epoch 0, then of epoch 1, and so on. A global batch is the next
+`batch` positions of it, so every batch is full and every sample is seen exactly once per epoch; a batch may span two epochs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from pcpvt.functional import rng
+
+BLOCK = 128  # distinct samples whose repeats stand together
+
+
+class Draw(NamedTuple):
+    """One position of the stream: the sample and the keys of its random draws."""
+
+    epoch: int
+    index: int
+    copy: int  # 0 .. repeats - 1
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, examples: int, repeats: int = 1) -> np.ndarray:
+    """Indices and copies `[examples, 2]` of one epoch.
+
+    With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, of a `repeats`-th of the samples;
+    the copies of a sample fall within `repeats * BLOCK` positions and never side by side, so that mixing does not pair them.
+    """
+    order = rng.generator(seed, "order", epoch).permutation(examples)
+    if repeats == 1:
+        return np.stack([order, np.zeros_like(order)], 1)
+    blocks = [order[i : i + BLOCK] for i in range(0, -(-examples // repeats), BLOCK)]
+    rows = [np.stack([b, np.full_like(b, copy)], 1) for b in blocks for copy in range(repeats)]
+    return np.concatenate(rows)[:examples]
+
+
+def global_batch(seed: int, step: int, batch: int, examples: int, repeats: int = 1) -> list[Draw]:
+    """The draws of one step, in order, over all processes."""
+    draws = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, examples)
+        index, copy = epoch_order(seed, epoch, examples, repeats)[offset]
+        draws.append(Draw(epoch, int(index), int(copy)))
+    return draws
+
+
+def rank_slice(items: list, rank: int, world: int) -> list:
+    """The contiguous part of a global batch that belongs to one process."""
+    size = len(items) // world
+    return items[rank * size : (rank + 1) * size]
+
+
+def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -> list[list[int]]:
+    """One process's evaluation batches: every index exactly once over all processes, the same number of batches on each.
+
+    Batches may be short or empty at the end; the loader fills them up with invalid rows, so shapes never change.
+    """
+    per_round = local_batch * world
+    rounds = -(-examples // per_round)
+    starts = [r * per_round + rank * local_batch for r in range(rounds)]
+    return [list(range(min(s, examples), min(s + local_batch, examples))) for s in starts]

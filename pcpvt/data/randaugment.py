@@ -1,0 +1,142 @@
+"""timm's RandAugment, driven by a given generator, with its shears and translations made faster.
+
+The policy, its magnitudes and its operations are timm's (`timm.data.auto_augment`). Two things differ:
+- posterizing keeps at least one bit. timm asks for none in 0.15 % of the images under `rand-m9-mstd0.5-inc1`, which
+  paints them black, and which Pillow refuses from version 13 on;
+- bicubic shears and translations are done along one axis, which is all they move: 4 times as fast as Pillow's
+  general transform, equal to it up to rounding (at most one level, in 1 % of the pixels).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+
+from pcpvt.errors import UserError
+
+_GLOBAL_RANDOM = threading.Lock()
+
+
+def rand_augment(
+    pixels: np.ndarray, policy: str, interpolation: str, fill: tuple[int, int, int], rng: np.random.Generator
+) -> np.ndarray:
+    """One draw of RandAugment.
+
+    Args:
+        pixels: uint8 `[height, width, 3]`; not written to.
+        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`.
+        interpolation: `bicubic` or `bilinear`, of the geometric operations.
+        fill: the colour that comes in from outside; timm takes the data set's mean.
+
+    Raises:
+        UserError: timm does not understand the policy.
+    """
+    transform = _policy(policy, min(pixels.shape[:2]), interpolation, fill)
+    weights = transform.choice_weights
+    chosen = rng.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights)
+    for op in [transform.ops[i] for i in chosen]:
+        if rng.random() < op.prob:
+            pixels = _apply(op, _arguments(op, rng), pixels, fast=interpolation == "bicubic")
+    return pixels
+
+
+@functools.lru_cache(maxsize=16)
+def _policy(policy: str, side: int, interpolation: str, fill: tuple[int, int, int]) -> Any:
+    from pcpvt import torchvision_compat  # noqa: F401 - before timm
+    from timm.data.auto_augment import rand_augment_transform  # isort: skip
+
+    hparams = {
+        "translate_const": int(side * 0.45),  # as timm's create_transform sets it
+        "img_mean": fill,
+        "interpolation": Image.Resampling[interpolation.upper()],
+    }
+    try:
+        return rand_augment_transform(policy, hparams)
+    except (AssertionError, ValueError, KeyError) as error:
+        message = f"config.augment.randaugment: {policy!r} is not timm's notation: write rand-m9-mstd0.5-inc1"
+        raise UserError(message) from error
+
+
+def _arguments(op: Any, rng: np.random.Generator) -> tuple:
+    """What timm's operation is called with: its magnitude, jittered, on the operation's own scale."""
+    if op.level_fn is None:
+        return ()
+    magnitude = op.magnitude
+    if op.magnitude_std == float("inf"):
+        magnitude = rng.uniform(0, magnitude)
+    elif op.magnitude_std > 0:
+        magnitude = rng.normal(magnitude, op.magnitude_std)
+    magnitude = max(0.0, min(magnitude, op.magnitude_max or 10.0))
+    # timm draws the sign from Python's global generator: it is lent a key of ours, and gets its state back.
+    with _GLOBAL_RANDOM:
+        state = random.getstate()
+        random.seed(int(rng.integers(2**63)))
+        try:
+            arguments = op.level_fn(magnitude, op.hparams)
+        finally:
+            random.setstate(state)
+    return (max(1, *arguments),) if op.name.startswith("Posterize") else arguments
+
+
+def _apply(op: Any, arguments: tuple, pixels: np.ndarray, fast: bool) -> np.ndarray:
+    if fast and op.name in ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"):
+        fill = op.kwargs["fillcolor"]
+        vertical = "Y" in op.name
+        if vertical:
+            pixels = _transposed(pixels)
+        height, width = pixels.shape[:2]
+        if op.name.startswith("Shear"):
+            shift = arguments[0] * (np.arange(height) + 0.5)
+        else:
+            shift = np.full(height, arguments[0] * width)
+        pixels = shift_rows(pixels, shift, fill)
+        return _transposed(pixels) if vertical else pixels
+    return np.asarray(op.aug_fn(Image.fromarray(pixels), *arguments, **op.kwargs))
+
+
+def _transposed(pixels: np.ndarray) -> np.ndarray:
+    # Twice as fast as numpy's copy of 3-byte pixels.
+    return np.asarray(Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE))
+
+
+def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
+    """Moves each row to the left by its own, fractional number of pixels; bicubic.
+
+    Pillow's transform in one dimension: the cubic kernel with a = -1, edge pixels repeated, the result truncated, and
+    `fill` where the sampled point lies outside the row.
+
+    Args:
+        pixels: uint8 `[height, width, 3]`.
+        shift: float `[height]`, in pixels; output column x shows input column x + shift.
+    """
+    height, width, _ = pixels.shape
+    row = 3 * width
+    whole = np.floor(shift)
+    d = (shift - whole).astype(np.float32)[:, None]
+    start = np.clip(whole.astype(np.int64), -width, width)
+    pad = int(np.abs(start).max()) + 3
+    padded = np.zeros((height, width + 2 * pad, 3), np.uint8)  # beyond two repeated pixels `fill` covers it
+    padded[:, pad : pad + width] = pixels
+    padded[:, pad - 2 : pad] = pixels[:, :1]
+    padded[:, pad + width : pad + width + 2] = pixels[:, -1:]
+    windows = sliding_window_view(padded.reshape(height, -1), row + 9, axis=1)
+    taps = windows[np.arange(height), 3 * (pad + start - 1)].astype(np.float32)
+    out = taps[:, 3 : 3 + row] * (1 - 2 * d**2 + d**3)
+    for offset, weight in ((0, -d + 2 * d**2 - d**3), (6, d + d**2 - d**3), (9, d**3 - d**2)):
+        out += taps[:, offset : offset + row] * weight
+    out = np.clip(out, 0, 255, out=out).astype(np.uint8)
+    # Masks cut from one row of three widths (outside, inside, outside): five times as fast as a boolean index.
+    inside = np.zeros((3 * width, 3), np.uint8)
+    inside[width : 2 * width] = 255
+    outside = np.tile(np.array(fill, np.uint8), (3 * width, 1))
+    outside[width : 2 * width] = 0
+    start = 3 * (width + np.clip(np.floor(shift + 0.5).astype(np.int64), -width, width))
+    out &= sliding_window_view(inside.reshape(-1), row)[start]
+    out |= sliding_window_view(outside.reshape(-1), row)[start]
+    return out.reshape(pixels.shape)

@@ -1,0 +1,30 @@
+"""Devices by name; torch is imported only when one is asked for."""
+
+from __future__ import annotations
+
+import glob
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pcpvt.devices.base import Device
+
+
+def get(name: str) -> Device:
+    """The device class instance for `cpu`, `cuda` or `npu`; does not touch the hardware."""
+    if name == "npu":
+        from pcpvt.devices.npu import Npu as Kind
+    elif name == "cuda":
+        from pcpvt.devices.cuda import Cuda as Kind
+    else:
+        from pcpvt.devices.cpu import Cpu as Kind
+    return Kind()
+
+
+def detect() -> str:
+    """ARG for what this host has, by its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`."""
+    for kind, pattern, digits in (("npu", "/dev/davinci*", r"davinci\d+"), ("cuda", "/dev/nvidia*", r"nvidia\d+")):
+        found = [path for path in glob.glob(pattern) if re.fullmatch(digits, path.rsplit("/", 1)[1])]
+        if found:
+            return f"{kind}{len(found)}"
+    return "cpu"

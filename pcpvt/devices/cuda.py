@@ -1,0 +1,56 @@
+"""CUDA GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from pcpvt.devices.base import Batch, Device, prefetch_through_stream
+from pcpvt.errors import UserError
+from pcpvt.models.layers import Attend
+
+
+class Cuda(Device):
+    name = "cuda"
+    backend = "cpu:gloo,cuda:nccl"
+    default_compile = "inductor"
+
+    def require(self, count: int) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(
+                "config.device: 'cuda' but this PyTorch sees no GPU: use :cpu, or install a CUDA build and driver"
+            )
+        if (have := torch.cuda.device_count()) < count:
+            raise UserError(
+                f"config.processes: {count} GPUs are asked for on this host and it has {have}: use :cuda{have}"
+            )
+
+    def bind(self, index: int) -> torch.device:
+        torch.cuda.set_device(index)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        self.torch = torch.device("cuda", index)
+        return self.torch
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(self.torch)
+
+    def precision(self) -> str:
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+    def attend(self, dtype: torch.dtype) -> Attend:
+        return F.scaled_dot_product_attention
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.max_memory_allocated(self.torch), torch.cuda.mem_get_info(self.torch)[1]
+
+    def reset_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch)
+
+    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return prefetch_through_stream(batches, self.torch, torch.cuda)

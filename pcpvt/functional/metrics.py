@@ -1,0 +1,49 @@
+"""Evaluation metrics as sums and counts: added over batches and ranks, divided once at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pcpvt.functional.losses import cross_entropy
+
+Sums = dict[str, Tensor]
+
+
+def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
+    """Sums over one batch.
+
+    Args:
+        logits: `[b, classes]`.
+        labels: int64 `[b]`.
+        valid: bool `[b]`; padding rows are False and count nowhere.
+
+    Returns:
+        float64 or int64 0-d tensors: `seen`, `top1`, `top5`, `loss` (sum of cross-entropy). A label is in the top k
+        when fewer than k classes score higher; ties are broken by class index, lower first, on every device alike.
+    """
+    own = logits.gather(1, labels[:, None])
+    index = torch.arange(logits.shape[1], device=logits.device)[None, :]
+    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
+    rank = ahead.sum(1)
+    # A non-finite row has no meaningful order: it counts as wrong.
+    usable = valid & torch.isfinite(own[:, 0])
+    loss = torch.where(valid, cross_entropy(logits, labels), torch.zeros_like(own[:, 0]))
+    return {
+        "seen": valid.sum(),
+        "top1": ((rank < 1) & usable).sum(),
+        "top5": ((rank < 5) & usable).sum(),
+        "loss": loss.sum(),
+    }
+
+
+def summarize(total: dict[str, float]) -> dict[str, float]:
+    """Sums as numbers to `acc1` and `acc5` (percent), `loss` (mean) and `seen`."""
+    seen = int(total["seen"])
+    scale = 100.0 / max(seen, 1)
+    return {
+        "acc1": total["top1"] * scale,
+        "acc5": total["top5"] * scale,
+        "loss": total["loss"] / max(seen, 1),
+        "seen": seen,
+    }

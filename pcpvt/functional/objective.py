@@ -1,0 +1,58 @@
+"""The training objective and the prediction as pure functions of (params, batch): pixels to loss, pixels to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pcpvt.functional import losses, mixing
+from pcpvt.functional.precision import Policy
+from pcpvt.models import pcpvt
+from pcpvt.models.layers import Attend, attend_plain
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Batch = dict[str, Tensor]
+
+
+def make_objective(
+    model: pcpvt.PCPVT,
+    *,
+    smoothing: float = 0.0,
+    policy: Policy = Policy(),
+    attend: Attend = attend_plain,
+) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
+    """`(params, batch, factor) -> factor * sum of cross-entropies`; params already in the compute dtype.
+
+    The batch holds uint8 images `[b, h, w, 3]`, labels, and the draws that the recipe uses: `erase`, `lam` and `box`,
+    `keep` (see `data.loader`).
+    """
+
+    def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
+        x = mixing.decode_images(batch["image"], batch.get("erase"), IMAGENET_MEAN, IMAGENET_STD)
+        if "lam" in batch:
+            x = mixing.mix_images(x, batch["lam"], batch["box"])
+        targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing)
+        logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("keep"), attend=attend)
+        return losses.soft_cross_entropy(logits.to(policy.output), targets.to(policy.output)).sum() * factor
+
+    return objective
+
+
+def make_predict(
+    model: pcpvt.PCPVT,
+    *,
+    policy: Policy = Policy(),
+    attend: Attend = attend_plain,
+) -> Callable[[pcpvt.Params, Tensor], Tensor]:
+    """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params already in the compute dtype."""
+
+    def predict(params: pcpvt.Params, images: Tensor) -> Tensor:
+        x = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)
+        with torch.no_grad():
+            return pcpvt.apply(model, params, x.to(policy.compute), attend=attend).to(policy.output)
+
+    return predict

@@ -1,0 +1,161 @@
+"""Optimizers as pairs of pure functions, `(init, update)`, chained like optax's.
+
+A transform maps gradients to gradients; the last link of a chain maps gradients to new parameters, because the fused
+kernels that write the parameters in the same pass are what makes it fast. Updates consume the state and parameters
+they are given (their memory is reused). The learning rate is a float computed on the host from the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pcpvt.functional.schedules import Schedule
+
+Params = dict[str, Tensor]
+Tree = dict[str, Any]
+
+
+class Gradients(NamedTuple):
+    """A gradient whose common divisor is still pending: its value is `leaves / divisor`.
+
+    Unscaling the loss and clipping only change two scalars, and the division happens inside the fused update: one pass
+    over the parameters instead of three.
+    """
+
+    leaves: Params
+    divisor: Tensor  # float32 []
+    norm: Tensor  # float32 [], Euclidean norm of leaves / divisor; inf or nan when any element is
+
+
+class Transform(NamedTuple):
+    """`update(gradients, state, params) -> (gradients, state)`."""
+
+    init: Callable[[Params], Tree]
+    update: Callable[[Gradients, Tree, Params], tuple[Gradients, Tree]]
+
+
+class Optimizer(NamedTuple):
+    """`update(gradients, state, params, step, skip) -> (params, state)`; `skip` is float32 [], 1 leaves both unchanged."""
+
+    init: Callable[[Params], Tree]
+    update: Callable[[Gradients, Tree, Params, int, Tensor], tuple[Params, Tree]]
+
+
+class Group(NamedTuple):
+    """Parameters that share their hyper-parameters."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+    lr_scale: float = 1.0
+
+
+def gradients(leaves: Params, divisor: Tensor) -> Gradients:
+    """Gradients with their norm computed."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(leaves.values()))))
+    return Gradients(leaves, divisor, norm / divisor)
+
+
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Scales all gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does."""
+
+    def update(grads: Gradients, state: Tree, params: Params) -> tuple[Gradients, Tree]:
+        excess = ((grads.norm + 1e-6) / max_norm).clamp(min=1.0)
+        return Gradients(grads.leaves, grads.divisor * excess, grads.norm / excess), state
+
+    return Transform(lambda params: {}, update)
+
+
+def no_decay(name: str, shape: torch.Size) -> bool:
+    """The reference's exemption from weight decay: 1-d tensors, biases, and all of the position encoding."""
+    return len(shape) <= 1 or name.endswith(".bias") or name.startswith("pos_block.")
+
+
+def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0) -> list[Group]:
+    """Partition of the parameters by (weight decay, lr scale), in a stable order."""
+    parts: dict[tuple[float, float], list[str]] = {}
+    for name, value in params.items():
+        decay = 0.0 if no_decay(name, value.shape) else weight_decay
+        parts.setdefault((decay, lr_scale(name)), []).append(name)
+    return [Group(tuple(names), decay, scale) for (decay, scale), names in parts.items()]
+
+
+def adamw(
+    schedule: Schedule, groups: list[Group], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with torch.optim.AdamW's arithmetic, one fused kernel call per group.
+
+    State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
+    """
+
+    def init(params: Params) -> Tree:
+        trained = [name for group in groups for name in group.names]
+        device = next(iter(params.values())).device
+        return {
+            "count": torch.zeros((), dtype=torch.float32, device=device),
+            "mu": {name: torch.zeros_like(params[name]) for name in trained},
+            "nu": {name: torch.zeros_like(params[name]) for name in trained},
+        }
+
+    def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
+        lr, mu, nu, leaves = schedule(step), state["mu"], state["nu"], grads.leaves
+        count = state["count"] + (1.0 - skip)
+        divisor = grads.divisor
+        if divisor.dtype == torch.float64:  # the kernel's own divisor is float32: divide beforehand
+            torch._foreach_div_(list(leaves.values()), [divisor] * len(leaves))
+            divisor = None
+        for group in groups:
+            names = group.names
+            torch._fused_adamw_(
+                [params[n] for n in names],
+                [leaves[n] for n in names],
+                [mu[n] for n in names],
+                [nu[n] for n in names],
+                [],
+                [count] * len(names),
+                lr=lr * group.lr_scale,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=group.weight_decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+                found_inf=skip,
+            )
+        return params, {"count": count, "mu": mu, "nu": nu}
+
+    return Optimizer(init, update)
+
+
+def chain(*links: Transform | Optimizer) -> Optimizer:
+    """Transforms in order, closed by one optimizer; its state is keyed by position and, last, the optimizer's own."""
+    *transforms, last = links
+
+    def init(params: Params) -> Tree:
+        states = {str(i): t.init(params) for i, t in enumerate(transforms)}
+        return {**{k: v for k, v in states.items() if v}, **last.init(params)}
+
+    def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
+        kept = {}
+        for i, transform in enumerate(transforms):
+            grads, new = transform.update(grads, state.get(str(i), {}), params)
+            if new:
+                kept[str(i)] = new
+        params, new = last.update(grads, state, params, step, skip)
+        return params, {**kept, **new}
+
+    return Optimizer(init, update)
+
+
+def ema_update(ema: Params, params: Params, decay: float, skip: Tensor) -> Params:
+    """ema <- decay * ema + (1 - decay) * params, in place; unchanged where `skip` is 1."""
+    if ema:
+        weight = (1.0 - decay) * (1.0 - skip)
+        names = list(ema)
+        weights = [weight.to(ema[n].dtype) for n in names]  # a list: the skip decision stays on the device
+        torch._foreach_lerp_([ema[n] for n in names], [params[n] for n in names], weights)
+    return ema

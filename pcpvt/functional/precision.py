@@ -1,0 +1,91 @@
+"""Which dtype is used where, and the loss scale that float16 needs. No autocast: what is cast is cast explicitly.
+
+A policy is written `params=float32,compute=bfloat16,output=float32` (the notation of jmp). Parameters are cast to the
+compute dtype once per step, gradients are taken in it and summed in the parameters' dtype, and logits are cast to the
+output dtype before the loss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class Policy(NamedTuple):
+    params: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    output: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in self._asdict().items())
+
+
+def parse(text: str) -> Policy:
+    """`float32` | `bfloat16` | `float16` | `float64` | `params=..,compute=..,output=..` to a Policy.
+
+    A single name is the compute dtype over float32 parameters and output (float64 is used for all three).
+
+    Raises:
+        ValueError: with a message that names the part that is not understood.
+    """
+    if text == "float64":
+        return Policy(*[torch.float64] * 3)
+    if text in DTYPES:
+        return Policy(compute=DTYPES[text])
+    fields = {}
+    for part in text.split(","):
+        name, _, dtype = part.partition("=")
+        if name not in Policy._fields or dtype not in DTYPES or name in fields:
+            raise ValueError(
+                f"{part!r} is not understood; write one of {', '.join(DTYPES)} or "
+                "params=DTYPE,compute=DTYPE,output=DTYPE"
+            )
+        fields[name] = DTYPES[dtype]
+    return Policy(**fields)
+
+
+class DynamicScale(NamedTuple):
+    """Loss scale for float16: halved after a non-finite gradient, doubled after `interval` good steps in a row.
+
+    Its state is `{"factor": float32 [], "good": int32 []}` and lives in TrainState.
+    """
+
+    initial: float = 2.0**15
+    interval: int = 2000
+    maximum: float = 2.0**24
+
+    def init(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return {
+            "factor": torch.tensor(self.initial, dtype=torch.float32, device=device),
+            "good": torch.zeros((), dtype=torch.int32, device=device),
+        }
+
+    def update(self, state: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        """The next state; `skip` is float32 [], 1 after a non-finite gradient. Everything stays on the device."""
+        good = (state["good"] + 1) * (1 - skip).to(torch.int32)
+        grow = good >= self.interval
+        factor = state["factor"] * torch.where(skip > 0, 0.5, torch.where(grow, 2.0, 1.0))
+        return {"factor": factor.clamp(1.0, self.maximum), "good": torch.where(grow, torch.zeros_like(good), good)}
+
+
+class NoScale(NamedTuple):
+    """float32 and bfloat16 need none: the state is empty."""
+
+    def init(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return {}
+
+    def update(self, state: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        return state
+
+
+def loss_scale(policy: Policy) -> DynamicScale | NoScale:
+    return DynamicScale() if policy.compute == torch.float16 else NoScale()

@@ -1,0 +1,55 @@
+"""Learning rate as a pure function of the step, in float64 on the host: it can be printed for any config without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def constant(lr: float) -> Schedule:
+    return lambda step: lr
+
+
+def warmup_cosine(lr: float, steps: int, warmup: int, warmup_lr: float = 1e-6, min_lr: float = 1e-5) -> Schedule:
+    """Linear from `warmup_lr` to `lr` over `warmup` steps, then half a cosine down to `min_lr` at `steps`; per step."""
+    low = min(min_lr, lr)  # a short fine-tuning run may ask for less than the recipe's floor
+
+    def schedule(step: int) -> float:
+        if step < warmup:
+            return warmup_lr + (lr - warmup_lr) * step / warmup
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return low + 0.5 * (lr - low) * (1.0 + math.cos(math.pi * progress))
+
+    return schedule
+
+
+def reference(
+    lr: float,
+    epochs: float,
+    warmup_epochs: float,
+    epoch_of: Callable[[int], int],
+    warmup_lr: float = 1e-6,
+    min_lr: float = 1e-5,
+) -> Schedule:
+    """The Twins reference code's schedule: constant within an epoch and one epoch late.
+
+    It is stepped after each epoch with that epoch's number, so epochs 0 and 1 both run at `warmup_lr`, and the cosine,
+    which counts from epoch 0, is entered where the warm-up ends.
+
+    Args:
+        epoch_of: step to epoch number.
+    """
+
+    def schedule(step: int) -> float:
+        t = epoch_of(step) - 1
+        if t < 0:
+            return warmup_lr
+        if t < warmup_epochs:
+            return warmup_lr + (lr - warmup_lr) * t / warmup_epochs
+        if t >= epochs:
+            return min_lr
+        return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * t / epochs))
+
+    return schedule

@@ -1,0 +1,55 @@
+"""TrainState: everything that changes during training, and its flat names on disk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+class TrainState(NamedTuple):
+    """One immutable value per step; a step consumes its input state and may reuse its memory (donation)."""
+
+    step: Tensor  # int64 [], on the host: global batches consumed, applied or skipped
+    params: Params  # the master weights
+    ema: Params  # their moving average; empty without EMA
+    opt: dict  # optimizer state: a tree of dicts with tensor leaves
+    scale: dict  # loss-scale state: a tree of dicts with tensor leaves; empty without loss scaling
+    skipped: Tensor  # int32 [], consecutive steps whose update was skipped as non-finite
+
+
+def create(params: Params, opt: dict, scale: dict, *, ema: bool, device: torch.device | str = "cpu") -> TrainState:
+    """The state before the first step."""
+    averaged = {name: value.clone() for name, value in params.items()} if ema else {}
+    zero = torch.zeros((), dtype=torch.int32, device=device)
+    return TrainState(torch.zeros((), dtype=torch.int64), params, averaged, opt, scale, zero)
+
+
+def flatten(tree, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of a tree of NamedTuples and dicts by path, e.g. `params/head.bias`, `opt/mu/head.bias`."""
+    if isinstance(tree, Tensor):
+        return {prefix: tree}
+    items = tree._asdict() if hasattr(tree, "_asdict") else tree
+    flat: dict[str, Tensor] = {}
+    for name, value in items.items():
+        flat.update(flatten(value, f"{prefix}/{name}" if prefix else name))
+    return flat
+
+
+def unflatten(template, flat: dict[str, Tensor], prefix: str = ""):
+    """The inverse of `flatten`: `template` gives the structure, `flat` the leaves."""
+    if isinstance(template, Tensor):
+        return flat[prefix]
+    named = hasattr(template, "_asdict")
+    items = template._asdict() if named else template
+    values = {name: unflatten(v, flat, f"{prefix}/{name}" if prefix else name) for name, v in items.items()}
+    return type(template)(**values) if named else values
+
+
+def to_device(state: TrainState, device: torch.device | str) -> TrainState:
+    """The same state with every leaf on `device`, except `step`, which stays on the host."""
+    flat = {name: leaf if name == "step" else leaf.to(device) for name, leaf in flatten(state).items()}
+    return unflatten(state, flat)

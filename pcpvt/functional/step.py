@@ -1,0 +1,116 @@
+"""The train step and the eval step as pure functions, with one differentiation seam and one compile seam.
+
+`step(state, batch) -> (state, metrics)` knows no device, rank, file or clock. What differs by device is passed in:
+the attention kernel (inside `objective`), the sum over replicas, how a gradient is taken, what is compiled. The step
+donates: it may reuse the memory of the state it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from pcpvt.functional import optim
+from pcpvt.functional.precision import DynamicScale, NoScale, Policy
+from pcpvt.functional.state import TrainState
+
+Params = dict[str, Tensor]
+Batch = dict[str, Tensor]
+Objective = Callable[[Params, Batch, Tensor], Tensor]  # (params, batch, factor) -> factor * sum of losses
+ValueAndGrad = Callable[[Objective], Callable[..., tuple[Tensor, Params]]]
+
+
+def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
+    """The seam by `torch.autograd.grad`: no device-specific limits, and the faster one in eager mode."""
+
+    def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
+        names = list(params) if trainable is None else [n for n in params if n in trainable]
+        leaves = {n: params[n].detach().requires_grad_() for n in names}
+        value = objective({**params, **leaves}, *args)
+        return value.detach(), dict(zip(names, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+    return value_and_grad
+
+
+def functional_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
+    """The seam by `torch.func.grad_and_value`: one traceable function, forward and backward together."""
+
+    def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
+        names = list(params) if trainable is None else [n for n in params if n in trainable]
+        fixed = {n: v for n, v in params.items() if n not in names}
+        grads, value = torch.func.grad_and_value(lambda leaves: objective({**fixed, **leaves}, *args))(
+            {n: params[n] for n in names}
+        )
+        return value, grads
+
+    return value_and_grad
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optim.Optimizer,
+    *,
+    global_batch: int,
+    accumulate: int = 1,
+    policy: Policy = Policy(),  # noqa: B008 - an immutable tuple
+    scaler: DynamicScale | NoScale = NoScale(),  # noqa: B008
+    ema_decay: float = 0.0,
+    trainable: Collection[str] | None = None,
+    value_and_grad: Callable = autograd_value_and_grad,
+    psum: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
+    """Builds the train step.
+
+    Args:
+        objective: `(params, batch, factor) -> factor * sum of per-sample losses`, already compiled if it is to be.
+        optimizer: see `optim.chain`.
+        global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
+        accumulate: micro-batches per step, exact because nothing in the model mixes samples; it must divide the batch.
+        trainable: names to differentiate; None means all.
+        psum: sum over replicas of a list of tensors.
+
+    Returns:
+        The step. Its metrics are 0-d tensors on the device: `loss`, `grad_norm` (before clipping), `skipped`
+        (consecutive skipped updates), all equal on every replica. A non-finite gradient leaves parameters, moments and
+        averages unchanged to the bit.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        scale = state.scale.get("factor")
+        device = state.skipped.device
+        one = torch.ones((), dtype=torch.promote_types(policy.params, torch.float32), device=device)
+        divisor = one if scale is None else scale
+        factor = divisor / global_batch
+        compute = {n: v.to(policy.compute) for n, v in state.params.items()}
+        differentiate = value_and_grad(objective, trainable)
+
+        loss, grads = None, {}
+        for part in split(batch, accumulate):
+            value, new = differentiate(compute, part, factor)
+            if loss is None:
+                loss, grads = value, {n: g.to(policy.params) for n, g in new.items()}
+            else:
+                loss = loss + value
+                torch._foreach_add_(list(grads.values()), [new[n].to(policy.params) for n in grads])
+
+        loss, *leaves = psum([loss, *grads.values()])
+        grads = optim.gradients(dict(zip(grads, leaves, strict=True)), divisor)
+        skip = 1.0 - torch.isfinite(grads.norm).to(torch.float32)
+        params, opt = optimizer.update(grads, state.opt, state.params, int(state.step), skip)
+        ema = optim.ema_update(state.ema, params, ema_decay, skip)
+        flag = skip.to(torch.int32)
+        skipped = (state.skipped + flag) * flag
+        new_state = TrainState(state.step + 1, params, ema, opt, scaler.update(state.scale, skip), skipped)
+        return new_state, {"loss": loss / divisor, "grad_norm": grads.norm, "skipped": skipped}
+
+    return step
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch cut into `parts` equal micro-batches, in order."""
+    if parts == 1:
+        return [batch]
+    pieces = {name: value.chunk(parts) for name, value in batch.items()}
+    return [{name: value[i] for name, value in pieces.items()} for i in range(parts)]

@@ -1,0 +1,137 @@
+"""The layers of the pyramid as pure modules: tokens stay `b h w c` throughout, einops patterns carry the shapes.
+
+A module here holds names and shapes only. There are no buffers, no train/eval switch and no random numbers: whatever a
+layer needs beyond its parameters (drop-path factors, the attention kernel) arrives as an argument. Parameter names and
+shapes are those of the Twins reference checkpoints, so a convolution whose kernel equals its stride keeps the
+convolution's weight `[out, in, k, k]` although it is computed as a linear map over patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Capture = Callable[[str, Tensor], None]
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, written out.
+
+    Args:
+        q: `[b, heads, tokens, d]`.
+        k, v: `[b, heads, keys, d]`.
+
+    Returns:
+        `[b, heads, tokens, d]`. Reference for every device's own kernel; exact in float64.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return scores.softmax(-1) @ v
+
+
+class PatchLinear(nn.Module):
+    """A convolution with kernel = stride = `patch`, computed as one linear map over patches of an NHWC tensor.
+
+    `[b, h, w, c_in] -> [b, ceil(h/patch), ceil(w/patch), c_out]`. A side that `patch` does not divide is filled with
+    zeros at the bottom and right, so every output token covers at least one real input position: padding adds no
+    token, nothing is dropped, and attention and the mean over tokens need no mask. With divisible sides nothing is
+    padded and the result is the convolution's.
+    """
+
+    def __init__(self, c_in: int, c_out: int, patch: int):
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(c_out, c_in, patch, patch))
+        self.bias = nn.Parameter(torch.empty(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad_h, pad_w = -x.shape[1] % self.patch, -x.shape[2] % self.patch
+        if pad_h or pad_w:
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
+        return F.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Strided patch projection and LayerNorm (eps 1e-5, PyTorch's default, as in the reference)."""
+
+    def __init__(self, c_in: int, c_out: int, patch: int):
+        super().__init__()
+        self.proj = PatchLinear(c_in, c_out, patch)
+        self.norm = nn.LayerNorm(c_out, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class Attention(nn.Module):
+    """Global attention over keys and values that were spatially reduced by `reduction` (PVT, Wang et al. 2021)."""
+
+    def __init__(self, dim: int, heads: int, reduction: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.reduces = reduction > 1
+        if self.reduces:
+            self.sr = PatchLinear(dim, dim, reduction)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        source = self.norm(self.sr(x)) if self.reduces else x
+        q = rearrange(self.q(x), "b h w (n d) -> b n (h w) d", n=self.heads)
+        k, v = rearrange(self.kv(source), "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
+        out = rearrange(attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
+        return self.proj(out)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `keep` holds the drop-path factors of its two branches."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int, reduction: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, reduction)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+
+    def forward(self, x: Tensor, attend: Attend, keep: Tensor | None = None) -> Tensor:
+        """`x` is `[b, h, w, c]`; `keep` is `[b, 2]`, 0 where the branch is dropped and 1/keep_prob elsewhere."""
+        attn = self.attn(self.norm1(x), attend)
+        x = x + (attn if keep is None else attn * _per_sample(keep[:, 0], attn))
+        mlp = self.mlp(self.norm2(x))
+        return x + (mlp if keep is None else mlp * _per_sample(keep[:, 1], mlp))
+
+
+def _per_sample(factor: Tensor, like: Tensor) -> Tensor:
+    return rearrange(factor, "b -> b 1 1 1").to(like.dtype)
+
+
+class Peg(nn.Module):
+    """Conditional position encoding (Chu et al. 2021): 3x3 depthwise convolution with bias, plus identity."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        # A list of one: the reference's checkpoints name the convolution `proj.0`.
+        self.proj = nn.ModuleList([nn.Conv2d(dim, dim, 3, padding=1, groups=dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The permuted view of NHWC memory is what PyTorch calls channels_last: no copy is made.
+        return x + rearrange(self.proj[0](rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")

@@ -1,0 +1,197 @@
+"""Twins-PCPVT: the pyramid, its sizes, and the ways to apply it to a flat dict of parameters.
+
+Source: Chu et al. 2021, "Twins: Revisiting the Design of Spatial Attention in Vision Transformers", with the corrections
+of the reference code. A model is built on the meta device: it has names and shapes, and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pcpvt.models.layers import Attend, Block, Capture, PatchEmbed, Peg, attend_plain
+
+Params = dict[str, Tensor]
+
+
+class Spec(NamedTuple):
+    """The numbers of one size; one entry per stage."""
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...] = (64, 128, 320, 512)
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    patches: tuple[int, ...] = (4, 2, 2, 2)
+
+
+SPECS = {
+    "pcpvt_s": Spec((3, 4, 6, 3)),
+    "pcpvt_b": Spec((3, 4, 18, 3)),
+    "pcpvt_l": Spec((3, 8, 27, 3)),
+    # A miniature with every kind of layer, for smoke runs and tests: 0.3 M parameters.
+    "pcpvt_nano": Spec((2, 1, 1, 1), dims=(16, 32, 40, 64), mlp_ratios=(2, 2, 2, 2)),
+}
+STRIDE = 32  # of the last stage: 4 * 2 * 2 * 2
+
+
+class PCPVT(nn.Module):
+    """The pyramid as structure; call it through `apply`, `features` or `torch.func.functional_call`."""
+
+    def __init__(self, spec: Spec, num_classes: int, pad: str = "pad"):
+        """
+        Args:
+            spec: the numbers of the size.
+            num_classes: outputs of the head.
+            pad: what to do with a side that 32 does not divide: "pad" fills with zeros (see `layers.PatchLinear`),
+                "error" raises ValueError.
+        """
+        super().__init__()
+        assert pad in ("pad", "error"), pad
+        self.spec, self.num_classes, self.pad = spec, num_classes, pad
+        channels = (3, *spec.dims)
+        self.patch_embeds = nn.ModuleList(map(PatchEmbed, channels[:-1], channels[1:], spec.patches))
+        self.pos_block = nn.ModuleList(map(Peg, spec.dims))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(Block(dim, heads, ratio, reduction) for _ in range(depth))
+            for depth, dim, heads, ratio, reduction in zip(
+                spec.depths, spec.dims, spec.heads, spec.mlp_ratios, spec.reductions, strict=True
+            )
+        )
+        self.norm = nn.LayerNorm(spec.dims[-1], eps=1e-6)
+        self.head = nn.Linear(spec.dims[-1], num_classes)
+
+    @property
+    def branches(self) -> int:
+        """Residual branches that drop path may drop: two per block."""
+        return 2 * sum(self.spec.depths)
+
+    def stages(
+        self, images: Tensor, keep: Tensor | None = None, attend: Attend = attend_plain, capture: Capture | None = None
+    ) -> list[Tensor]:
+        """The four stage outputs `[b, h, w, c]` of images `[b, H, W, 3]`, before the final norm."""
+        if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
+            raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
+        x, index, outputs = images, 0, []
+        for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
+            x = embed(x)
+            for i, block in enumerate(blocks):
+                here = attend if capture is None else _captured(attend, capture, f"blocks.{s}.{i}.attention")
+                x = block(x, here, None if keep is None else keep[:, index : index + 2])
+                index += 2
+                if i == 0:
+                    x = position(x)
+                if capture is not None:
+                    capture(f"blocks.{s}.{i}", x)
+            if capture is not None:
+                capture(f"stages.{s}", x)
+            outputs.append(x)
+        return outputs
+
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        attend: Attend = attend_plain,
+        capture: Capture | None = None,
+        dense: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Logits `[b, num_classes]` of normalised images `[b, H, W, 3]`.
+
+        Args:
+            images: NHWC, any height and width.
+            keep: drop-path factors `[b, branches]` (see `draw_keep`), or None for none.
+            attend: the attention kernel.
+            capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `blocks.{s}.{i}.attention`
+                (the attention matrix), `pooled` and `logits`; None costs nothing.
+            dense: return the four stage outputs `[b, h, w, c]` instead of logits.
+        """
+        stages = self.stages(images, keep, attend, capture)
+        if dense:
+            return stages
+        pooled = reduce(self.norm(stages[-1]), "b h w c -> b c", "mean")
+        logits = self.head(pooled)
+        if capture is not None:
+            capture("pooled", pooled)
+            capture("logits", logits)
+        return logits
+
+
+def _captured(attend: Attend, capture: Capture, name: str) -> Attend:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        capture(name, ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1))
+        return attend(q, k, v)
+
+    return wrapped
+
+
+def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:
+    """The structure of one size on the meta device; `name` is a key of SPECS."""
+    with torch.device("meta"):
+        return PCPVT(SPECS[name], num_classes, pad)
+
+
+def shapes(model: PCPVT) -> dict[str, torch.Size]:
+    """Parameter name to shape, in the model's order."""
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def n_parameters(model: PCPVT) -> int:
+    return sum(math.prod(shape) for shape in shapes(model).values())
+
+
+def apply(model: PCPVT, params: Params, images: Tensor, keep: Tensor | None = None, **options) -> Tensor:
+    """Logits `[b, num_classes]`; see `PCPVT.forward` for the arguments."""
+    return functional_call(model, params, (images, keep), options)
+
+
+def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Tensor]:
+    """Dense features: four maps `[b, c, h, w]` at strides 4, 8, 16, 32 of normalised images `[b, H, W, 3]`.
+
+    Channels are the spec's dims (64, 128, 320, 512). Equal to timm's `forward_intermediates`; the maps are
+    channels-last views, differentiable in `params` and `images`.
+    """
+    maps = functional_call(model, params, (images,), {**options, "dense": True})
+    return [rearrange(x, "b h w c -> b c h w") for x in maps]
+
+
+def intermediates(model: PCPVT, params: Params, images: Tensor, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits, everything named): see `capture` of `PCPVT.forward` for the names."""
+    out: dict[str, Tensor] = {}
+    logits = apply(model, params, images, capture=out.__setitem__, **options)
+    return logits, out
+
+
+def drop_rates(spec: Spec, rate: float) -> np.ndarray:
+    """The drop probability of each residual branch `[branches]`: linear from 0 to `rate` over blocks, one draw a branch."""
+    return np.repeat(np.linspace(0.0, rate, sum(spec.depths)), 2)
+
+
+def draw_keep(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
+    """One sample's drop-path factors, float32 `[branches]`: 0 with probability `rate`, else 1 / (1 - rate)."""
+    kept = rng.random(len(rates), dtype=np.float32) >= rates
+    return np.where(kept, 1.0 / (1.0 - rates), 0.0).astype(np.float32)
+
+
+def depth_of(spec: Spec, name: str) -> int:
+    """How deep a parameter sits, for layer-wise learning rates: its block's number, `sum(depths)` for norm and head.
+
+    A stage's patch embedding and position encoding count as its first block.
+    """
+    kind, *rest = name.split(".")
+    if kind in ("norm", "head"):
+        return sum(spec.depths)
+    stage = int(rest[0])
+    return sum(spec.depths[:stage]) + (int(rest[1]) if kind == "blocks" else 0)
+
+
+def layer_decay(spec: Spec, decay: float) -> Callable[[str], float]:
+    """Parameter name to learning-rate factor: 1 at the head, times `decay` per block below it (BEiT, Bao et al. 2022)."""
+    return lambda name: decay ** (sum(spec.depths) - depth_of(spec, name))

@@ -1,0 +1,126 @@
+"""A config's training run, piece by piece: batches, optimizer, step, first state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pcpvt.config.plan import Plan
+from pcpvt.data import augment, loader, sources
+from pcpvt.devices import collectives
+from pcpvt.devices.compilation import compiled
+from pcpvt.errors import UserError
+from pcpvt.functional import mixing, optim, precision, state, step
+from pcpvt.functional.objective import make_objective
+from pcpvt.models import pcpvt
+from pcpvt.models.init import init
+from pcpvt.modes.session import Session
+from pcpvt.store import weights
+
+Step = Callable[[state.TrainState, dict[str, Tensor]], tuple[state.TrainState, dict[str, Tensor]]]
+
+
+def train_batches(session: Session, model: pcpvt.PCPVT, source: sources.Source) -> loader.TrainBatches:
+    """This process's batches, by step."""
+    config, world, a = session.config, session.world, session.config.augment
+    spec = augment.AugmentSpec(
+        size=session.size,
+        scale=tuple(a.scale),
+        ratio=tuple(a.ratio),
+        hflip=a.hflip,
+        randaugment=a.randaugment,
+        color_jitter=a.color_jitter,
+        erase_prob=a.erase,
+        crop_padding=a.crop_pad,
+    )
+    mix = None
+    if (config.mixup or config.cutmix) and config.mix_prob:
+        mix = mixing.MixSpec(config.mixup, config.cutmix, config.mix_prob, config.mix_switch, config.mix_mode)
+    return loader.TrainBatches(
+        source,
+        spec,
+        mix,
+        pcpvt.drop_rates(model.spec, config.model.drop_path),
+        seed=config.seed,
+        batch=config.batch_size,
+        rank=world.rank,
+        world=world.size,
+        repeats=a.repeats,
+        on_error=config.data.on_error,
+    )
+
+
+def trainable(session: Session, names: Sequence[str]) -> list[str]:
+    """The parameters that `config.frozen` leaves to train.
+
+    Raises:
+        UserError: when it matches none or all of them.
+    """
+    pattern = session.config.frozen
+    if not pattern:
+        return list(names)
+    kept = [name for name in names if not re.search(pattern, name)]
+    if not kept or len(kept) == len(names):
+        which = "none" if kept else "all"
+        raise UserError(f"config.frozen: {pattern!r} matches {which} of the {len(names)} parameters: correct it")
+    return kept
+
+
+def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
+    """Clipping and AdamW as the config says, over what is not frozen."""
+    config = session.config
+    train = set(trainable(session, list(params)))
+    groups = optim.groups(
+        {name: value for name, value in params.items() if name in train},
+        config.weight_decay,
+        pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay),
+    )
+    adamw = optim.adamw(plan.schedule, groups, (config.beta1, config.beta2), config.eps)
+    return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
+
+
+def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer) -> Step:
+    """The pure step with this device's kernels, compilation and sums put in."""
+    config, policy = session.config, session.policy
+    objective = make_objective(
+        model, smoothing=config.label_smoothing, policy=policy, attend=session.device.attend(policy.compute)
+    )
+    names = list(pcpvt.shapes(model))
+    return step.make_step(
+        compiled(objective, session.device, config.compile),
+        opt,
+        global_batch=plan.batch,
+        accumulate=plan.accumulate,
+        policy=policy,
+        scaler=precision.loss_scale(policy),
+        ema_decay=config.ema,
+        trainable=trainable(session, names) if config.frozen else None,
+        psum=collectives.psum,
+    )
+
+
+def first_params(session: Session, model: pcpvt.PCPVT) -> tuple[pcpvt.Params, list[str]]:
+    """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`."""
+    config = session.config
+    params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
+    if not config.finetune:
+        return params, []
+    found, info = weights.read(config.finetune)
+    fitted, notes = weights.fit(found, pcpvt.shapes(model), head="replace", path=config.finetune)
+    return {**params, **{n: v.to(session.policy.params) for n, v in fitted.items()}}, [*info["notes"], *notes]
+
+
+def first_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
+    """The state before the first step, on the device."""
+    device = session.device.torch
+    params = {name: value.to(device) for name, value in params.items()}
+    scale = precision.loss_scale(session.policy).init(device)
+    return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host that later steps do not touch."""
+    return {name: torch.empty_like(t, device="cpu").copy_(t) for name, t in tensors.items()}

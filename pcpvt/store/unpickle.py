@@ -1,0 +1,141 @@
+"""Reads a file written by torch.save without running anything that is in it.
+
+A pickle is a program. torch's restricted unpickler builds tensors and plain containers and refuses every
+other name; the names allowed on top are `argparse.Namespace`, in which the reference code keeps its
+arguments, and a few harmless types often found inside one, each replaced by an empty stand-in. Nothing else
+that this process has allowed is in force here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import re
+import tarfile
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pcpvt.errors import UserError
+
+_ZIP_START = b"PK\x03\x04"
+_PICKLE_START = b"\x80"  # the PROTO opcode; torch.save has never written a protocol below 2
+_LOCK = threading.Lock()  # torch's list of allowed names belongs to the process
+
+
+class Ignored:
+    """Stands where a file holds a path or a numpy value: takes any arguments and state, and keeps nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_IGNORED = (
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((Ignored, name) for name in _IGNORED),
+]
+
+
+def load(path: pathlib.Path) -> Any:
+    """Return what torch.save put into `path`, on the CPU.
+
+    The new (zip) format is memory-mapped and its tensors look into the file: copy what must outlive it.
+    Raises UserError when the file is damaged, is of another kind, or names anything that would have to run.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+    zipped = start.startswith(_ZIP_START)
+    if zipped:
+        _check_zip(path)
+    elif tarfile.is_tarfile(path):
+        raise UserError(
+            f"{path}: a tar archive (torch before 0.1.10 wrote such files too): unpack it and name the file "
+            "inside, or save it again with a later torch"
+        )
+    elif not start.startswith(_PICKLE_START):
+        raise UserError(
+            f"{path}: neither a PyTorch nor a safetensors file (it begins with {start!r}): download it "
+            "again, and check that the file itself came, not a web page or a git-lfs pointer"
+        )
+    try:
+        with _LOCK, _only_our_names(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is raised below, as one line
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # hostile bytes raise almost anything: struct.error, IndexError, KeyError, ...
+        raise _refusal(path, error) from None
+
+
+def _check_zip(path: pathlib.Path) -> None:
+    """Refuse TorchScript, compressed records (a mapping would take packed bytes for numbers) and damage.
+
+    torch itself does not compare the checksums of the records.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            script = any(name.endswith("/constants.pkl") for name in archive.namelist())  # as torch tells it
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+            damaged = None if script or packed else archive.testzip()
+    except Exception as error:
+        raise UserError(f"{path}: a damaged or incomplete file ({one_line(error)}): get it again") from None
+    if script:
+        raise UserError(f"{path}: a TorchScript archive: save the model's state_dict() instead")
+    if packed:
+        raise UserError(
+            f"{path}: a compressed zip, which torch.save does not write: unpack it and name the file inside"
+        )
+    if damaged is not None:
+        raise UserError(f"{path}: damaged: the checksum of record {one_line(damaged)} is wrong: get it again")
+
+
+@contextlib.contextmanager
+def _only_our_names() -> Iterator[None]:
+    """Make `_ALLOWED` all that is allowed, and put back afterwards what the process had allowed before."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _refusal(path: pathlib.Path, error: Exception) -> UserError:
+    text = str(error)
+    refused = re.search(r"GLOBAL ([\w.]+)", text)
+    if refused:
+        return UserError(
+            f"{path}: refused, because reading it would run {refused[1][:120]}, and nothing in a weights "
+            "file is run: if you trust the file, load it where it was made and save only its tensors: "
+            "torch.save({'model': model.state_dict()}, path)"
+        )
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return UserError(
+        f"{path}: cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, "
+        "incomplete or not written by torch.save: get it again, or save it again with "
+        "torch.save(model.state_dict(), path)"
+    )
+
+
+def one_line(text: object) -> str:
+    """One line of a message, or a name out of a file, safe to print: bounded, no control characters."""
+    if isinstance(text, Exception):
+        text = str(text) or type(text).__name__
+    lines = str(text).strip().splitlines() or [""]
+    line = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+    return "".join(c if c.isprintable() else "?" for c in line)

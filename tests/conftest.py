@@ -1,0 +1,47 @@
+"""Shared by all tests: a few threads, the miniature model, and the binary as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture
+def pcpvt(tmp_path):
+    """Runs `python -m pcpvt.main` with the given words; returns the finished process (text output)."""
+
+    def call(*words: str, timeout: float = 300, check: bool = True, env: dict | None = None):
+        done = subprocess.run(
+            [sys.executable, "-m", "pcpvt.main", *words],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+@pytest.fixture
+def nano(tmp_path):
+    """The words of a run that takes seconds: the miniature on the digits, in a workdir of its own."""
+    return [
+        "--config=configs/pcpvt_s.py:cpu",
+        "--config.model.name=pcpvt_nano",
+        "--config.steps=8",
+        "--config.batch_size=32",
+        "--config.lr=2e-3",
+        "--config.eval_every=4 steps",
+        "--config.log_every=2 steps",
+        f"--workdir={tmp_path / 'run'}",
+    ]

@@ -1,0 +1,235 @@
+"""The model is timm's, leaf by leaf and number by number, and its extras do what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import nchw, timm_model
+from torch.func import functional_call
+
+from pcpvt.functional import rng
+from pcpvt.models import pcpvt
+from pcpvt.models.init import init
+
+
+def images(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(rng.generator(seed, "test").standard_normal(shape)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("pcpvt_s", 24_106_216), ("pcpvt_b", 43_828_456), ("pcpvt_l", 60_989_672)]
+)
+def test_names_shapes_and_counts_are_timms(name, count):
+    ours = pcpvt.build(name, 1000)
+    theirs = {n: p.shape for n, p in timm_model(name).named_parameters()}
+    assert pcpvt.shapes(ours) == theirs
+    assert pcpvt.n_parameters(ours) == count
+    assert not list(ours.buffers()) and all(p.is_meta for p in ours.parameters())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+@pytest.mark.parametrize("size", [224, 64])
+def test_float32_logits_are_timms_to_1e_5(name, size):
+    theirs = timm_model(name).eval()
+    x = images(2, size, size, 3)
+    with torch.no_grad():
+        expected = theirs(nchw(x))
+        found = pcpvt.apply(pcpvt.build(name, 1000), dict(theirs.named_parameters()), x)
+    assert expected.abs().max() > 0.05
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+def test_float64_logits_and_gradients_are_timms_to_1e_10(name):
+    theirs = timm_model(name, num_classes=10).double().eval()
+    x, y = images(2, 64, 64, 3, dtype=torch.float64), torch.tensor([3, 7])
+    expected = theirs(nchw(x))
+    F.cross_entropy(expected, y).backward()
+    params = {n: p.detach().clone().requires_grad_() for n, p in theirs.named_parameters()}
+    found = pcpvt.apply(pcpvt.build(name, 10), params, x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    grads = torch.autograd.grad(F.cross_entropy(found, y), list(params.values()))
+    for (leaf, parameter), grad in zip(theirs.named_parameters(), grads, strict=True):
+        scale = parameter.grad.abs().max()
+        assert scale > 0, leaf
+        assert (grad - parameter.grad).abs().max() <= 1e-10 * max(scale, 1), leaf
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+def test_float32_gradients_are_timms_to_1e_4_relative(name):
+    theirs = timm_model(name, num_classes=10).eval()
+    x, y = images(2, 64, 64, 3), torch.tensor([3, 7])
+    F.cross_entropy(theirs(nchw(x)), y).backward()
+    params = {n: p.detach().clone().requires_grad_() for n, p in theirs.named_parameters()}
+    loss = F.cross_entropy(pcpvt.apply(pcpvt.build(name, 10), params, x), y)
+    for (leaf, parameter), grad in zip(
+        theirs.named_parameters(), torch.autograd.grad(loss, list(params.values())), strict=True
+    ):
+        assert (grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), leaf
+
+
+def nano(num_classes: int = 10, pad: str = "pad"):
+    model = pcpvt.build("pcpvt_nano", num_classes, pad)
+    return model, {n: v.double() for n, v in init(model, 0).items()}
+
+
+def test_init_has_the_references_statistics_and_depends_on_the_seed_alone():
+    model = pcpvt.build("pcpvt_s", 1000)
+    params, theirs = init(model, 0), dict(timm_model("pcpvt_s").named_parameters())
+    for name, value in params.items():
+        assert value.shape == theirs[name].shape
+        if value.ndim > 1:
+            # The standard error of a standard deviation over n normals is std / sqrt(2 n); six of them each.
+            bound = 6 * theirs[name].std().item() * 2 / (2 * value.numel()) ** 0.5
+            assert abs(value.std().item() - theirs[name].std().item()) < bound, name
+            assert abs(value.mean().item()) < 6 * value.std().item() / value.numel() ** 0.5, name
+        else:
+            assert (value == (1.0 if name.endswith("weight") else 0.0)).all(), name
+    again, other = init(model, 0), init(model, 1)
+    assert all(torch.equal(params[n], again[n]) for n in params)
+    assert not torch.equal(params["head.weight"], other["head.weight"])
+    smaller = init(pcpvt.build("pcpvt_s", 10), 0)
+    assert all(torch.equal(params[n], smaller[n]) for n in params if not n.startswith("head"))
+
+
+def test_functional_call_takes_any_parameters_and_leaves_the_module_empty():
+    model, params = nano()
+    x = images(2, 64, 64, 3, dtype=torch.float64)
+    first = functional_call(model, params, (x,))
+    doubled = functional_call(model, {**params, "head.weight": params["head.weight"] * 2}, (x,))
+    torch.testing.assert_close(doubled, first * 2)  # the head's bias is zero
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 70), (33, 31), (224, 160), (7, 5)])
+def test_padding_loses_nothing_of_the_image(size):
+    """Every pixel, those of the last row and column included, has an influence on the logits."""
+    model, params = nano()
+    x = images(1, *size, 3, dtype=torch.float64).requires_grad_()
+    logits = pcpvt.apply(model, params, x)
+    (grad,) = torch.autograd.grad((logits * torch.arange(1, 11)).sum(), x)
+    assert logits.isfinite().all()
+    assert (grad.abs().amax(-1) > 0).all()
+
+
+def test_padding_is_zeros_at_the_bottom_and_right_at_every_patch_step():
+    """50x70 in tokens is 13x18, 7x9, 4x5, 2x3: the first step equals padding the image to 52x72 by hand."""
+    model, params = nano()
+    x = images(1, 50, 70, 3, dtype=torch.float64)
+    by_hand = F.pad(x, (0, 0, 0, 2, 0, 2))
+    maps = pcpvt.features(model, params, x)
+    assert [tuple(m.shape[2:]) for m in maps] == [(13, 18), (7, 9), (4, 5), (2, 3)]
+    assert torch.equal(maps[0], pcpvt.features(model, params, by_hand)[0])
+
+
+def test_divisible_sizes_are_the_same_to_the_bit_with_pad_and_error():
+    model, params = nano()
+    strict, _ = nano(pad="error")
+    x = images(2, 64, 96, 3, dtype=torch.float64)
+    assert torch.equal(pcpvt.apply(model, params, x), pcpvt.apply(strict, params, x))
+    with pytest.raises(ValueError, match="not divisible by 32"):
+        pcpvt.apply(strict, params, images(1, 50, 64, 3, dtype=torch.float64))
+
+
+def test_drop_path_rates_rise_linearly_and_masks_have_the_right_expectation():
+    spec = pcpvt.SPECS["pcpvt_s"]
+    rates = pcpvt.drop_rates(spec, 0.2)
+    assert len(rates) == 32 and rates[0] == rates[1] == 0 and rates[-1] == pytest.approx(0.2)
+    steps = np.diff(rates[::2])
+    assert np.allclose(steps, steps[0]) and np.array_equal(rates[::2], rates[1::2])
+    draws = np.stack([pcpvt.draw_keep(rng.generator(0, "drop_path", 0, i), rates) for i in range(20_000)])
+    # Kept with probability 1 - r and scaled by 1 / (1 - r): mean 1, variance r / (1 - r); five standard errors.
+    assert np.all(np.abs(draws.mean(0) - 1) <= 5 * np.sqrt(rates / (1 - rates) / len(draws)) + 1e-6)
+    np.testing.assert_allclose(draws.var(0), rates / (1 - rates), atol=0.02)
+    # The two branches of a block are drawn independently.
+    assert abs(np.corrcoef(draws[:, -1], draws[:, -2])[0, 1]) < 5 / np.sqrt(len(draws))
+
+
+def test_drop_path_is_applied_once_per_branch_and_per_sample():
+    """Dropping every branch leaves embeddings and position encodings; keeping all changes nothing."""
+    model, params = nano()
+    x = images(3, 64, 64, 3, dtype=torch.float64)
+    ones = torch.ones(3, model.branches)
+    assert torch.equal(pcpvt.apply(model, params, x, ones), pcpvt.apply(model, params, x))
+    silent = {n: torch.zeros_like(v) if ".proj." in n and "attn" in n or "fc2" in n else v for n, v in params.items()}
+    dropped = ones.clone()
+    dropped[1] = 0
+    mixed = pcpvt.apply(model, params, x, dropped)
+    torch.testing.assert_close(mixed[1], pcpvt.apply(model, silent, x)[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(mixed[[0, 2]], pcpvt.apply(model, params, x)[[0, 2]])
+    for branch in range(model.branches):  # each factor reaches exactly one branch, linearly in its output
+        out = []
+        for factor in (0.0, 1.0, 2.0):
+            keep = ones.clone()
+            keep[:, branch] = factor
+            out.append(pcpvt.apply(model, params, x, keep))
+        assert not torch.equal(out[0], out[1]) and not torch.equal(out[1], out[2])
+
+
+@pytest.mark.full
+def test_features_are_timms_intermediates_at_four_strides():
+    theirs = timm_model("pcpvt_s").eval()
+    x = images(1, 96, 64, 3)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(nchw(x), intermediates_only=True)
+        found = pcpvt.features(pcpvt.build("pcpvt_s", 1000), dict(theirs.named_parameters()), x)
+    assert [tuple(m.shape) for m in found] == [(1, 64, 24, 16), (1, 128, 12, 8), (1, 320, 6, 4), (1, 512, 3, 2)]
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_differentiable_in_params_and_images():
+    model, params = nano()
+    params = {n: v.requires_grad_() for n, v in params.items()}
+    x = images(1, 64, 64, 3, dtype=torch.float64).requires_grad_()
+    total = sum(m.square().sum() for m in pcpvt.features(model, params, x))
+    used = {n: v for n, v in params.items() if not n.startswith(("head", "norm."))}
+    grads = torch.autograd.grad(total, [x, *used.values()])
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
+
+
+def test_features_compile_into_one_graph():
+    model, params = nano()
+    fast = torch.compile(lambda p, x: pcpvt.features(model, p, x), backend="aot_eager", fullgraph=True)
+    x = images(1, 64, 64, 3, dtype=torch.float64)
+    for a, b in zip(fast(params, x), pcpvt.features(model, params, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_intermediates_are_named_and_change_no_number():
+    model, params = nano()
+    x = images(2, 64, 64, 3, dtype=torch.float64)
+    logits, out = pcpvt.intermediates(model, params, x)
+    assert torch.equal(logits, pcpvt.apply(model, params, x)) and torch.equal(logits, out["logits"])
+    blocks = [(s, i) for s, depth in enumerate(model.spec.depths) for i in range(depth)]
+    assert set(out) == {
+        "pooled", "logits", *(f"stages.{s}" for s in range(4)),
+        *(f"blocks.{s}.{i}" for s, i in blocks), *(f"blocks.{s}.{i}.attention" for s, i in blocks),
+    }  # fmt: skip
+    assert out["blocks.0.0.attention"].shape == (2, 1, 256, 4)  # heads, 16x16 tokens, 2x2 keys
+    for name, value in out.items():
+        if name.endswith("attention"):
+            torch.testing.assert_close(value.sum(-1), torch.ones_like(value.sum(-1)))
+
+
+def test_every_device_s_plain_attention_is_softmax_attention():
+    from pcpvt.models.layers import attend_plain
+
+    q, k, v = (images(2, 3, n, 8, dtype=torch.float64, seed=n) for n in (10, 5, 6))
+    k = v = k
+    torch.testing.assert_close(attend_plain(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_depths_count_blocks_from_the_stem_to_the_head():
+    spec = pcpvt.SPECS["pcpvt_s"]
+    depth = {n: pcpvt.depth_of(spec, n) for n in pcpvt.shapes(pcpvt.build("pcpvt_s", 10))}
+    assert depth["patch_embeds.0.proj.weight"] == 0 and depth["blocks.0.0.norm1.bias"] == 0
+    assert depth["patch_embeds.2.proj.weight"] == depth["pos_block.2.proj.0.bias"] == depth["blocks.2.0.attn.q.bias"] == 7
+    assert depth["blocks.3.2.mlp.fc1.weight"] == 15 and depth["head.bias"] == depth["norm.weight"] == 16
+    scale = pcpvt.layer_decay(spec, 0.5)
+    assert scale("head.weight") == 1 and scale("blocks.3.2.norm1.bias") == 0.5 and scale("norm.bias") == 1
