@@ -71,7 +71,7 @@ def option(command: list[str], name: str) -> str:
     return next((word.split("=", 1)[1] for word in command if word.startswith(f"--{name}=")), "")
 
 
-# Each is rank 1 of 2. srun --mpi=pmi2 adds PMI_* to Slurm's; under OpenMPI, SLURM_* is about mpirun's own task.
+# Each is rank 1 of 2. srun --mpi=pmi2 adds PMI_* to Slurm's; under OpenMPI, SLURM_* is about mpirun itself.
 OPENMPI = "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=1 SLURM_NODEID=0"
 SLURM = "SLURM_JOB_ID=4321 SLURM_NNODES=2 SLURM_NODEID=1 SLURM_JOB_NODELIST=n[003-004] PMI_SIZE=9 PMI_RANK=8"
 SCHEDULERS = {
@@ -162,6 +162,18 @@ def test_dry_run_is_repeatable_and_runs_as_printed(line: str, fake: dict[str, st
 @pytest.mark.parametrize("line", [POD2, CPU2, "cpu.sh"])
 def test_exit_status_is_kept(line: str, fake: dict[str, str]) -> None:
     assert launch(f"FAKE_EXIT=37 {line}", fake).returncode == 37
+
+
+@pytest.mark.parametrize("line", [POD2, CPU2, "cpu.sh"])
+def test_launcher_becomes_what_it_starts_so_that_signals_reach_it(
+    line: str, tmp_path: Path, fake: dict[str, str]
+) -> None:
+    executable(tmp_path / "bin/python", "#!/bin/sh\necho $$\n")
+    script, *args = shlex.split(line)
+    with subprocess.Popen(
+        [str(LAUNCH / script), *args], env=fake, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.communicate(timeout=60)[0] == f"{process.pid}\n"
 
 
 @pytest.mark.parametrize("how", ["CANN_SET_ENV", "ASCEND_HOME_PATH", "install info"])

@@ -1,11 +1,12 @@
 """One sample to network input on the host: uint8 in, uint8 out, every random number from the given generator.
 
-Training: crop, flip, RandAugment, colour jitter, random erasing, in timm's order and with timm's distributions.
+Training: crop, flip, RandAugment, colour jitter, random erasing, in timm's order and with timm's
+    distributions.
 Evaluation: resize of the short side, centre crop.
 
 Resizing is PyTorch's antialiased uint8 kernel: 5 times as fast as Pillow's, with the same filters. Both round
-between their two passes, and Pillow chooses the order of the passes by version and shape, so single pixels can
-differ.
+between their two passes, and Pillow chooses the order of the passes by version and shape, so single pixels
+can differ.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ class AugmentSpec(NamedTuple):
 
     Attributes:
         size: (height, width) of the result.
-        scale: area range of the random resized crop, as a fraction of the image; empty: resize the short side and
-            crop the centre.
+        scale: area range of the random resized crop, as a fraction of the image; empty: resize the short side
+            and crop the centre.
         ratio: range of width / height of the random resized crop.
         crop_padding: if not 0, in place of the random resized crop: pad by so many pixels and crop at random.
         padding_mode: `constant` (black) or `reflect`, for `crop_padding`.
         hflip: probability of a horizontal flip.
         interpolation: `bicubic` or `bilinear`.
         randaugment: timm's notation; empty: none.
-        color_jitter: brightness, contrast and saturation vary by factors in 1 +- this; 0: none. timm leaves it
-            out beside RandAugment; here both apply when both are set.
+        color_jitter: brightness, contrast and saturation vary by factors in 1 +- this; 0: none. timm leaves
+            it out beside RandAugment; here both apply when both are set.
         erase_prob: probability of random erasing with noise.
         fill: colour that RandAugment fills in; ImageNet's mean, as in timm.
     """
@@ -67,9 +68,9 @@ def train_sample(
         name: what to call the source in messages.
 
     Returns:
-        uint8 `[height, width, 3]`, which may share memory with an array source, and the random-erasing box, int32
-        (top, bottom, left, right), all 0 where nothing was erased. Inside the box the image holds noise codes,
-        see `erase`.
+        uint8 `[height, width, 3]`, which may share memory with an array source, and the random-erasing box,
+        int32 (top, bottom, left, right), all 0 where nothing was erased. Inside the box the image holds noise
+        codes, see `erase`.
 
     Raises:
         DecodeError: the source cannot be read.
@@ -102,7 +103,8 @@ def eval_sample(
     interpolation: str = "bicubic",
     exact: bool = False,
 ) -> np.ndarray:
-    """An evaluation image: the short side resized to `resize_to`, the centre cropped; JPEGs decoded at full scale.
+    """An evaluation image: the short side resized to `resize_to`, the centre cropped; JPEGs decoded at full
+    scale.
 
     Args:
         source, name: see `decode.Picture`.
@@ -115,7 +117,8 @@ def eval_sample(
         uint8 `[height, width, 3]`, which may share memory with an array source.
 
     Raises:
-        DecodeError: the source cannot be read, or is so elongated that its resized form would be absurdly large.
+        DecodeError: the source cannot be read, or is so elongated that its resized form would be absurdly
+            large.
     """
     shorter = min(size)
     assert resize_to >= shorter, (resize_to, size)
@@ -126,7 +129,7 @@ def eval_sample(
 def resized_centre(
     picture: Picture, size: tuple[int, int], cover: tuple[int, int], interpolation: str, exact: bool = False
 ) -> np.ndarray:
-    """The picture resized, in proportion, until it just covers `cover`; then its centre of `size` (height, width)."""
+    """The picture resized, in proportion, until it just covers `cover`; of that the centre of `size`."""
     height, width = picture.height, picture.width
     if height * cover[1] <= width * cover[0]:
         resized = cover[0], cover[0] * width // height
@@ -154,7 +157,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, exact:
 def random_crop_box(
     height: int, width: int, scale: tuple[float, ...], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """The box (top, left, height, width) of torchvision's RandomResizedCrop: ten tries, else a central crop."""
+    """(top, left, height, width) of torchvision's RandomResizedCrop: ten tries, then a central one."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
@@ -179,7 +182,7 @@ def pad_and_crop(pixels: np.ndarray, padding: int, mode: str, rng: np.random.Gen
 
 
 def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """torchvision's ColorJitter: brightness, contrast and saturation, in any order, by U(1 -+ strength) each."""
+    """torchvision's ColorJitter: brightness, contrast, saturation, in any order, by U(1 -+ strength) each."""
     image = Image.fromarray(pixels)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(3):
@@ -188,7 +191,7 @@ def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator)
 
 
 def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """The (top, bottom, left, right) of timm's RandomErasing: 2 % to a third of the area, aspect 0.3 to 1 / 0.3."""
+    """(top, bottom, left, right) of timm's RandomErasing: 2 % to a third of the area, aspect 0.3 to 1/0.3."""
     for _ in range(10):
         area = height * width * rng.uniform(0.02, 1 / 3)
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
@@ -200,10 +203,11 @@ def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, i
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random erasing with noise: N(0, 1) per pixel and channel of the *normalised* image, as timm's mode `pixel`.
+    """Random erasing with noise: N(0, 1) per pixel and channel of the *normalised* image, as timm's mode
+    `pixel`.
 
-    The image is normalised later, on the device, so the noise is written as 8-bit codes (see `functional.mixing`),
-    which `decode_images` reads back: in steps of 1/32, from -4 to 3.97.
+    The image is normalised later, on the device, so the noise is written as 8-bit codes (see
+    `functional.mixing`), which `decode_images` reads back: in steps of 1/32, from -4 to 3.97.
 
     Returns:
         a copy of the pixels with the codes, and the box, int32 (top, bottom, left, right).
@@ -217,7 +221,7 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 @functools.cache
 def _noise_codes() -> np.ndarray:
-    """65,536 equally likely noise codes: a table is 5 times as fast as normal draws that are rounded to 8 bits."""
+    """65,536 equally likely codes: a table is 5 times as fast as normal draws that are rounded to 8 bits."""
     edges = [(code - 0.5 - NOISE_ZERO) / NOISE_SCALE for code in range(1, 256)]
     below = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
     counts = np.diff(np.rint(np.array(below) * (1 << 16)).astype(np.int64))

@@ -1,13 +1,13 @@
 """Encoded images of any kind to upright 8-bit RGB, or one `DecodeError` that names the file.
 
 What "RGB" means here, where a format leaves it open:
-- alpha and palette transparency are dropped, not composited, as timm's and torchvision's `convert("RGB")` does;
+- alpha and palette transparency are dropped, not composited, as `convert("RGB")` does in timm and torchvision;
 - 16-bit grey is scaled to 8 bits (Pillow's own conversion clips nearly everything to white);
 - EXIF orientation is applied; timm and torchvision ignore it, so rotated photographs differ from theirs;
 - of an animation, the first frame.
 
-Only the header is read until pixels are asked for, so that a JPEG can be decoded at the scale its crop needs. With
-the optional package simplejpeg, full-scale JPEGs decode 1.2 times as fast, to the same pixels.
+Only the header is read until pixels are asked for, so that a JPEG can be decoded at the scale its crop needs.
+With the optional package simplejpeg, full-scale JPEGs decode 1.2 times as fast, to the same pixels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Picture:
     """An image whose size is known, and whose pixels are decoded on demand.
 
     Args:
-        source: a path, encoded bytes, an open binary file, a PIL image, or a uint8 array `[height, width, 3]`.
+        source: a path, encoded bytes, an open binary file, a PIL image, or a uint8 array `[height, width,
+            3]`.
         name: what to call it in messages; by default the path, or the file's own name.
 
     Attributes:
@@ -89,12 +90,14 @@ class Picture:
     def crop(
         self, box: tuple[int, int, int, int] | None = None, at_least: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """The pixels of a box, uint8 `[h, w, 3]`; they may share memory with the source, so do not write to them.
+        """The pixels of a box, uint8 `[h, w, 3]`; they may share memory with the source, so do not write to
+        them.
 
         Args:
             box: (top, left, height, width) in full-size upright pixels; by default the whole image.
-            at_least: (height, width) that the caller will reduce the box to. A JPEG may then come at 1/2, 1/4 or
-                1/8 scale, as long as the box keeps at least that many pixels. By default the scale is full.
+            at_least: (height, width) that the caller will reduce the box to. A JPEG may then come at 1/2, 1/4
+                or 1/8 scale, as long as the box keeps at least that many pixels. By default the scale is
+                full.
 
         Raises:
             DecodeError: the data are truncated or corrupt.
@@ -123,7 +126,8 @@ class Picture:
         image.load()
         if not upright:
             image = ImageOps.exif_transpose(image)
-        # A reduced pixel stands for factor x factor full ones: an edge of the box moves by half of one at most.
+        # A reduced pixel stands for factor x factor full ones: an edge of the box moves by half of one at
+        # most.
         left, top, right, bottom = (round(edge / factor) for edge in box)
         image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         return np.asarray(to_rgb(image))
@@ -132,8 +136,9 @@ class Picture:
 def scale_factor(box: tuple[int, int], at_least: tuple[int, int]) -> int:
     """The coarsest JPEG scale, 1/8 to 1/1, at which a box (height, width) keeps at least so many pixels.
 
-    With no pixel to spare, the picture after bicubic reduction differs from the full-scale one by 33 dB, 3.4 levels of
-    255 on average, while mean and contrast agree to 0.1 %: good for training, too coarse for an evaluation.
+    With no pixel to spare, the picture after bicubic reduction differs from the full-scale one by 33 dB, 3.4
+    levels of 255 on average, while mean and contrast agree to 0.1 %: good for training, too coarse for an
+    evaluation.
     """
     for factor in (8, 4, 2):
         if box[0] >= factor * at_least[0] and box[1] >= factor * at_least[1]:
@@ -162,7 +167,7 @@ def check_pixels(height: int, width: int, name: str) -> None:
     """Raises DecodeError for an image, or a resized image, that is absurdly large."""
     if height * width > MAX_PIXELS:
         raise DecodeError(
-            f"{name}: {width} x {height} pixels are over the limit of {MAX_PIXELS}: scale the image down or remove it"
+            f"{name}: {width} x {height} pixels are over the limit of {MAX_PIXELS}: scale it down"
         )
 
 
@@ -185,7 +190,7 @@ def _name(source: Source) -> str:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into one DecodeError (OSError, SyntaxError, ValueError, struct.error, ...)."""
+    """Turns whatever decoders raise (OSError, SyntaxError, struct.error, ...) into one DecodeError."""
     try:
         yield
     except (DecodeError, MemoryError):

@@ -1,8 +1,8 @@
 """timm's RandAugment, driven by a given generator, with its shears and translations made faster.
 
 The policy, its magnitudes and its operations are timm's (`timm.data.auto_augment`). Two things differ:
-- posterizing keeps at least one bit. timm asks for none in 0.15 % of the images under `rand-m9-mstd0.5-inc1`, which
-  paints them black, and which Pillow refuses from version 13 on;
+- posterizing keeps at least one bit. timm asks for none in 0.15 % of the images under `rand-m9-mstd0.5-inc1`,
+  which paints them black, and which Pillow refuses from version 13 on;
 - bicubic shears and translations are done along one axis, which is all they move: 4 times as fast as Pillow's
   general transform, equal to it up to rounding (at most one level, in 1 % of the pixels).
 """
@@ -108,8 +108,8 @@ def _transposed(pixels: np.ndarray) -> np.ndarray:
 def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
     """Moves each row to the left by its own, fractional number of pixels; bicubic.
 
-    Pillow's transform in one dimension: the cubic kernel with a = -1, edge pixels repeated, the result truncated, and
-    `fill` where the sampled point lies outside the row.
+    Pillow's transform in one dimension: the cubic kernel with a = -1, edge pixels repeated, the result
+    truncated, and `fill` where the sampled point lies outside the row.
 
     Args:
         pixels: uint8 `[height, width, 3]`.
@@ -131,7 +131,8 @@ def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]
     for offset, weight in ((0, -d + 2 * d**2 - d**3), (6, d + d**2 - d**3), (9, d**3 - d**2)):
         out += taps[:, offset : offset + row] * weight
     out = np.clip(out, 0, 255, out=out).astype(np.uint8)
-    # Masks cut from one row of three widths (outside, inside, outside): five times as fast as a boolean index.
+    # Masks cut from one row of three widths (outside, inside, outside): five times as fast as a boolean
+    # index.
     inside = np.zeros((3 * width, 3), np.uint8)
     inside[width : 2 * width] = 255
     outside = np.tile(np.array(fill, np.uint8), (3 * width, 1))

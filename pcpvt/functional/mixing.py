@@ -1,8 +1,9 @@
 """uint8 images to normalised floats, random erasing, mixup and cutmix: pure functions of given draws.
 
-The draws are timm's `Mixup` in distribution (mixup: Zhang et al. 2018; cutmix: Yun et al. 2019). Sample 2i mixes with
-sample 2i + 1; the order of samples is random already, so this equals timm's pairing of first with last, and it does
-not depend on how a batch is cut into even parts. Shapes never depend on data, so one compiled graph serves all draws.
+The draws are timm's `Mixup` in distribution (mixup: Zhang et al. 2018; cutmix: Yun et al. 2019). Sample 2i
+mixes with sample 2i + 1; the order of samples is random already, so this equals timm's pairing of first with
+last, and it does not depend on how a batch is cut into even parts. Shapes never depend on data, so one
+compiled graph serves all draws.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Random erasing's noise n is stored in the image as the code clip(round(NOISE_SCALE * n) + NOISE_ZERO, 0, 255).
+# Random erasing's noise n is in the image as the code clip(round(NOISE_SCALE * n) + NOISE_ZERO, 0, 255).
 NOISE_SCALE = 32
 NOISE_ZERO = 128
 
@@ -47,9 +48,10 @@ def mixing_draws(
         size: (height, width) of the images.
 
     Returns:
-        lam: float32 `[batch]`, each sample's weight of itself; its partner has 1 - lam. For cutmix 1 - the exact
-            area of the box after clipping at the borders.
-        box: int32 `[batch, 4]` (top, bottom, left, right), what cutmix takes from the partner; empty for mixup.
+        lam: float32 `[batch]`, each sample's weight of itself; its partner has 1 - lam. For cutmix 1 - the
+            exact area of the box after clipping at the borders.
+        box: int32 `[batch, 4]` (top, bottom, left, right), what cutmix takes from the partner; empty for
+            mixup.
     """
     assert batch % 2 == 0, f"mixing pairs samples: {batch} is odd"
     draws = {"batch": 1, "pair": batch // 2, "elem": batch}[spec.mode]
@@ -127,7 +129,7 @@ def mix_targets(target: Tensor, lam: Tensor | None, num_classes: int, smoothing:
 
 
 def _channels(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """Float32 `[C]`; filled on the device, because a copy from the host would stall it and break graph capture."""
+    """`[C]`, filled on the device: a copy from the host would stall it, and break graph capture."""
     if isinstance(values, Tensor):
         return values
     return torch.cat([torch.full((1,), value, device=like.device, dtype=like.dtype) for value in values])

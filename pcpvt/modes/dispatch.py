@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+
 from pcpvt.cli import Run
 from pcpvt.devices import collectives
 from pcpvt.modes import session as sessions
 from pcpvt.store import records
 
+# Each module has `run(session) -> int`, the exit code; a mode's imports are paid by that mode alone.
+MODULES = {"train": "train", "eval": "evaluate"}
+
 
 def run(request: Run) -> int:
     """Runs the mode in this process; returns the exit code."""
-    config = request.config
     workdir = records.open_workdir(request.workdir)
-    session = sessions.start(config, workdir)
+    session = sessions.start(request.config, workdir)
     try:
-        if request.mode == "train":
-            from pcpvt.modes import train
-
-            return train.run(session)
-        if request.mode == "eval":
-            from pcpvt.modes import evaluate
-
-            evaluate.run(session)
-        return 0
+        return importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)
     finally:
         collectives.leave()

@@ -96,8 +96,8 @@ def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> dict[str, Te
     return params
 
 
-def run(session: Session) -> dict:
-    """Evaluates one checkpoint, prints the figures and writes `result-eval.json`."""
+def run(session: Session) -> int:
+    """Evaluates one checkpoint, prints the figures and writes `result-eval.json`; returns the exit code."""
     began = time.perf_counter()
     config = session.config
     console = Console(session.world.is_main)
@@ -128,7 +128,7 @@ def run(session: Session) -> dict:
         records.write_json(session.workdir / "result-eval.json", result)
     console.say(report(summary))
     console.say(f"{summary['seen']} images in {duration(seconds)}; written to {session.workdir / 'result-eval.json'}")
-    return result
+    return 0
 
 
 def report(summary: dict[str, float]) -> str:
