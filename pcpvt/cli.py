@@ -84,12 +84,15 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def _imply_folder(path: str, argv: list[str]) -> str:
-    """`data.path` without a recipe for data means an image folder: the ARG then gets `folder`."""
-    given = any(re.match(r"--?config\.data\.path=.", word) for word in argv)
-    _, _, arg = path.partition(":")
-    if not given or not arg or set(arg.split(",")) & set(recipes.DATA_RECIPES):
+    """Adds `folder` to an ARG without a recipe for data where `data.path` is given, or weights from elsewhere may be.
+
+    A checkpoint of ours brings its own config, which then replaces the recipe's.
+    """
+    given = any(re.match(r"--?config\.(data\.path|checkpoint|eval\.ensemble)=.", word) for word in argv)
+    file, _, arg = path.partition(":")
+    if not given or set(arg.split(",")) & set(recipes.DATA_RECIPES):
         return path
-    return f"{path},folder"
+    return f"{file}:{arg},folder"
 
 
 def _check_field(name: str) -> None:
@@ -129,6 +132,8 @@ def read_run(values: flags.FlagValues) -> Run:
     workdir = Path(values.workdir or Path("runs") / Path(file).stem)
     if values.mode in ("eval", "predict", "export"):
         _adopt(config, given, arg, workdir)
+    elif values.mode == "train" and config.checkpoint:
+        raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     _supersede(config, given)
     if config.data.path and config.data.name == "digits" and "data.name" not in given:
         config.data.name = "folder"
@@ -137,21 +142,18 @@ def read_run(values: flags.FlagValues) -> Run:
 
 
 def _adopt(config: ConfigDict, given: dict, arg: str, workdir: Path) -> None:
-    """Takes over the trained config; a named checkpoint brings its own."""
+    """Takes over the trained config; a named checkpoint brings its own, and one from elsewhere leaves all as it is."""
+    from pcpvt.modes import chosen
     from pcpvt.store import records
 
-    if given.get("checkpoint"):
-        from pcpvt.store import checkpoint
-
-        stored, where = checkpoint.read_meta(Path(given["checkpoint"]))["config"], given["checkpoint"]
-        stored = records.nested(stored)
-    else:
-        where = str(workdir / "config.json")
-        stored = records.read_config(Path(where))
+    members = chosen.ensemble(given.get("eval.ensemble", ""))
+    stored, where = chosen.trained_config(given.get("checkpoint", ""), members, workdir)
+    if stored is None:
+        return
     device, processes = config.device, config.processes
     records.apply_config(config, stored, where)
-    config.checkpoint = ""
-    if arg:
+    config.checkpoint, config.weights, config.eval.ensemble = "", "auto", ""
+    if arg.partition(",")[0]:
         config.device, config.processes = device, processes
     config.update_from_flattened_dict(given)
 

@@ -55,9 +55,7 @@ def _refused(path: object, *, which: str = "params", words: tuple[str, ...] = ()
 def _twins(params: dict[str, torch.Tensor], **more: object) -> dict[str, object]:
     """What the Twins authors' script saves."""
     momentum = {0: {"step": 7, "exp_avg": torch.ones(4)}}
-    args = argparse.Namespace(
-        lr=5e-4, device=torch.device("cuda"), nested=argparse.Namespace(model="pcpvt_small_v0")
-    )
+    args = argparse.Namespace(lr=5e-4, device=torch.device("cuda"), nested=argparse.Namespace(model="pcpvt_small_v0"))
     saved = {"model": collections.OrderedDict(params), "optimizer": {"state": momentum}, "epoch": 299}
     return {**saved, "lr_scheduler": {"base_values": [5e-4], "_step": None}, "args": args, **more}
 
@@ -81,9 +79,7 @@ def test_odd_members_of_the_arguments_do_not_stop_reading(tmp_path, new_format):
         count=numpy.int32(3), table=numpy.arange(3.0), device=torch.device("cpu"), dtype=torch.float16,
     )  # fmt: skip
     path = tmp_path / "odd.pth"
-    torch.save(
-        _twins(_leaves(), args=odd, best=numpy.float32(81.2)), path, _use_new_zipfile_serialization=new_format
-    )
+    torch.save(_twins(_leaves(), args=odd, best=numpy.float32(81.2)), path, _use_new_zipfile_serialization=new_format)
     _assert_same(weights.read(path)[0], _leaves())
 
 
@@ -116,9 +112,7 @@ def test_safetensors_are_recognised_by_content(tmp_path, name):
     ],
 )
 def test_wrapper_prefixes_are_dropped_in_any_nesting(tmp_path, prefix):
-    torch.save(
-        {"state_dict": {prefix + name: value for name, value in _leaves().items()}}, tmp_path / "a.pth"
-    )
+    torch.save({"state_dict": {prefix + name: value for name, value in _leaves().items()}}, tmp_path / "a.pth")
     _assert_same(weights.read(tmp_path / "a.pth")[0], _leaves())
 
 
@@ -161,9 +155,7 @@ def test_wrappers_in_wrappers_are_opened(tmp_path):
 
 def test_absent_ema_is_an_error_that_lists_what_is_there(tmp_path):
     torch.save(_twins(_leaves(), model_ema=None), tmp_path / "a.pth")
-    _refused(
-        tmp_path / "a.pth", which="ema", words=("args, epoch, lr_scheduler, model, model_ema, optimizer",)
-    )
+    _refused(tmp_path / "a.pth", which="ema", words=("args, epoch, lr_scheduler, model, model_ema, optimizer",))
     torch.save(_leaves(), tmp_path / "b.pth")
     _refused(tmp_path / "b.pth", which="ema", words=("only params",))
     safetensors.torch.save_file(_leaves(), tmp_path / "c.safetensors")
@@ -283,9 +275,7 @@ def test_pickle_under_a_safetensors_name_is_refused(tmp_path):
 
 def test_names_that_others_allowed_stay_refused_here_and_allowed_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    torch.save(
-        _twins(_leaves(), extra=Payload(eval, f"open({str(tmp_path / 'mark')!r}, 'w')")), tmp_path / "a.pth"
-    )
+    torch.save(_twins(_leaves(), extra=Payload(eval, f"open({str(tmp_path / 'mark')!r}, 'w')")), tmp_path / "a.pth")
     before = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([(eval, "builtins.eval"), argparse.Namespace]):
         inside = set(torch.serialization.get_safe_globals())
@@ -366,9 +356,7 @@ def test_flipped_bytes_never_crash_and_in_a_zip_never_load_wrong(tmp_path, new_f
     torch.save(_twins(_leaves()), path, _use_new_zipfile_serialization=new_format)
     data, draws = path.read_bytes(), numpy.random.default_rng(0)
     for place in draws.integers(len(data), size=150):
-        path.write_bytes(
-            data[:place] + bytes([data[place] ^ int(draws.integers(1, 256))]) + data[place + 1 :]
-        )
+        path.write_bytes(data[:place] + bytes([data[place] ^ int(draws.integers(1, 256))]) + data[place + 1 :])
         try:
             found, _ = weights.read(path)
         except UserError as error:
@@ -578,17 +566,16 @@ def test_file_without_a_head_gets_a_fresh_one_only_when_it_may():
 
 
 def test_head_of_another_width_is_a_misfit_not_a_new_head():
-    assert "head.weight is (3, 5), not (3, 4)" in _misfit(
-        {**_leaves(), "head.weight": torch.ones(3, 5)}, _leaves()
-    )
+    assert "head.weight is (3, 5), not (3, 4)" in _misfit({**_leaves(), "head.weight": torch.ones(3, 5)}, _leaves())
     half = {name: value for name, value in _leaves().items() if name != "head.weight"}
     assert "missing head.weight" in _misfit(half, _leaves())
 
 
-def test_other_precisions_become_float32_with_a_note():
-    found, notes = _fit({name: value.double() for name, value in _leaves().items()}, _leaves())
-    _assert_same(found, _leaves())
-    assert notes[1:] == ["weights: converted from float64 to float32"]
+def test_16_bit_weights_become_float32_with_a_note_and_float64_stays():
+    double = {name: value.double() for name, value in _leaves().items()}
+    found, notes = _fit(double, _leaves())
+    _assert_same(found, double)
+    assert all(value.dtype == torch.float64 for value in found.values()) and notes[1:] == []
     found, notes = _fit({**_leaves(), "norm.weight": torch.ones(4, dtype=torch.bfloat16)}, _leaves(), "exact")
     assert found["norm.weight"].dtype == torch.float32 and "bfloat16" in notes[0]
 
@@ -612,11 +599,12 @@ def _sized(depths: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("depths", "name"), [((3, 4, 6, 3), "pcpvt_s"), ((3, 4, 18, 3), "pcpvt_b"), ((3, 8, 27, 3), "pcpvt_l")]
+    ("depths", "name"),
+    [((3, 4, 6, 3), "pcpvt_s"), ((3, 4, 18, 3), "pcpvt_b"), ((3, 8, 27, 3), "pcpvt_l"), ((2, 1, 1, 1), "pcpvt_nano")],
 )
-def test_another_size_of_the_family_is_named_with_its_config(depths, name):
+def test_another_size_of_the_family_is_named_with_the_field_to_set(depths, name):
     message = _misfit(_sized(depths), _sized((1, 1, 1, 1)))
-    assert message.endswith(f"looks like {name}: use --config=configs/{name}.py")
+    assert message.endswith(f"looks like {name}: use --config.model.name={name}")
 
 
 def test_other_depths_are_told_and_equal_depths_are_not_guessed_at():

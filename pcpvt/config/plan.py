@@ -73,6 +73,7 @@ def check(config: ConfigDict) -> None:
     check_choice("schedule", config.schedule, ["cosine", "reference", "constant"])
     check_choice("mix_mode", config.mix_mode, ["batch", "pair", "elem"])
     check_choice("data.on_error", config.data.on_error, ["error", "skip"])
+    check_choice("weights", config.weights, ["auto", "params", "ema"])
     check_choice("bench.against", config.bench.against, ["", "timm"])
     for field in ("batch_size", "processes", "image_size", "image_width", "num_classes", "augment.repeats", "keep"):
         _within(config, field, 1)
@@ -125,7 +126,7 @@ def check(config: ConfigDict) -> None:
     height, width = config.image_size, config.image_width or config.image_size
     if config.model.pad == "error" and (height % STRIDE or width % STRIDE):
         raise UserError(
-            f"config.image_size: {height}x{width} is not divisible by {STRIDE}: use one that is, or config.model.pad=pad"
+            f"config.image_size: {height}x{width} is not divisible by {STRIDE}: use one that is or config.model.pad=pad"
         )
     if config.compile == "npugraphs" and config.device != "npu":
         raise UserError(f"config.compile: 'npugraphs' needs an NPU and config.device is {config.device!r}: use auto")

@@ -34,7 +34,7 @@ def port(c: ConfigDict, devices: int) -> None:
 
 
 def paper(c: ConfigDict, devices: int) -> None:
-    """The authors' 300 epochs with their schedule: global batch 1024 on any number of devices, lr 5e-4 x batch / 512."""
+    """The authors' 300 epochs with their schedule: global batch 1024 on any number of devices, lr 5e-4 x batch/512."""
     c.data.name = "folder"
     c.batch_size, c.base_lr, c.epochs, c.schedule = 1024, 5e-4, 300.0, "reference"
 
@@ -80,16 +80,19 @@ def from_arg(arg: str | None, model: str, drop_path: float) -> ConfigDict:
     On `cpu` the data are the embedded digits unless a recipe says otherwise; elsewhere an image folder and the Ascend
     port's recipe.
     """
-    if not arg:
+    wanted, comma, rest = (arg or "").partition(",")
+    if not wanted:
         from pcpvt.devices import detect
 
-        arg = detect()
-    device, count, options = parse_arg(arg)
+        wanted = detect()
+    device, count, options = parse_arg(wanted + comma + rest)
     config = base()
     config.model.name, config.model.drop_path = model, drop_path
     config.device, config.processes = device, count
     if not set(options) & set(DATA_RECIPES):
         options = ["digits" if device == "cpu" else "folder", *options]
-    for option in options:
+    for option in sorted(
+        options, key=lambda option: option not in DATA_RECIPES
+    ):  # the data's recipe is refined by others
         RECIPES[option](config, count)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,18 +12,18 @@ from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.devices import collectives
 from pcpvt.devices.compilation import compiled
-from pcpvt.errors import UserError
 from pcpvt.functional import metrics
 from pcpvt.functional.objective import make_predict
 from pcpvt.models import pcpvt
+from pcpvt.modes import chosen
 from pcpvt.modes import session as sessions
 from pcpvt.modes.console import Console, duration
 from pcpvt.modes.session import Session
-from pcpvt.store import checkpoint, records
+from pcpvt.store import records
 
 
 class Evaluator:
-    """Called with parameters, evaluates them on one split; loader processes and compiled code are kept between calls."""
+    """Called with parameters, evaluates them on one split; loader processes and compiled code live as long as this."""
 
     def __init__(self, session: Session, model: pcpvt.PCPVT, source: sources.Source, local_batch: int):
         config, world = session.config, session.world
@@ -62,73 +62,46 @@ class Evaluator:
         return {**summary, "unreadable": unreadable} if unreadable else summary
 
 
-def select(session: Session) -> checkpoint.Checkpoint:
-    """The checkpoint to evaluate: `config.checkpoint`, else the best of the workdir that is whole.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    if session.config.checkpoint:
-        return checkpoint.read(Path(session.config.checkpoint))
-    for path in [*checkpoint.by_score(session.checkpoints), *reversed(checkpoint.steps(session.checkpoints).values())]:
-        try:
-            return checkpoint.read(path)
-        except checkpoint.CheckpointError as error:
-            Console().warn(f"{error}; trying the next best")
-    raise checkpoint.CheckpointError(
-        f"{session.checkpoints}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE"
-    )
-
-
-def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> dict[str, Tensor]:
-    """The weights that training evaluated (the average where there is one), checked against the model.
-
-    Raises:
-        CheckpointError: when the checkpoint is of another model.
-    """
-    prefix = "ema/" if any(name.startswith("ema/") for name in loaded.tensors) else "params/"
-    params = {n.removeprefix(prefix): v for n, v in loaded.tensors.items() if n.startswith(prefix)}
-    if {n: v.shape for n, v in params.items()} != pcpvt.shapes(model):
-        raise checkpoint.CheckpointError(
-            f"{loaded.path}: holds {loaded.meta['model']} with {len(loaded.meta['classes'])} classes, and the config asks "
-            "for another model or class count: use the config of that run"
-        )
-    return params
-
-
 def run(session: Session) -> int:
-    """Evaluates one checkpoint, prints the figures and writes `result-eval.json`; returns the exit code."""
+    """Evaluates one checkpoint or an ensemble, and writes `result-eval.json`; returns the exit code."""
     began = time.perf_counter()
     config = session.config
     console = Console(session.world.is_main)
-    loaded = select(session)
+    picked = chosen.choose(config, session.workdir)
     source = sessions.open_data(session, "val")
-    if list(source.classes) != list(loaded.meta["classes"]):
-        raise UserError(
-            f"{loaded.path}: was trained on {len(loaded.meta['classes'])} classes and the data have "
-            f"{len(source.classes)} or others: give the data it was trained on"
-        )
-    model = sessions.build_model(config, loaded.tensors["params/head.bias"].shape[0])
-    evaluator = Evaluator(session, model, source, eval_batch(config))
-    params = params_of(loaded, model)
-    console.say(f"evaluating {loaded.path} on {len(source)} images of {config.data.path or config.data.name}")
-    summary = evaluator(params)
-    seconds = time.perf_counter() - began
+    chosen.check_classes(picked, source.classes, config.num_classes)
+    for note in picked.notes:
+        console.say(f"note: {note}")
+    evaluator = Evaluator(session, picked.model, source, eval_batch(config))
+    data = config.data.path or config.data.name
+    console.say(f"evaluating {picked.path} ({picked.which}) on {len(source)} images of {data}")
+    summary = evaluator(picked.params)
+    console.say(report(summary))
+    result = {"epochs": epochs(picked), "checkpoint": picked.path, "weights": picked.which}
+    write_result(session, picked.model, {**summary, **result}, time.perf_counter() - began)
+    return 0
+
+
+def epochs(picked: chosen.Chosen) -> float | None:
+    """How long the weights were trained, where the file says so."""
+    meta = picked.meta
+    return meta["step"] * meta["config"]["batch_size"] / max(meta["examples"], 1) if meta else None
+
+
+def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:
+    """`result-eval.json`, by the main process."""
+    path = session.workdir / "result-eval.json"
     result = {
         "mode": "eval",
-        **summary,
-        "images": summary["seen"],
-        "images_per_sec": round(summary["seen"] / seconds, 2),
-        "epochs": loaded.meta["step"] * config.batch_size / max(loaded.meta["examples"], 1),
+        **figures,
+        "images": figures["seen"],
+        "images_per_sec": round(figures["seen"] / seconds, 2),
         "seconds": round(seconds, 2),
         "n_parameters": pcpvt.n_parameters(model),
-        "checkpoint": str(loaded.path),
     }
     if session.world.is_main:
-        records.write_json(session.workdir / "result-eval.json", result)
-    console.say(report(summary))
-    console.say(f"{summary['seen']} images in {duration(seconds)}; written to {session.workdir / 'result-eval.json'}")
-    return 0
+        records.write_json(path, result)
+    Console(session.world.is_main).say(f"{figures['seen']} images in {duration(seconds)}; written to {path}")
 
 
 def report(summary: dict[str, float]) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pcpvt.errors import UserError
+from pcpvt.models.pcpvt import SPECS
 from pcpvt.store.unpickle import one_line
 
-_FAMILY = {(3, 4, 6, 3): "pcpvt_s", (3, 4, 18, 3): "pcpvt_b", (3, 8, 27, 3): "pcpvt_l"}  # blocks per stage
+FAMILY = {spec.depths: name for name, spec in SPECS.items()}  # blocks per stage: model
 _HEAD = ("head.weight", "head.bias")
 _LISTED = 10
 
@@ -25,25 +26,23 @@ def fit(
     head: str = "replace",
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return `found` as float32 in the order of `expected`, and notes for the log; `path` is for errors.
+    """Return `found` in the order of `expected`, and notes for the log; `path` is for errors.
+
+    16-bit leaves are widened to float32, which is exact; float64 stays.
 
     head="replace" leaves the head out when its class count differs or the file has none, so that the caller
     keeps a fresh one; head="exact" wants every leaf. Raises one UserError that lists at most ten missing,
     unexpected and misshapen leaves and says what to do.
     """
     assert head in ("replace", "exact"), head
-    shapes = {
-        name: tuple(value.shape if isinstance(value, Tensor) else value) for name, value in expected.items()
-    }
+    shapes = {name: tuple(value.shape if isinstance(value, Tensor) else value) for name, value in expected.items()}
     notes, skipped = [], frozenset[str]()
     if head == "replace":
         note, replaced = _compare_heads(found, shapes)
         notes.append(note)
         skipped = frozenset(_HEAD) if replaced else skipped
     missing = [f"missing {name}" for name in shapes if name not in found and name not in skipped]
-    unexpected = [
-        f"unexpected {one_line(name)}" for name in found if name not in shapes and name not in skipped
-    ]
+    unexpected = [f"unexpected {one_line(name)}" for name in found if name not in shapes and name not in skipped]
     unfit = [
         f"{name} is {_described(found[name])}, not {shape}"
         for name, shape in shapes.items()
@@ -56,14 +55,14 @@ def fit(
         turns = [fault for turn in itertools.zip_longest(*faults) for fault in turn if fault]
         more = f"; ... and {len(turns) - _LISTED} more" if len(turns) > _LISTED else ""
         raise UserError(
-            f"{path}: does not fit the model: {'; '.join(turns[:_LISTED])}{more}: "
-            f"{_remedy(found, shapes, head)}"
+            f"{path}: does not fit the model: {'; '.join(turns[:_LISTED])}{more}: {_remedy(found, shapes, head)}"
         )
     kept = {name: found[name] for name in shapes if name not in skipped}
-    others = sorted({_dtype(value) for value in kept.values() if value.dtype != torch.float32})
+    wide = (torch.float32, torch.float64)
+    others = sorted({_dtype(value) for value in kept.values() if value.dtype not in wide})
     if others:
         notes.append(f"weights: converted from {', '.join(others)} to float32")
-    return {name: value.to(torch.float32) for name, value in kept.items()}, notes
+    return {n: value if value.dtype in wide else value.float() for n, value in kept.items()}, notes
 
 
 def _compare_heads(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, bool]:
@@ -86,7 +85,7 @@ def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def _depths(names: Iterable[str]) -> tuple[int, ...]:
+def depths(names: Iterable[str]) -> tuple[int, ...]:
     """Blocks per stage, from names `blocks.{stage}.{block}.`"""
     blocks = {match.groups() for name in names if (match := re.match(r"blocks\.(\d)\.(\d{1,3})\.", name))}
     stages = [stage for stage, _ in blocks]
@@ -94,9 +93,9 @@ def _depths(names: Iterable[str]) -> tuple[int, ...]:
 
 
 def _remedy(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
-    theirs, ours = _depths(found), _depths(shapes)
-    if theirs != ours and theirs in _FAMILY:
-        return f"looks like {_FAMILY[theirs]}: use --config=configs/{_FAMILY[theirs]}.py"
+    theirs, ours = depths(found), depths(shapes)
+    if theirs != ours and theirs in FAMILY:
+        return f"looks like {FAMILY[theirs]}: use --config.model.name={FAMILY[theirs]}"
     if theirs and theirs != ours:
         return f"the file has {theirs} blocks per stage, the model {ours}: use the config it was trained with"
     weight, ours_weight = found.get("head.weight"), shapes.get("head.weight", ())

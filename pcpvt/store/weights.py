@@ -8,6 +8,7 @@ what to do.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -23,32 +24,48 @@ from pcpvt.store import checkpoint, unpickle
 from pcpvt.store.fit import fit
 from pcpvt.store.unpickle import one_line
 
-__all__ = ["fit", "read", "write_timm"]
+__all__ = ["WHICH", "fit", "from_checkpoint", "is_ours", "read", "write_timm"]
 
+WHICH = ("auto", "params", "ema")
 # Where training scripts put a state dict: the Twins authors and DeiT `model`, `model_ema`; timm `state_dict`,
 # `state_dict_ema`; `module` is one more wrapping by DDP.
 _RAW = ("model", "state_dict", "module")
 _EMA = ("model_ema", "state_dict_ema", "ema")
 # Left in the names by DDP, torch.compile and wrapper modules; no layer of the model is called so.
 _PREFIXES = frozenset({"module", "_orig_mod", "model"})
+DESCRIPTION = (
+    "description"  # key of the JSON about an exported model (classes, size, normalisation) in a file's metadata
+)
 _NESTING = 8  # deeper nesting than any real file; a pickled dict may even contain itself
 _LISTED = 10
 
 
-def read(
-    path_or_name: str | os.PathLike[str], *, which: str = "params"
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights of a local file or of `timm:NAME`; `which` is "params" or "ema".
+def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the weights of a local file or of `timm:NAME`.
 
-    Returns the params (own copies, on the CPU, in the file's dtype) and what was found: `source` ("pcpvt",
-    "safetensors", "torch", "timm"), `entry` (the place inside the file), `epoch` and `step` (int or None),
-    `classes` (list of names or None), `notes` (lines for the log). Raises UserError, naming the file and the
-    remedy.
+    Args:
+        which: "params" or "ema"; "auto" takes from our own checkpoints what training evaluated (the average where there
+            is one) and from all others the params.
+
+    Returns:
+        The params (own copies, on the CPU, in the file's dtype) and what was found: `source` ("pcpvt", "safetensors",
+        "torch", "timm"), `which` ("params" or "ema"), `entry` (the place inside the file), `epoch` and `step` (int or
+        None), `classes` (list of names or None), `notes` (lines for the log), `meta` (the JSON of our own checkpoints).
+
+    Raises:
+        UserError: naming the file and the remedy.
     """
-    if which not in ("params", "ema"):
-        raise UserError(f"weights to read: {which!r}: must be 'params' or 'ema'")
+    if which not in WHICH:
+        raise UserError(f"config.weights: {which!r} is not known: choose from {', '.join(WHICH)}")
     if str(path_or_name).startswith("timm:"):
         return _from_timm(str(path_or_name), which)
+    if is_ours(path_or_name):
+        path = pathlib.Path(path_or_name).expanduser()
+        try:
+            return from_checkpoint(checkpoint.read(path), which)
+        except RecursionError:  # JSON of a hostile depth
+            raise UserError(f"{path}: damaged (its metadata cannot be read): use another checkpoint") from None
+    which = "params" if which == "auto" else which
     path = pathlib.Path(path_or_name).expanduser()
     try:
         if path.is_dir():
@@ -73,15 +90,24 @@ def read(
         ) from None
 
 
-def _info(source: str, entry: str, found: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it is a checkpoint of this program; a damaged or missing one does not."""
+    try:
+        with safetensors.safe_open(pathlib.Path(path).expanduser(), framework="pt") as file:
+            return checkpoint.KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, RecursionError):  # the last from JSON of a hostile depth
+        return False
+
+
+def _info(source: str, which: str, entry: str, found: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     def integer(name: str) -> int | None:
         return found[name] if type(found.get(name)) is int else None
 
     classes = found.get("classes")
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     return {
-        "source": source, "entry": entry, "epoch": integer("epoch"), "step": integer("step"),
-        "classes": classes if named else None, "notes": notes,
+        "source": source, "which": which, "entry": entry, "epoch": integer("epoch"), "step": integer("step"),
+        "classes": classes if named else None, "notes": notes, "meta": dict(found) if source == "pcpvt" else {},
     }  # fmt: skip
 
 
@@ -94,7 +120,7 @@ def _from_timm(name: str, which: str) -> tuple[dict[str, Tensor], dict[str, Any]
     import timm
 
     if which == "ema":
-        raise UserError(f"{name}: holds no EMA weights, only params: ask for params")
+        raise UserError(f"{name}: holds no EMA weights, only params: use config.weights=params")
     model_name = name.removeprefix("timm:")
     # is_model also keeps timm's own schemes (local-dir:, hf-hub:) out: those may name any file or model.
     if not timm.is_model(model_name):
@@ -107,34 +133,41 @@ def _from_timm(name: str, which: str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"{name}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
             "network, or download the file elsewhere and give its path"
         ) from None
-    return _clean(model.state_dict(), name), _info("timm", model_name, {}, [])
+    return _clean(model.state_dict(), name), _info("timm", "params", model_name, {}, [])
 
 
 def _from_safetensors(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            if checkpoint.KEY in (file.metadata() or {}):
-                return _from_checkpoint(path, which)
             if which == "ema":
                 raise _absent(path, which, ["params"])
             state = {name: file.get_tensor(name) for name in list(file.keys())}
-            return _clean(state, path), _info("safetensors", "", {}, [])
+            return _clean(state, path), _info("safetensors", which, "", _described(file.metadata()), [])
     except (safetensors.SafetensorError, RecursionError) as error:  # the second from JSON of a hostile depth
-        raise UserError(
-            f"{path}: a damaged or incomplete safetensors file ({one_line(error)}): get it again"
-        ) from None
+        raise UserError(f"{path}: a damaged or incomplete safetensors file ({one_line(error)}): get it again") from None
 
 
-def _from_checkpoint(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One of our own checkpoints, its digest verified; everything but params or ema is left behind."""
-    _, meta, tensors = checkpoint.read(path)
+def _described(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What `write_timm` was told to put beside the tensors; nothing when it is not such JSON."""
+    try:
+        found = json.loads((metadata or {}).get(DESCRIPTION, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read` for a checkpoint of our own that is open already; the optimizer's moments are left behind."""
+    path, meta, tensors = loaded
     groups = {name.split("/")[0] for name in tensors}
+    if which == "auto":
+        which = "ema" if "ema" in groups else "params"
     if which not in groups:
         raise _absent(path, which, groups)
     prefix = f"{which}/"
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     notes = [_ema_note(path, "ema")] if which == "params" and "ema" in groups else []
-    return _clean(state, path), _info("pcpvt", which, meta, notes)
+    return _clean(state, path), _info("pcpvt", which, which, meta, notes)
 
 
 def _from_torch(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -146,7 +179,7 @@ def _from_torch(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict
         if ema and not at_ema and which == "params":
             ema_beside = ema
             if not raw:
-                raise UserError(f"{path}: holds EMA weights only ({ema}), no params: ask for the EMA weights")
+                raise UserError(f"{path}: holds EMA weights only ({ema}), no params: use config.weights=ema")
         step = ema if ema and not at_ema and which == "ema" else raw
         if not step:
             break
@@ -156,7 +189,7 @@ def _from_torch(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict
     if which == "ema" and not at_ema:
         raise _absent(path, which, ["params"] if tree is top else [str(name) for name in top])
     notes = [_ema_note(path, ema_beside)] if ema_beside else []
-    return _clean(tree, path), _info("torch", ".".join(entry), top, notes)
+    return _clean(tree, path), _info("torch", which, ".".join(entry), top, notes)
 
 
 def _absent(path: object, which: str, holds: Iterable[str]) -> UserError:
@@ -164,8 +197,8 @@ def _absent(path: object, which: str, holds: Iterable[str]) -> UserError:
     listed = [one_line(name) for name in sorted(holds)]
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     return UserError(
-        f"{path}: holds no {what}, only {', '.join(listed[:_LISTED]) or 'nothing'}{more}: ask for what is "
-        "there, or give another file"
+        f"{path}: holds no {what}, only {', '.join(listed[:_LISTED]) or 'nothing'}{more}: "
+        f"use config.weights={'params' if which == 'ema' else 'ema'}, or give another file"
     )
 
 
@@ -190,14 +223,10 @@ def _clean(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) else "has no name that is text"
         if fault:
-            raise UserError(
-                f"{path}: entry {one_line(key)} {fault}: save model.state_dict() alone, or under 'model'"
-            )
+            raise UserError(f"{path}: entry {one_line(key)} {fault}: save model.state_dict() alone, or under 'model'")
         name = ".".join(part for part in key.split(".") if part not in _PREFIXES)
         if name in params:
-            raise UserError(
-                f"{path}: {one_line(name)} is there twice, under different prefixes: keep one of the two"
-            )
+            raise UserError(f"{path}: {one_line(name)} is there twice, under different prefixes: keep one of the two")
         # Not value.clone(): an unpickled tensor may carry attributes that hide its methods.
         params[name] = torch.clone(torch.Tensor.detach(value), memory_format=torch.contiguous_format)
     return params
@@ -228,14 +257,11 @@ def write_timm(
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: timm reads safetensors by their name only: let it end in .safetensors")
     tensors = {
-        name: torch.clone(value.detach().cpu(), memory_format=torch.contiguous_format)
-        for name, value in params.items()
+        name: torch.clone(value.detach().cpu(), memory_format=torch.contiguous_format) for name, value in params.items()
     }
     described = {"format": "pt", **(metadata or {})}
     try:
-        checkpoint.write_atomically(
-            path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described)
-        )
+        checkpoint.write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described))
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise UserError(
