@@ -46,11 +46,18 @@ def perf(c: ConfigDict, devices: int) -> None:
 
 
 def finetune(c: ConfigDict, devices: int) -> None:
-    """Ten epochs from given weights: lower lr with layer-wise decay, weaker augmentation, no mixing."""
-    c.epochs, c.warmup_epochs, c.base_lr, c.min_lr, c.layer_decay = 10.0, 1.0, 2.5e-4, 1e-6, 0.8
-    c.mixup = c.cutmix = 0.0
+    """Ten epochs from given weights: half the lr, decaying towards the input, weaker augmentation, no mixing.
+
+    The first block learns at about 5 % of the head's rate in every size: 0.83 ** 16 for S, 0.9 ** 28, 0.93 ** 41. With
+    `config.frozen='^(patch_embeds|pos_block|blocks)\\.[01]\\.'` the first two stages stay as they are.
+    """
+    c.epochs, c.warmup_epochs, c.lr, c.base_lr, c.min_lr = 10.0, 1.0, None, 5e-4, 1e-6
+    c.layer_decay = {"pcpvt_b": 0.9, "pcpvt_l": 0.93}.get(c.model.name, 0.83)
     c.model.drop_path = 0.1
-    c.augment.update(scale=(0.35, 1.0), randaugment="rand-m5-mstd0.5-inc1", erase=0.0)
+    c.mixup = c.cutmix = 0.0
+    c.augment.update(scale=(0.35, 1.0), erase=0.0)
+    if c.augment.randaugment:
+        c.augment.randaugment = "rand-m5-mstd0.5-inc1"
 
 
 RECIPES = {"digits": digits, "folder": port, "paper": paper, "finetune": finetune, "perf": perf}
@@ -91,8 +98,7 @@ def from_arg(arg: str | None, model: str, drop_path: float) -> ConfigDict:
     config.device, config.processes = device, count
     if not set(options) & set(DATA_RECIPES):
         options = ["digits" if device == "cpu" else "folder", *options]
-    for option in sorted(
-        options, key=lambda option: option not in DATA_RECIPES
-    ):  # the data's recipe is refined by others
+    options.sort(key=lambda option: option not in DATA_RECIPES)  # the others refine the data's recipe
+    for option in options:
         RECIPES[option](config, count)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from pcpvt.functional import mixing, optim, precision, state, step
 from pcpvt.functional.objective import make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
+from pcpvt.modes import chosen
 from pcpvt.modes.session import Session
 from pcpvt.store import weights
 
@@ -102,15 +103,45 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
     )
 
 
-def first_params(session: Session, model: pcpvt.PCPVT) -> tuple[pcpvt.Params, list[str]]:
-    """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`."""
+def first_params(
+    session: Session, model: pcpvt.PCPVT, classes: Sequence[str] | None = None
+) -> tuple[pcpvt.Params, list[str]]:
+    """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`.
+
+    Args:
+        classes: of the data, to tell when a head is kept for other classes.
+    """
     config = session.config
     params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
-    if not config.finetune:
-        return params, []
-    found, info = weights.read(config.finetune)
-    fitted, notes = weights.fit(found, pcpvt.shapes(model), head="replace", path=config.finetune)
-    return {**params, **{n: v.to(session.policy.params) for n, v in fitted.items()}}, [*info["notes"], *notes]
+    notes = []
+    if config.finetune:
+        path, found, info = chosen.read(config.finetune, config.weights)
+        fitted, said = weights.fit(found, pcpvt.shapes(model), head="replace", path=path)
+        params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
+        notes = [f"fine-tuning from {path} ({info['which']})", *info["notes"], *said]
+        theirs = info["classes"]
+        if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
+            notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
+    if config.frozen:
+        names = list(params)
+        frozen = sorted(set(names) - set(trainable(session, names)))
+        share = sum(params[n].numel() for n in frozen) / sum(v.numel() for v in params.values())
+        listed = stems(frozen, names)
+        more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
+        notes.append(f"frozen: {len(frozen)} of {len(names)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}")
+    return params, notes
+
+
+def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:
+    """Names in short: a stem such as `blocks.0` stands for all names below it when all of them are picked."""
+    inside = set(picked)
+    if inside.issuperset(names):
+        return [stem]
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part = name.removeprefix(stem).lstrip(".").partition(".")[0]
+        parts.setdefault(f"{stem}.{part}".lstrip("."), []).append(name)
+    return [s for part, below in parts.items() if inside.intersection(below) for s in stems(picked, below, part)]
 
 
 def first_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+from torch import Tensor
 
 from pcpvt.errors import UserError
 from pcpvt.models import pcpvt
@@ -49,11 +50,7 @@ def load(
     Raises:
         UserError: one line, when the file is missing, damaged, or of another model.
     """
-    if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
-        loaded = best(Path(path) / "checkpoints")
-        path, (found, info) = loaded.path, weights.from_checkpoint(loaded, which)
-    else:
-        found, info = weights.read(path, which=which)
+    path, found, info = read(path, which)
     name = model or FAMILY.get(depths(found), "")
     if not name:
         raise UserError(f"{path}: the model cannot be told from {depths(found)} blocks per stage: name it")
@@ -61,7 +58,15 @@ def load(
     outputs = num_classes or (head.shape[0] if head is not None and head.ndim == 2 else 1000)
     built = pcpvt.build(name, outputs, pad)
     params, notes = weights.fit(found, pcpvt.shapes(built), head="exact", path=path)
-    return Chosen(str(path), info["which"], built, params, info["classes"], info["meta"], [*info["notes"], *notes])
+    return Chosen(path, info["which"], built, params, info["classes"], info["meta"], [*info["notes"], *notes])
+
+
+def read(path: str | Path, which: str = "auto") -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The file that `path` means, and `store.weights.read` of it."""
+    if (Path(path) / "checkpoints").is_dir():
+        loaded = best(Path(path) / "checkpoints")
+        return str(loaded.path), *weights.from_checkpoint(loaded, which)
+    return str(path), *weights.read(path, which=which)
 
 
 def choose(config: ConfigDict, workdir: Path) -> Chosen:

@@ -15,8 +15,9 @@ from pcpvt.store import checkpoint
 # Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
 # A longer or shorter run changes the learning rates still to come, which is what asking for it means.
 HARMLESS = (
-    "device", "processes", "compile", "precision", "accumulate", "checkpoint", "finetune", "weights", "epochs", "steps", "examples",
-    "eval_every", "save_every", "log_every", "keep", "max_skipped", "data.path", "data.workers", "data.on_error",
+    "device", "processes", "compile", "precision", "accumulate", "checkpoint", "finetune", "weights", "epochs", "steps",
+    "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "data.path", "data.workers",
+    "data.on_error",
 )  # fmt: skip
 HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.")
 

@@ -48,7 +48,8 @@ class Run:
 
         # State: new, fine-tuned, or resumed.
         loaded = resume.newest(session, self.console)
-        params, notes = build.first_params(session, self.model) if loaded is None else (None, [])
+        classes = self.train_source.classes
+        params, notes = build.first_params(session, self.model, classes) if loaded is None else (None, [])
         if loaded is not None:
             notes = resume.check_compatible(session, loaded.meta, list(self.train_source.classes))
             params = {n.removeprefix("params/"): v for n, v in loaded.tensors.items() if n.startswith("params/")}
