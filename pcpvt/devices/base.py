@@ -1,14 +1,15 @@
-"""The small interface behind which devices differ. `pcpvt.devices.get(name)` returns one of its three implementations."""
+"""The small interface behind which devices differ; `pcpvt.devices.get(name)` gives one of three implementations."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from pcpvt.functional.precision import Overflow
 from pcpvt.models.layers import Attend, attend_plain
 
 Batch = dict[str, Tensor]
@@ -20,7 +21,11 @@ class Device:
     name = ""
     backend = "gloo"  # torch.distributed backend, host tensors included
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
+    pins = False  # whether host batches go through page-locked memory, for copies that overlap
     default_compile = "none"
+    kernel_skips = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
+    environment: Mapping[str, str] = {}  # what a launcher sets for its processes, unless it is set already
+    vmaps = True  # whether torch.func.vmap works here
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
@@ -42,6 +47,10 @@ class Device:
 
     def check_precision(self, compute: torch.dtype) -> None:
         """Raises UserError when the device computes wrongly, or not at all, in this dtype."""
+
+    def overflow(self, compute: torch.dtype) -> Overflow | None:
+        """The record of overflow that decides instead of inf and nan, where this dtype saturates."""
+        return None
 
     def attend(self, dtype: torch.dtype) -> Attend:
         """The attention kernel for this dtype."""

@@ -12,13 +12,29 @@ from torch import Tensor
 
 from pcpvt.devices.base import Batch, Device, prefetch_through_stream
 from pcpvt.errors import UserError
+from pcpvt.functional.precision import Overflow
 from pcpvt.models.layers import Attend
+
+
+def attend_primitive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`models.layers.attend_plain` from operators that torch.func can differentiate on NPUs: `softmax` is none of them."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return torch.ops.aten._softmax(scores, -1, False) @ v
 
 
 class Npu(Device):
     name = "npu"
     backend = "cpu:gloo,npu:hccl"
     worker_start = "spawn"  # CANN does not survive a fork
+    vmaps = False
+    pins = True
+    kernel_skips = False  # torch_npu's _fused_adamw_ takes grad_scale and found_inf and never looks at them
+    environment = {  # noqa: RUF012 - never changed
+        "TASK_QUEUE_ENABLE": "2",
+        "CPU_AFFINITY_CONF": "1",
+        "HCCL_CONNECT_TIMEOUT": "1800",
+        "HCCL_WHITELIST_DISABLE": "1",
+    }
 
     def __init__(self) -> None:
         """The torch.device exists only once torch_npu has renamed the backend, so `bind` makes it."""
@@ -44,26 +60,30 @@ class Npu(Device):
     def describe(self) -> str:
         return torch.npu.get_device_name(self.torch)
 
-    def _saturates(self) -> bool:
-        # On the 910A overflow saturates (inf becomes 65504, nan becomes 0): a test for finiteness never fires.
-        return not torch.npu.is_bf16_supported()
-
     def precision(self) -> str:
-        return "float32" if self._saturates() else "bfloat16"
+        return "bfloat16" if torch.npu.is_bf16_supported() else "float16"
 
     def check_precision(self, compute: torch.dtype) -> None:
         if compute == torch.float64:
-            raise UserError("config.precision: float64 has no NPU kernels: use float32 or bfloat16")
-        if self._saturates() and compute != torch.float32:
-            why = (
-                "has no bfloat16"
-                if compute == torch.bfloat16
-                else "saturates on overflow, which hides a loss scale's failures"
-            )
-            name = str(compute).removeprefix("torch.")
-            raise UserError(f"config.precision: {name}: {self.describe()} {why}: use float32")
+            raise UserError(f"config.precision: float64 has no kernels on NPUs: use {self.precision()} or float32")
+        if compute == torch.bfloat16 and not torch.npu.is_bf16_supported():
+            raise UserError(f"config.precision: bfloat16: {self.describe()} has none: use float16 or float32")
+
+    def overflow(self, compute: torch.dtype) -> Overflow | None:
+        # On the 910A float16 overflow saturates (inf becomes 65504, nan becomes 0): a test for finiteness never fires, and
+        # the device's status register tells, as it does for torch_npu's own GradScaler.
+        if compute != torch.float16 or torch.npu.utils.is_support_inf_nan():
+            return None
+        from torch_npu import npu_get_float_status
+
+        def seen() -> Tensor:
+            return (npu_get_float_status(torch.zeros(8, device=self.torch))[0] != 0).to(torch.float32)
+
+        return Overflow(torch.npu.clear_npu_overflow_flag, seen)
 
     def attend(self, dtype: torch.dtype) -> Attend:
+        if not torch.npu.is_bf16_supported():  # the 910A has no fused attention either
+            return attend_primitive
         from torch_npu import npu_fusion_attention
 
         def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from pcpvt.modes.console import Console, duration
 from pcpvt.modes.session import Session
 from pcpvt.store import records
 
+Observe = Callable[[dict[str, Tensor], Tensor], None]
+
 
 class Evaluator:
     """Called with parameters, evaluates them on one split; loader processes and compiled code live as long as this."""
@@ -36,36 +39,59 @@ class Evaluator:
             range(len(batches)),
             sessions.workers(session, source),
             start=session.device.worker_start,
-            pin=sessions.pins(session),
+            pin=session.device.pins,
         )
         predict = make_predict(model, policy=session.policy, attend=session.device.attend(session.policy.compute))
         self.predict = compiled(predict, session.device, config.compile)
 
-    def __call__(self, params: dict[str, Tensor]) -> dict[str, float]:
-        """`acc1`, `acc5`, `loss`, `seen`, and `unreadable` when samples were skipped.
+    def __call__(self, params: dict[str, Tensor], observe: Observe | None = None) -> dict[str, float]:
+        """See `measure`; `observe` is called with each batch and its logits, on the device."""
+        weights = self.session.compute(params)
+
+        def outputs(batch: dict[str, Tensor]) -> list[Tensor]:
+            logits = self.predict(weights, batch["image"])
+            if observe is not None:
+                observe(batch, logits)
+            return [logits]
+
+        return self.measure(outputs, 1)[0]
+
+    def measure(self, outputs: Callable[[dict[str, Tensor]], list[Tensor]], count: int) -> list[dict[str, float]]:
+        """One pass over the split, for `count` sets of logits at once.
+
+        Args:
+            outputs: a batch on the device to `count` tensors `[b, classes]`.
+
+        Returns:
+            For each of them `acc1`, `acc5`, `loss`, `seen`, and `unreadable` when samples were skipped.
 
         Raises:
             AssertionError: when not every sample was seen exactly once.
         """
-        weights = self.session.compute(params)
-        total = dict.fromkeys(("seen", "top1", "top5", "loss", "unreadable"), 0.0)
+        totals = [dict.fromkeys(("seen", "top1", "top5", "loss"), 0.0) for _ in range(count)]
+        skipped = 0.0
         for batch in self.session.device.prefetch(self.loader):
-            logits = self.predict(weights, batch["image"])
-            sums = metrics.sums(logits, batch["label"], batch["valid"])
-            for name, value in sums.items():
-                total[name] += value.item()
-            total["unreadable"] += int(((batch["id"] >= 0) & ~batch["valid"]).sum())
-        total = dict(zip(total, collectives.sum_numbers(list(total.values())), strict=True))
-        unreadable = int(total.pop("unreadable"))
-        assert int(total["seen"]) + unreadable == len(self.source), (total["seen"], unreadable, len(self.source))
-        summary = metrics.summarize(total)
-        return {**summary, "unreadable": unreadable} if unreadable else summary
+            for total, logits in zip(totals, outputs(batch), strict=True):
+                for name, value in metrics.sums(logits, batch["label"], batch["valid"]).items():
+                    total[name] += value.item()
+            skipped += float(((batch["id"] >= 0) & ~batch["valid"]).sum())
+        unreadable = int(collectives.sum_numbers([skipped])[0])
+        summaries = []
+        for total in totals:
+            total = dict(zip(total, collectives.sum_numbers(list(total.values())), strict=True))
+            assert int(total["seen"]) + unreadable == len(self.source), (total["seen"], unreadable, len(self.source))
+            summaries.append(metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {}))
+        return summaries
 
 
 def run(session: Session) -> int:
-    """Evaluates one checkpoint or an ensemble, and writes `result-eval.json`; returns the exit code."""
+    """Evaluates one checkpoint, or an ensemble, and writes `result-eval.json`; returns the exit code."""
     began = time.perf_counter()
     config = session.config
+    if config.eval.ensemble:
+        from pcpvt.modes import ensemble
+
+        return ensemble.run(session)
     console = Console(session.world.is_main)
     picked = chosen.choose(config, session.workdir)
     source = sessions.open_data(session, "val")
