@@ -80,7 +80,18 @@ def _with_config(argv: list[str]) -> list[str]:
         if match := re.match(r"--?config\.([\w.]+)$", name):
             _check_field(match[1])
         out.append(word)
-    return [out[0], f"--config={find_config(_imply_folder(path, out))}", *out[1:]]
+    path = _imply_folder(_imply_count(path, out), out)
+    return [out[0], f"--config={find_config(path)}", *out[1:]]
+
+
+def _imply_count(path: str, argv: list[str]) -> str:
+    """Under torchrun, a device without a number in ARG means as many as torchrun started."""
+    file, _, arg = path.partition(":")
+    device, *options = arg.split(",")
+    given = any(re.match(r"--?config\.processes\b", word) for word in argv)
+    if not inside_torchrun() or given or not device.isalpha():
+        return path
+    return f"{file}:{','.join([device + os.environ['WORLD_SIZE'], *options])}"
 
 
 def _imply_folder(path: str, argv: list[str]) -> str:
@@ -129,11 +140,15 @@ def read_run(values: flags.FlagValues) -> Run:
     flag = values["config"]
     config, given = values.config, config_flags.get_override_values(flag)
     file, _, arg = config_flags.get_config_filename(flag).partition(":")
-    workdir = Path(values.workdir or Path("runs") / Path(file).stem)
+    # A benchmark is no part of a run: by default it has a folder of its own.
+    name = Path(file).stem + ("-bench" if values.mode == "bench" else "")
+    workdir = Path(values.workdir or Path("runs") / name)
     if values.mode in ("eval", "predict", "export"):
         _adopt(config, given, arg, workdir)
     elif values.mode == "train" and config.checkpoint:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
+    if inside_torchrun():
+        _agree(config, "processes" in given or bool(arg))
     _supersede(config, given)
     if config.data.path and config.data.name == "digits" and "data.name" not in given:
         config.data.name = "folder"
@@ -156,6 +171,17 @@ def _adopt(config: ConfigDict, given: dict, arg: str, workdir: Path) -> None:
     if arg.partition(",")[0]:
         config.device, config.processes = device, processes
     config.update_from_flattened_dict(given)
+
+
+def _agree(config: ConfigDict, asked: bool) -> None:
+    """The process count is torchrun's; it is an error to ask for another."""
+    started = int(os.environ["WORLD_SIZE"])
+    if asked and config.processes != started:
+        raise UserError(
+            f"config.processes: {config.processes} but torchrun started {started} processes: "
+            f"write :{config.device}{started}, or :{config.device} for as many as there are"
+        )
+    config.processes = started
 
 
 def _supersede(config: ConfigDict, given: dict) -> None:

@@ -110,8 +110,14 @@ def mix_images(x: Tensor, lam: Tensor, box: Tensor) -> Tensor:
     return x * own + _partners(x) * (1 - own)
 
 
-def mix_targets(target: Tensor, lam: Tensor | None, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """Soft targets, float32 `[B, num_classes]`, each row summing to 1 up to float32 rounding.
+def mix_targets(
+    target: Tensor,
+    lam: Tensor | None,
+    num_classes: int,
+    smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Soft targets `[B, num_classes]` in `dtype`, each row summing to 1 up to its rounding.
 
     Args:
         target: labels, int64 `[B]`, or distributions over classes `[B, num_classes]`.
@@ -121,10 +127,10 @@ def mix_targets(target: Tensor, lam: Tensor | None, num_classes: int, smoothing:
     if target.ndim == 1:
         # A comparison: F.one_hot does not work under torch.func on NPUs.
         target = target[:, None] == torch.arange(num_classes, device=target.device)
-    soft = target.float() * (1 - smoothing) + smoothing / num_classes
+    soft = target.to(dtype) * (1 - smoothing) + smoothing / num_classes
     if lam is None:
         return soft
-    own = lam[:, None].float()
+    own = lam[:, None].to(dtype)
     return soft * own + _partners(soft) * (1 - own)
 
 

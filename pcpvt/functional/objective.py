@@ -35,9 +35,9 @@ def make_objective(
         x = mixing.decode_images(batch["image"], batch.get("erase"), IMAGENET_MEAN, IMAGENET_STD)
         if "lam" in batch:
             x = mixing.mix_images(x, batch["lam"], batch["box"])
-        targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing)
+        targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
         logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("keep"), attend=attend)
-        return losses.soft_cross_entropy(logits.to(policy.output), targets.to(policy.output)).sum() * factor
+        return losses.soft_cross_entropy(logits.to(policy.output), targets).sum() * factor
 
     return objective
 

@@ -39,7 +39,7 @@ class Transform(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """`update(gradients, state, params, step, skip) -> (params, state)`; `skip` is float32 [], 1 leaves both unchanged."""
+    """`update(gradients, state, params, step, skip) -> (params, state)`; a `skip` of 1 (float32 []) leaves both as is."""
 
     init: Callable[[Params], Tree]
     update: Callable[[Gradients, Tree, Params, int, Tensor], tuple[Params, Tree]]
@@ -54,7 +54,12 @@ class Group(NamedTuple):
 
 
 def gradients(leaves: Params, divisor: Tensor) -> Gradients:
-    """Gradients with their norm computed."""
+    """Gradients with their norm computed, and laid out as the parameters are.
+
+    The fused kernels walk through memory without looking at strides, and a weight that is used transposed (the patch
+    projections) has a transposed gradient.
+    """
+    leaves = {name: leaf.contiguous() for name, leaf in leaves.items()}
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(leaves.values()))))
     return Gradients(leaves, divisor, norm / divisor)
 
@@ -84,11 +89,20 @@ def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float]
 
 
 def adamw(
-    schedule: Schedule, groups: list[Group], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    schedule: Schedule,
+    groups: list[Group],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    *,
+    kernel_skips: bool = True,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with torch.optim.AdamW's arithmetic, one fused kernel call per group.
 
     State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
+
+    Args:
+        kernel_skips: the device's fused kernel divides by grad_scale and obeys found_inf. Where it ignores both, the
+            host waits for the two numbers once per step and does as they say, to the same bits.
     """
 
     def init(params: Params) -> Tree:
@@ -103,8 +117,14 @@ def adamw(
     def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
         lr, mu, nu, leaves = schedule(step), state["mu"], state["nu"], grads.leaves
         count = state["count"] + (1.0 - skip)
-        divisor = grads.divisor
-        if divisor.dtype == torch.float64:  # the kernel's own divisor is float32: divide beforehand
+        divisor, found_inf = grads.divisor, skip
+        if not kernel_skips:
+            halt, number = torch.stack([skip, divisor.to(skip.dtype)]).tolist()
+            if halt:
+                return params, {"count": state["count"], "mu": mu, "nu": nu}
+            torch._foreach_div_(list(leaves.values()), number)
+            divisor = found_inf = None
+        elif divisor.dtype == torch.float64:  # the kernel's own divisor is float32: divide beforehand
             torch._foreach_div_(list(leaves.values()), [divisor] * len(leaves))
             divisor = None
         for group in groups:
@@ -124,7 +144,7 @@ def adamw(
                 amsgrad=False,
                 maximize=False,
                 grad_scale=divisor,
-                found_inf=skip,
+                found_inf=found_inf,
             )
         return params, {"count": count, "mu": mu, "nu": nu}
 

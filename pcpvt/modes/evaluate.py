@@ -115,7 +115,7 @@ def epochs(picked: chosen.Chosen) -> float | None:
 
 
 def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:
-    """`result-eval.json`, by the main process."""
+    """`result-eval.json`, by the main process; and `result.json` where no training has left one."""
     path = session.workdir / "result-eval.json"
     result = {
         "mode": "eval",
@@ -127,6 +127,9 @@ def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], 
     }
     if session.world.is_main:
         records.write_json(path, result)
+        training = session.workdir / "result.json"
+        if not training.exists() or records.read_config(training).get("mode") != "train":
+            records.write_json(training, result)
     Console(session.world.is_main).say(f"{figures['seen']} images in {duration(seconds)}; written to {path}")
 
 
