@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Trains on this host's CPU: cores and memory bound, threads counted, a fast allocator, one process or several.
+#
+#   launch/cpu.sh [--nproc=N] [--dry_run] [--] PCPVT_FLAGS...
+#   launch/cpu.sh --config=configs/pcpvt_s.py:cpu2 --workdir=runs/digits
+#
+# N processes (default: the count in --config's ARG, else 1) train together over gloo, each on an equal share of the
+# physical cores that this shell may use; `taskset -c LIST launch/cpu.sh ...` leaves the other cores to others.
+# Variables that are already set are kept. --dry_run prints what would run, as a shell script.
+# The exit status is the trainer's, or torchrun's with several processes; 2 for a wrong call.
+#
+# Of PyTorch's launchers, torchrun starts several processes but binds them near GPUs only (--numa-binding), so it starts
+# this script once per process, with --bind. torch.backends.xeon.run_cpu binds, but in torch 2.13 it exits with 0 when
+# the trainer fails, leaves the trainer running when SIGTERM ends itself, and takes core numbers for CPU numbers.
+set -euo pipefail
+
+die() { echo "${0##*/}: $*" >&2; exit 2; }
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+nproc='' dry_run='' shares=() flags=()
+while (($#)); do
+    case $1 in
+        --nproc) set -- "--nproc=${2-}" "${@:3}"; continue ;;
+        --nproc=*)
+            nproc=${1#*=}
+            [[ $nproc =~ ^[1-9][0-9]{0,3}$ ]] || die "--nproc: '$nproc': give a positive number" ;;
+        --bind=*) read -ra shares <<<"${1#*=}" ;;
+        --dry_run) dry_run=1 ;;
+        -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --) flags+=("${@:2}"); break ;;
+        *) flags+=("$1") ;;
+    esac
+    shift
+done
+
+previous=''
+for flag in "${flags[@]}"; do
+    [[ $previous != --config ]] || flag=--config=$flag
+    if [[ $flag =~ ^--config=.*:(npu|cuda|cpu)([0-9]*)(,|$) ]]; then
+        [[ ${BASH_REMATCH[1]} == cpu ]] || die "--config: ${BASH_REMATCH[1]}: this launcher is for cpu: give :cpuN"
+        total=${BASH_REMATCH[2]}
+        nproc=${nproc:-$total}
+        [[ -z $total || $total == "$nproc" ]] || die "--nproc: $nproc: --config says cpu$total: let both agree"
+    fi
+    previous=$flag
+done
+nproc=${nproc:-1}
+
+# --- cores ------------------------------------------------------------------------------------------------------------
+hash lscpu taskset 2>/dev/null || die "lscpu, taskset: not found: install util-linux"
+bind=(taskset --cpu-list)
+# Memory is taken from the node of the core that first touches it; numactl says so even against an inherited policy.
+if numactl --localalloc true 2>/dev/null; then bind=(numactl --localalloc --physcpubind); fi
+
+trainer=(python -m pcpvt.main "${flags[@]}")
+if ((${#shares[@]})); then exec "${bind[@]}" "${shares[LOCAL_RANK]}" "${trainer[@]}"; fi # one process of several
+
+# The first allowed CPU of every physical core, sorted so that neighbours are on one NUMA node.
+allowed=$(awk '/^Cpus_allowed_list/ { print $2 }' /proc/self/status) # like 0-3,8
+mapfile -t cpus < <(
+    lscpu --parse=NODE,SOCKET,CORE,CPU | awk -F, -v allowed="$allowed" '
+        BEGIN { n = split(allowed, part, ","); for (i = 1; i <= n; i++) { m = split(part[i], end, "-")
+                for (cpu = end[1]; cpu <= end[m]; cpu++) may[cpu + 0] } }
+        /^#/ || !($4 + 0 in may) || seen[$2, $3]++ { next }
+        { print $1 + 0, $2, $3, $4 }' | sort -n -k1,1 -k2,2 -k3,3 | cut -d' ' -f4)
+threads=$((${#cpus[@]} / nproc))
+if ((threads == 0)); then
+    echo "${0##*/}: --nproc: $nproc: more than the ${#cpus[@]} cores here: the processes share all of them" >&2
+fi
+for ((rank = 0; rank < nproc; rank++)); do
+    share=("${cpus[@]:rank * threads:threads}")
+    ((threads)) || share=("${cpus[@]}")
+    shares+=("$(IFS=,; echo "${share[*]}")")
+done
+
+# --- environment ------------------------------------------------------------------------------------------------------
+exported=()
+default() { export "$1=${!1-$2}"; exported+=("$1"); } # NAME VALUE: a variable that is set already keeps its value
+
+allocator() { # prints the first allocator found that keeps freed memory
+    local name prefix file
+    for name in libtcmalloc_minimal libtcmalloc libjemalloc; do
+        for prefix in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "${HOME:-}/.local" /usr/local /usr; do
+            for file in "$prefix"/lib{,64,/*-linux-gnu}/"$name".so*; do
+                [[ ! -e $file ]] || { echo "$file"; return; }
+            done
+        done
+    done
+}
+
+default OMP_NUM_THREADS $((threads ? threads : 1))
+((nproc == 1)) || default GLOO_SOCKET_IFNAME lo # one host: no need for its name to resolve, or for a network
+preload=${LD_PRELOAD:-}
+if [[ $preload != *malloc* ]]; then
+    preload=$(allocator)${preload:+:$preload}
+    preload=${preload#:}
+    [[ $preload == "${LD_PRELOAD:-}" ]] || { export LD_PRELOAD=$preload; exported+=(LD_PRELOAD); }
+fi
+case $preload in
+    *jemalloc*) # freed memory is kept for ever: returned after 10 s, its default, it costs as many page faults as glibc
+        default MALLOC_CONF oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:-1 ;;
+    *tcmalloc*) ;;
+    *) # glibc maps every tensor over 32 MB afresh, a page fault per 4 kB: let it keep up to 4 GB instead
+        default MALLOC_MMAP_MAX_ 0
+        default MALLOC_TRIM_THRESHOLD_ 4294967296 ;;
+esac
+
+# --- run --------------------------------------------------------------------------------------------------------------
+if ((nproc == 1)); then
+    command=("${bind[@]}" "${shares[0]}" "${trainer[@]}")
+else
+    command=(python -m torch.distributed.run --standalone "--nproc_per_node=$nproc" --no_python
+        bash "$0" "--bind=${shares[*]}" -- "${flags[@]}")
+fi
+if [[ -n $dry_run ]]; then
+    for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort
+    printf 'exec'; printf ' %q' "${command[@]}"; echo
+    exit 0
+fi
+exec "${command[@]}"
