@@ -1,0 +1,73 @@
+"""A pretended `npu` device for tests: the CPU's kernels behind torch's PrivateUse1 device type.
+
+    subprocess.run([sys.executable, "-m", "pcpvt.main", ...], env=npu_standin.environment(devices=2))
+    PYTHONPATH=tests python -m npu_standin -m pcpvt.main --config=configs/pcpvt_s.py:npu2        (the same, by hand)
+    @npu_standin.on_npu(devices=1)                                                     (one test function, likewise)
+
+`import torch` finds it as it finds the real torch_npu, through the entry point of `site/torch_npu-*.dist-info` on
+PYTHONPATH. So it is there in every child process too, whether torchelastic, spawn or a shell started it, and nothing in
+the program under test knows of it. Results equal the CPU's to the bit.
+
+Refused, as on the real device: tensors of two devices in one operator; float64, channels_last; under torch.func:
+scaled_dot_product_attention, softmax, adaptive_avg_pool2d, one_hot, argsort; foreach and fused optimizer kernels that
+torch_npu lacks (`_foreach_mul_` with a tensor, `_fused_adamw_` with a tensor lr), and what `_fused_adamw_` ignores
+there (grad_scale, found_inf); set_compile_mode and allow_internal_format once tensors exist; hccl on CPU tensors.
+Random numbers on the device are refused because pcpvt draws on the host. Not there: autocast, inductor, torch.save of
+npu tensors.
+
+`soc="Ascend910A"`: no bfloat16, no npu_fusion_attention, and float16 saturates: inf becomes 65504, nan becomes 0, and
+`torch.npu.get_npu_overflow_flag()` tells. `torch.ops.npu_standin.set_overflow(True)` raises the flag by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from npu_standin import build
+
+SITE = Path(__file__).parent / "site"
+
+
+def available() -> str | None:
+    """Why the stand-in cannot be had on this machine (a reason to skip), or None."""
+    return build.available()
+
+
+def environment(devices: int = 2, soc: str = "Ascend910B2") -> dict[str, str]:
+    """This process's environment, changed so that Python programs started with it have `devices` NPUs of kind `soc`."""
+    path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PCPVT_NPU_STANDIN": str(build.library()),
+        "PCPVT_NPU_STANDIN_DEVICES": str(devices),
+        "PCPVT_NPU_STANDIN_SOC": soc,
+        "PCPVT_NPU_STANDIN_910A": str(int(soc == "Ascend910A")),
+    }
+
+
+def on_npu(devices: int = 1, soc: str = "Ascend910B2", timeout: float = 120.0) -> Callable:
+    """Decorator for a pytest function without arguments: its body runs in a new process that has NPUs."""
+
+    def decorate(body: Callable[[], None]) -> Callable[[], None]:
+        def test() -> None:
+            import pytest
+
+            if reason := available():
+                pytest.skip(reason)
+            folder, module = os.path.dirname(body.__code__.co_filename), body.__module__
+            code = f"import sys; sys.path.insert(0, {folder!r}); import {module}; {module}.{body.__name__}.body()"
+            command = [sys.executable, "-c", code]
+            env = environment(devices, soc)
+            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+            assert ended.returncode == 0, f"exit {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+
+        test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+        test.body = body
+        return test
+
+    return decorate
