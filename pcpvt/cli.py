@@ -7,22 +7,16 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pcpvt.config import fields, recipes
+from pcpvt.config.request import Run
 from pcpvt.errors import UserError
 
 MODES = ("train", "eval", "predict", "export", "bench")
 DEFAULT_CONFIG = "configs/pcpvt_s.py"
-
-
-class Run(NamedTuple):
-    config: ConfigDict
-    workdir: Path
-    mode: str
 
 
 def define_flags() -> None:
@@ -149,6 +143,8 @@ def read_run(values: flags.FlagValues) -> Run:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     if inside_torchrun():
         _agree(config, "processes" in given or bool(arg))
+    if values.mode == "export":  # needs no device, whatever the training had
+        config.device, config.processes, config.compile = "cpu", 1, "none"
     _supersede(config, given)
     if config.data.path and config.data.name == "digits" and "data.name" not in given:
         config.data.name = "folder"
@@ -165,11 +161,11 @@ def _adopt(config: ConfigDict, given: dict, arg: str, workdir: Path) -> None:
     stored, where = chosen.trained_config(given.get("checkpoint", ""), members, workdir)
     if stored is None:
         return
-    device, processes = config.device, config.processes
+    place = {name: config[name] for name in ("device", "processes", "compile")}
     records.apply_config(config, stored, where)
     config.checkpoint, config.weights, config.eval.ensemble = "", "auto", ""
     if arg.partition(",")[0]:
-        config.device, config.processes = device, processes
+        config.update(place)
     config.update_from_flattened_dict(given)
 
 

@@ -18,9 +18,7 @@ def images(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(rng.generator(seed, "test").standard_normal(shape)).to(dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("pcpvt_s", 24_106_216), ("pcpvt_b", 43_828_456), ("pcpvt_l", 60_989_672)]
-)
+@pytest.mark.parametrize(("name", "count"), [("pcpvt_s", 24_106_216), ("pcpvt_b", 43_828_456), ("pcpvt_l", 60_989_672)])
 def test_names_shapes_and_counts_are_timms(name, count):
     ours = pcpvt.build(name, 1000)
     theirs = {n: p.shape for n, p in timm_model(name).named_parameters()}
@@ -229,7 +227,9 @@ def test_layer_depths_count_blocks_from_the_stem_to_the_head():
     spec = pcpvt.SPECS["pcpvt_s"]
     depth = {n: pcpvt.depth_of(spec, n) for n in pcpvt.shapes(pcpvt.build("pcpvt_s", 10))}
     assert depth["patch_embeds.0.proj.weight"] == 0 and depth["blocks.0.0.norm1.bias"] == 0
-    assert depth["patch_embeds.2.proj.weight"] == depth["pos_block.2.proj.0.bias"] == depth["blocks.2.0.attn.q.bias"] == 7
+    assert (
+        depth["patch_embeds.2.proj.weight"] == depth["pos_block.2.proj.0.bias"] == depth["blocks.2.0.attn.q.bias"] == 7
+    )
     assert depth["blocks.3.2.mlp.fc1.weight"] == 15 and depth["head.bias"] == depth["norm.weight"] == 16
     scale = pcpvt.layer_decay(spec, 0.5)
     assert scale("head.weight") == 1 and scale("blocks.3.2.norm1.bias") == 0.5 and scale("norm.bias") == 1

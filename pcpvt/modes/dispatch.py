@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
-from pcpvt.cli import Run
+from pcpvt.config.request import Run
 from pcpvt.devices import collectives
 from pcpvt.errors import UserError
 from pcpvt.modes import session as sessions
-from pcpvt.store import records
+from pcpvt.modes.console import Console
+from pcpvt.store import lock, records
+from pcpvt.store.durable import remove_leftovers
 
 # Each module has `run(session) -> int`, the exit code; a mode's imports are paid by that mode alone.
-MODULES = {"train": "train", "eval": "evaluate", "bench": "bench"}
+MODULES = {"train": "train", "eval": "evaluate", "export": "export", "bench": "bench"}
 
 
 def run(request: Run) -> int:
-    """Runs the mode in this process; returns the exit code.
-
-    Raises:
-        UserError: when this is the process that has to show it; the others only return its exit code.
-    """
-    try:
-        workdir = records.open_workdir(request.workdir)
+    """Runs the mode in this process; returns the exit code."""
+    workdir = records.open_workdir(request.workdir)
+    world = collectives.from_environment()
+    with contextlib.ExitStack() as stack:
+        if request.mode == "train" and (world is None or world.is_main):
+            left_behind = stack.enter_context(lock.held(workdir))
+            if left_behind:
+                Console().say(f"note: {left_behind}")
+            remove_leftovers(workdir)
+        stack.callback(collectives.leave)
         session = sessions.start(request.config, workdir)
-        code = importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)
-    except UserError as error:
-        if not collectives.explains(error):
-            return error.exit_code
-        if world := collectives.from_environment():
-            error.args = (f"rank {world.rank}: {error}",)
-        raise
-    collectives.leave()
-    return code
+        return importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)

@@ -1,0 +1,198 @@
+"""Configs: what ARG and the command line resolve to, and one line for everything that is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from pcpvt.config import fields, plan, recipes
+from pcpvt.errors import UserError
+from pcpvt.functional import schedules
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def config(arg: str, name: str = "pcpvt_s", **changes):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.get_config(arg)
+    made.update_from_flattened_dict(changes)
+    return made
+
+
+def planned(arg: str, examples: int = 1_281_167, classes: int = 1000, name: str = "pcpvt_s", **changes):
+    made = config(arg, name, **changes)
+    plan.check(made)
+    return made, plan.plan(made, examples=examples, num_classes=classes, micro_batch=128)
+
+
+@pytest.mark.parametrize(
+    ("arg", "processes", "batch", "epochs", "lr", "drop_path", "schedule"),
+    [
+        ("npu8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
+        ("npu1", 1, 128, 100, 2.5e-4, 0.3, "cosine"),
+        ("cuda8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
+        ("npu8,paper", 8, 1024, 300, 1e-3, 0.2, "reference"),
+        ("cuda1,paper", 1, 1024, 300, 1e-3, 0.2, "reference"),
+        ("npu64,paper", 64, 1024, 300, 1e-3, 0.2, "reference"),
+    ],
+)
+def test_the_imagenet_recipes_are_those_of_the_port_and_of_the_paper(
+    arg, processes, batch, epochs, lr, drop_path, schedule
+):
+    c, p = planned(arg)
+    assert (c.processes, c.batch_size, c.epochs, c.schedule) == (processes, batch, epochs, schedule)
+    assert c.model.drop_path == drop_path and p.lr == pytest.approx(lr)
+    assert (c.weight_decay, c.beta1, c.beta2, c.eps, c.clip_norm) == (0.05, 0.9, 0.999, 1e-8, 5.0)
+    assert (c.warmup_epochs, c.warmup_lr, c.min_lr, c.label_smoothing) == (5, 1e-6, 1e-5, 0.1)
+    assert (c.mixup, c.cutmix, c.mix_prob, c.mix_switch, c.mix_mode) == (0.8, 1.0, 1.0, 0.5, "batch")
+    assert (c.augment.randaugment, c.augment.erase, c.augment.hflip) == ("rand-m9-mstd0.5-inc1", 0.25, 0.5)
+    assert (c.augment.scale, c.augment.repeats, c.ema, c.layer_decay) == ((0.08, 1.0), 1, 0.0, 1.0)
+    assert (c.image_size, c.eval.crop, c.data.name) == (224, 0.875, "folder")
+    assert p.steps == -(-1_281_167 * epochs // batch)
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("pcpvt_s", 0.2), ("pcpvt_b", 0.3), ("pcpvt_l", 0.5)])
+def test_each_size_has_the_papers_drop_path(name, drop_path):
+    c = config("npu8,paper", name)
+    assert c.model.name == name and c.model.drop_path == drop_path
+
+
+def test_perf_is_a_fixed_number_of_steps_without_evaluation():
+    c, p = planned("npu1,perf")
+    assert (c.epochs, p.steps, p.eval_every, p.save_every) == (None, 200, 0, 0)
+    assert c.batch_size == 128 and c.augment.randaugment
+
+
+def test_finetune_is_shorter_weaker_and_layer_wise():
+    c, p = planned("npu1,finetune")
+    assert c.epochs == 10 and c.mixup == c.cutmix == 0 and c.layer_decay < 1 and c.augment.erase == 0
+    assert p.lr < planned("npu1")[1].lr
+
+
+def test_cpu_trains_the_digits_and_an_image_folder_when_asked():
+    c, p = planned("cpu", 1433, 10)
+    assert (c.data.name, c.image_size, c.batch_size) == ("digits", 32, 64)
+    assert c.mixup == c.augment.hflip == 0
+    assert config("cpu,folder").data.name == "folder" and config("cpu,folder").image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("gpu8", "'gpu8' is no device"),
+        ("npu0", "'npu0' is no device"),
+        ("npu8,fast", "'fast' is no recipe"),
+        ("8", "is no device"),
+    ],
+)
+def test_an_unknown_arg_is_named_with_the_choices(arg, words):
+    with pytest.raises(UserError, match=words):
+        config(arg)
+
+
+BAD = [
+    ({"model.name": "pcpvt_m"}, "config.model.name: 'pcpvt_m'"),
+    ({"model.pad": "crop"}, "config.model.pad"),
+    ({"batch_size": 0}, "config.batch_size: 0"),
+    ({"epochs": 3.0, "steps": 5}, "config.epochs=3 and config.steps=5: two units"),
+    ({"warmup_epochs": 3.0, "warmup_steps": 5}, "config.warmup_epochs=3 and config.warmup_steps=5: two units"),
+    ({"epochs": None}, "none is set"),
+    ({"epochs": -1.0}, "config.epochs: -1.0"),
+    ({"eval_every": "sometimes"}, "config.eval_every: 'sometimes'"),
+    ({"precision": "half"}, "config.precision: 'half'"),
+    ({"precision": "compute=float32,compute=bfloat16"}, "config.precision"),
+    ({"compile": "npugraphs"}, "config.compile: 'npugraphs' needs an NPU"),
+    ({"compile": "fast"}, "config.compile: 'fast'"),
+    ({"schedule": "linear"}, "config.schedule: 'linear'"),
+    ({"model.drop_path": 1.0}, "config.model.drop_path: 1.0"),
+    ({"label_smoothing": -0.1}, "config.label_smoothing"),
+    ({"augment.scale": (0.5,)}, "config.augment.scale"),
+    ({"augment.scale": (0.5, 2.0)}, "config.augment.scale"),
+    ({"frozen": "("}, "config.frozen: '\\(' is no regular expression"),
+    ({"model.pad": "error", "image_size": 50}, "config.image_size: 50x50 is not divisible by 32"),
+    ({"data.on_error": "ignore"}, "config.data.on_error: 'ignore'"),
+    ({"data.workers": -2}, "config.data.workers: -2"),
+    ({"ema": 1.0}, "config.ema: 1.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD)
+def test_a_bad_value_is_one_line_with_field_value_and_remedy(changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        plan.check(config("cpu", **changes))
+    assert "\n" not in str(caught.value) and str(caught.value).count(":") >= 1
+
+
+def test_an_indivisible_batch_names_a_batch_that_divides():
+    with pytest.raises(UserError, match="config.batch_size: 100 cannot be cut evenly over 8 processes: use 96"):
+        planned("npu8", batch_size=100)
+    with pytest.raises(UserError, match="mixing pairs samples"):
+        planned("npu8", batch_size=8 * 3)
+    with pytest.raises(UserError, match="config.accumulate: 3"):
+        planned("npu8", accumulate=3)
+
+
+def test_accumulation_is_derived_from_what_fits():
+    for local, micro, mixes, expected in [
+        (128, 128, True, 1),
+        (128, 100, True, 2),
+        (96, 40, False, 3),
+        (64, 1, True, 32),
+    ]:
+        changes = {} if mixes else {"mixup": 0.0, "cutmix": 0.0}
+        made = config("npu1", batch_size=local, **changes)
+        p = plan.plan(made, examples=1000, num_classes=10, micro_batch=micro)
+        assert p.accumulate == expected and p.local_batch % p.accumulate == 0
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "steps"),
+    [(2, "epochs", 20), (1.5, "epochs", 15), (7, "steps", 7), (101, "examples", 2), (100, "examples", 1)],
+)
+def test_durations_are_epochs_steps_or_examples(amount, unit, steps):
+    assert plan.in_steps(amount, unit, 100, 1000) == steps
+
+
+def test_every_field_has_help_and_the_right_type():
+    made = fields.base()
+    for name, (default, text) in fields.FIELDS.items():
+        assert text and f"--config.{name}=" in fields.describe()
+        node = made
+        for part in name.split("."):
+            node = node[part]
+        assert node == (None if isinstance(default, type) else default)
+
+
+def test_configs_are_locked_against_misspelt_fields():
+    made = config("cpu")
+    made.lock()
+    with pytest.raises(AttributeError, match="batch_size"):
+        made.batch_sise = 3
+
+
+def test_the_configs_differ_by_their_names_and_numbers_only():
+    texts = {n: (CONFIGS / f"pcpvt_{n}.py").read_text().splitlines() for n in "sbl"}
+    bodies = {n: t[t.index("def get_config(arg=None):") :] for n, t in texts.items()}
+    assert all(len(b) == len(bodies["s"]) for b in bodies.values())
+    for n in "bl":
+        assert sum(a != b for a, b in zip(bodies["s"], bodies[n], strict=True)) <= 3
+
+
+def test_lr_is_a_pure_function_of_the_step_for_every_recipe():
+    for arg in ("npu8", "npu8,paper", "npu8,finetune", "npu1,perf", "cpu"):
+        _, p = planned(arg, 1433 if arg == "cpu" else 1_281_167)
+        values = [p.schedule(s) for s in range(0, p.steps, max(1, p.steps // 50))]
+        assert values == [p.schedule(s) for s in range(0, p.steps, max(1, p.steps // 50))]
+        assert 0 < max(values) <= p.lr * (1 + 1e-12)
+    assert schedules.constant(0.5)(10**9) == 0.5
+
+
+def test_recipes_write_only_fields_that_exist():
+    for arg in ("cpu", "npu8", *(f"npu8,{name}" for name in recipes.RECIPES)):
+        made = config(arg)
+        known = {name.split(".")[0] for name in fields.FIELDS}
+        assert set(made.keys()) == known

@@ -1,0 +1,184 @@
+"""The stream of samples and draws is a pure function of (seed, step): any world, any number of workers, the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pcpvt.data import order
+from pcpvt.data.augment import AugmentSpec
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
+from pcpvt.data.sources import Arrays
+from pcpvt.errors import UserError
+from pcpvt.functional import rng
+from pcpvt.functional.mixing import MixSpec
+from pcpvt.models import pcpvt
+
+
+def source(n: int = 50, size: int = 16) -> Arrays:
+    draws = rng.generator(0, "test source")
+    images = draws.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return Arrays(images, np.arange(n) % 5, [str(i) for i in range(5)], "test")
+
+
+def train_batches(rank: int = 0, world: int = 1, seed: int = 0, **options) -> TrainBatches:
+    spec = AugmentSpec(size=(16, 16), crop_padding=2, hflip=0.5, erase_prob=0.5)
+    rates = pcpvt.drop_rates(pcpvt.SPECS["pcpvt_nano"], 0.3)
+    return TrainBatches(source(), spec, MixSpec(), rates, seed=seed, batch=16, rank=rank, world=world, **options)
+
+
+def digest(batch: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(batch):
+        total.update(name.encode() + batch[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def joined(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(examples=st.integers(1, 300), batch=st.integers(1, 64), seed=st.integers(0, 5), epochs=st.integers(1, 3))
+def test_every_sample_is_seen_exactly_once_per_epoch(examples, batch, seed, epochs):
+    steps = -(-examples * epochs // batch)
+    stream = [d for step in range(steps) for d in order.global_batch(seed, step, batch, examples)]
+    for epoch in range(epochs):
+        part = stream[epoch * examples : (epoch + 1) * examples]
+        assert sorted(d.index for d in part) == list(range(examples))
+        assert {d.epoch for d in part} == {epoch}
+
+
+@settings(max_examples=40, deadline=None)
+@given(examples=st.integers(2, 2000), repeats=st.integers(2, 4), seed=st.integers(0, 3))
+def test_repeated_augmentation_draws_a_share_of_the_samples_with_other_keys(examples, repeats, seed):
+    rows = order.epoch_order(seed, 0, examples, repeats)
+    assert len(rows) == examples
+    assert len({tuple(row) for row in rows}) == examples  # no draw is made twice
+    values, counts = np.unique(rows[:, 0], return_counts=True)
+    assert counts.max() <= repeats and len(values) >= examples // repeats
+    if examples >= repeats * order.BLOCK:
+        assert (np.diff(rows[:, 0]) != 0).all()  # copies are never neighbours, whom mixing would pair
+
+
+@settings(max_examples=60, deadline=None)
+@given(examples=st.integers(0, 200), batch=st.integers(1, 40), world=st.integers(1, 5))
+def test_evaluation_sees_every_index_once_in_equally_many_batches(examples, batch, world):
+    parts = [order.evaluation_batches(examples, batch, rank, world) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(i for part in parts for b in part for i in b) == list(range(examples))
+    assert all(len(b) <= batch for part in parts for b in part)
+
+
+def test_epochs_and_seeds_are_ordered_differently():
+    first, second = order.epoch_order(0, 0, 100), order.epoch_order(0, 1, 100)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, order.epoch_order(1, 0, 100))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_global_batch_is_the_same_at_any_world_size(world):
+    for step in (0, 3, 7):  # step 3 spans the end of an epoch: 50 samples in batches of 16
+        alone = train_batches()[step]
+        parts = joined([train_batches(rank, world)[step] for rank in range(world)])
+        assert digest(alone) == digest(parts)
+
+
+def test_the_batches_are_the_same_with_0_1_and_3_workers():
+    found = []
+    for workers in (0, 1, 3):
+        loader = Loader(train_batches(), range(2, 8), workers)
+        found.append([digest(batch) for batch in loader])
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 6
+
+
+def test_another_seed_changes_every_draw():
+    one, other = train_batches(seed=0)[0], train_batches(seed=1)[0]
+    for name in ("image", "id", "keep", "lam"):
+        assert not torch.equal(one[name], other[name]), name
+
+
+def test_a_batch_has_the_promised_shapes_and_types():
+    batch = train_batches()[0]
+    assert {n: (tuple(t.shape), t.dtype) for n, t in batch.items()} == {
+        "image": ((16, 16, 16, 3), torch.uint8),
+        "label": ((16,), torch.int64),
+        "id": ((16,), torch.int64),
+        "keep": ((16, 10), torch.float32),
+        "lam": ((16,), torch.float32),
+        "box": ((16, 4), torch.int32),
+        "erase": ((16, 4), torch.int32),
+    }
+    labels = torch.from_numpy(source().labels)
+    assert torch.equal(batch["label"], labels[batch["id"]])
+
+
+def test_the_global_random_states_are_neither_read_nor_changed():
+    import random
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    first = digest(next(iter(Loader(train_batches(), range(1), 0))))
+    assert states() == before
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    assert digest(next(iter(Loader(train_batches(), range(1), 0)))) == first
+
+
+class Broken(Arrays):
+    """Samples 3 and 4 are files that are no images."""
+
+    def __init__(self, folder):
+        super().__init__(*(lambda s: (s.images, s.labels, s.classes, s.what))(source()))
+        self.path = folder / "broken.jpg"
+        self.path.write_bytes(b"this is no image")
+
+    def __getitem__(self, index):
+        return (str(self.path), int(self.labels[index])) if index in (3, 4) else super().__getitem__(index)
+
+
+def test_an_unreadable_training_image_stops_or_is_replaced_by_the_next(tmp_path):
+    batches = train_batches()
+    batches.source = Broken(tmp_path)
+    hits = [step for step in range(4) if {3, 4} & {d.index for d in batches.draws(step)}]
+    with pytest.raises(UserError, match="broken.jpg"):
+        list(Loader(batches, hits, 0))
+    with pytest.raises(UserError, match="broken.jpg"):  # the one line survives the way out of a worker
+        list(Loader(batches, hits, 1))
+    batches.on_error = "skip"
+    for step in hits:
+        wanted, used = [d.index for d in batches.draws(step)], batches[step]["id"].tolist()
+        assert used == [5 if index in (3, 4) else index for index in wanted]
+
+
+def test_evaluation_never_replaces_a_sample(tmp_path):
+    broken = Broken(tmp_path)
+    strict = EvalBatches(broken, (16, 16), 1.0, 8, 0, 1, "error")
+    with pytest.raises(UserError, match="broken.jpg"):
+        strict[0]
+    batch = EvalBatches(broken, (16, 16), 1.0, 8, 0, 1, "skip")[0]
+    assert batch["id"].tolist() == list(range(8))
+    assert batch["valid"].tolist() == [True, True, True, False, False, True, True, True]
+    last = EvalBatches(broken, (16, 16), 1.0, 8, 0, 1, "skip")[6]
+    assert last["valid"].tolist() == [True, True] + [False] * 6 and last["id"].tolist()[2:] == [-1] * 6
+
+
+def test_in_memory_data_need_no_workers():
+    assert default_workers(source(), 8) == 0
+    folder = source()
+    folder.in_memory = False
+    assert [default_workers(folder, n) for n in (1, 2, 8, 64)] == [1, 1, 7, 16]
+
+
+def test_a_generator_depends_on_its_whole_key_and_on_nothing_else():
+    keys = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 1, 0, 1), (0, "a")]
+    values = [rng.generator(*key).random() for key in keys]
+    assert len(set(values)) == len(keys)
+    assert values == [rng.generator(*key).random() for key in keys]
