@@ -1,4 +1,4 @@
-"""Twins-PCPVT-L, 61.0 M parameters. ARG is `<device><n>`, then recipes by comma (their numbers: pcpvt/config/recipes.py).
+"""Twins-PCPVT-L, 61.0 M parameters. ARG is `<device><n>`, then recipes by comma (see pcpvt/config/recipes.py).
 
 python -m pcpvt.main --config=configs/pcpvt_l.py:npu8,paper --config.data.path=DIR
     the authors' 300 epochs on ImageNet; 83.1 % top-1 in the paper

@@ -1,4 +1,4 @@
-"""Twins-PCPVT-S, 24.1 M parameters. ARG is `<device><n>`, then recipes by comma (their numbers: pcpvt/config/recipes.py).
+"""Twins-PCPVT-S, 24.1 M parameters. ARG is `<device><n>`, then recipes by comma (see pcpvt/config/recipes.py).
 
 python -m pcpvt.main --config=configs/pcpvt_s.py:cpu
     the embedded digits at 32 px; about 2 minutes on two CPU cores, 98 % top-1
