@@ -44,6 +44,8 @@ FIELDS = {
     "compile": ("auto", "auto | inductor | npugraphs | none"),
     "device": ("cpu", "cpu | cuda | npu"),
     "processes": (1, "processes over all hosts, one per device"),
+    "timeout": (2100, "seconds that processes wait for one another before the run ends"),
+    "grace": (60.0, "seconds from a signal until the run ends unsaved if no step has ended"),
     "finetune": ("", "weights to start from: a file, timm:NAME or a workdir"),
     "checkpoint": ("", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best"),
     "weights": ("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)"),
@@ -67,6 +69,9 @@ FIELDS = {
     "eval.crop": (0.875, "side of the centre crop over the resized short side"),
     "eval.batch_size": (0, "global evaluation batch; 0: as the training batch, bounded"),
     "eval.ensemble": ("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint"),
+    "export.format": ("timm", "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export)"),
+    "export.output": ("", "file to write; unset: export/ in the workdir"),
+    "export.dynamic_size": (False, "onnx, pt2: any image size from 33 px, not only config.image_size"),
     "bench.against": ("", "timm: measure timm's model and loader beside ours in the same run"),
     "bench.steps": (10, "measured rounds per figure"),
 }

@@ -73,11 +73,12 @@ def check(config: ConfigDict) -> None:
     check_choice("schedule", config.schedule, ["cosine", "reference", "constant"])
     check_choice("mix_mode", config.mix_mode, ["batch", "pair", "elem"])
     check_choice("data.on_error", config.data.on_error, ["error", "skip"])
+    check_choice("export.format", config.export.format, ["timm", "onnx", "pt2"])
     check_choice("weights", config.weights, ["auto", "params", "ema"])
     check_choice("bench.against", config.bench.against, ["", "timm"])
     for field in ("batch_size", "processes", "image_size", "image_width", "num_classes", "augment.repeats", "keep"):
         _within(config, field, 1)
-    for field in ("bench.steps", "max_skipped"):
+    for field in ("bench.steps", "max_skipped", "timeout", "grace"):
         _within(config, field, 1)
     for field in (
         "accumulate",
