@@ -41,10 +41,13 @@ def find_config(path: str) -> str:
     """A config's path as given, or the installed one of that name when there is no such file here."""
     file, _, arg = path.partition(":")
     if not os.path.exists(file):
-        installed = Path(__file__).parent / "configs" / os.path.basename(file)
-        if not installed.exists():
+        # A wheel holds the folder configs/ as pcpvt/configs; an editable install has it beside the package.
+        package = Path(__file__).parent
+        found = [folder / Path(file).name for folder in (package / "configs", package.parent / "configs")]
+        found = [path for path in found if path.is_file()]
+        if not found:
             raise UserError(f"--config: {file}: no such file: give one like configs/pcpvt_s.py:cpu")
-        file = str(installed)
+        file = str(found[0])
     return f"{file}:{arg}" if arg else file
 
 
