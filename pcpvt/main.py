@@ -9,20 +9,21 @@ Fields of --config and their defaults (a recipe in the config's ARG may set othe
 
 from __future__ import annotations
 
+import os
 import sys
 
-from absl import app, flags
-
-from pcpvt import cli
-from pcpvt.errors import UserError
-
-FLAGS = flags.FLAGS
+from pcpvt.errors import UserError, printable
+from pcpvt.modes import exits
 
 
 def main(argv: list[str]) -> int:
+    from absl import flags
+
+    from pcpvt import cli
+
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r}: not understood: fields are given as --config.NAME=VALUE")
-    run = cli.read_run(FLAGS)
+    run = cli.read_run(flags.FLAGS)
     if run.config.processes > 1 and not cli.inside_torchrun():
         from pcpvt import launcher
 
@@ -33,16 +34,34 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """Runs the program; an error meant for the user is one line on standard error and exit code 2."""
+    """Runs the program. An error meant for the user is one line on standard error; see `modes.exits` for exit codes."""
     try:
+        exits.install()  # before anything slow is imported: a signal must find its handler
+        if os.environ.get("TORCHELASTIC_RUN_ID"):
+            exits.follow_parent()
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        from absl import app
+
+        from pcpvt import cli
+
         cli.define_flags()
         sys.modules["__main__"].__doc__ = f"{__doc__}\n{cli.field_help()}"
         app.run(main, flags_parser=cli.parse)
     except UserError as error:
-        print(f"pcpvt: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except exits.Stopped:
+        exits.ignore()
+        if os.environ.get("RANK", "0") == "0":
+            print("pcpvt: stopped by a signal with nothing new to save; the same command starts again", file=sys.stderr)
+        sys.exit(exits.PREEMPTED)
+    except OSError as error:
+        where = error.filename if error.filename is not None else type(error).__name__
+        _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"pcpvt: error: {printable(message)}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

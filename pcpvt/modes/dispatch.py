@@ -28,5 +28,10 @@ def run(request: Run) -> int:
                 Console().say(f"note: {left_behind}")
             remove_leftovers(workdir)
         stack.callback(collectives.leave)
-        session = sessions.start(request.config, workdir)
-        return importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)
+        try:
+            session = sessions.start(request.config, workdir)
+            return importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)
+        except UserError as error:
+            if collectives.explains(error):
+                raise
+            return error.exit_code  # another process says it

@@ -1,3 +1,136 @@
-"""Exit codes beside 0 (done), 2 (an error meant for the user) and 130 (interrupted before anything was to be saved)."""
+"""How a run ends before its end: signals as requests to stop, a limit to patience, and the exit codes.
 
-PREEMPTED = 75  # a signal came; the state is saved; start the same command again (EX_TEMPFAIL)
+SIGTERM, SIGINT and SIGHUP ask a run to stop. Until `defer` there is nothing to save, and the program stops at once;
+after it the request is only remembered (`requested`), and the training loop answers it at a step boundary. A second
+signal, or the end of the grace, ends the process and everything it started without waiting for the loop: a thread sees
+to that, because Python's own handlers do not run while the main thread is inside a collective or a compiler.
+
+Exit codes beside 0 (done) and 2 (an error meant for the user): the two below, and 128 + n when signal n ended the run
+before it had saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+PREEMPTED = 75  # a signal came; what there was to save is saved; the same command goes on from there (EX_TEMPFAIL)
+PEER_LOST = 76  # another process of the run died or hangs; its own exit says why
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group, and a launcher passes it on: that counts as one signal
+AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
+
+
+class Stopped(BaseException):
+    """A signal came while there was nothing to save."""
+
+
+class _Request:
+    """The one request that this process may have got."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.deferred = False
+        self.ignored = False
+        self.grace = AT_ONCE
+
+
+_request = _Request()
+
+
+def install() -> None:
+    """Takes over the signals; the first thing that the program does."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in STOPS:
+        # nohup's ignored SIGHUP stays ignored.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _remember)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+
+
+def defer(grace: float) -> None:
+    """From now on a signal is only remembered, for `grace` seconds."""
+    _request.deferred, _request.grace = True, grace
+
+
+def ignore() -> None:
+    """From now on signals do nothing: everything is saved, and the exit code is decided."""
+    _request.ignored = True
+
+
+def requested() -> bool:
+    """Whether this process was asked to stop."""
+    return _request.signal is not None
+
+
+def _remember(number: int, frame: object) -> None:
+    """The main thread's handler."""
+    if _request.ignored:
+        return
+    _request.signal = _request.signal or number
+    if not _request.deferred:
+        raise Stopped
+
+
+def _watch(pipe: int) -> None:
+    """Reads the numbers of arriving signals, which the interpreter writes at once whatever the main thread does."""
+    came: float | None = None
+    while True:
+        patience = None if came is None else max(0.0, came + _request.grace - time.monotonic())
+        ready = select.select([pipe], [], [], patience)[0]
+        numbers = [n for n in os.read(pipe, 64) if n in STOPS] if ready else []
+        now = time.monotonic()
+        if _request.ignored:
+            came = None
+        elif numbers and came is None:
+            came, _request.signal = now, numbers[0]
+        elif numbers and now - came >= ONE_SIGNAL:
+            _end("a second signal ended it", 128 + numbers[0])
+        elif came is not None and now - came >= _request.grace:
+            if _request.deferred:
+                _end(f"no step ended within {_request.grace:g} s of a signal (config.grace)", 128 + _request.signal)
+            _end("", PREEMPTED)
+
+
+def _end(why: str, code: int) -> None:
+    """Ends this process and all below it, from any thread."""
+    if why:
+        line = f"pcpvt: error: {why}: what was not saved is lost; the same command goes on from the last checkpoint\n"
+        os.write(sys.stderr.fileno(), line.encode())
+    for pid in reversed(descendants()):
+        kill(pid, signal.SIGKILL)
+    os._exit(code)
+
+
+def kill(pid: int, number: int) -> None:
+    """Sends a signal to a process that may have ended meanwhile."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """Processes below this one (Linux), parents before their children; a child's own process group does not matter."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{pid or 'self'}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def follow_parent() -> None:
+    """Asks the kernel (Linux) for a SIGTERM when the parent dies: a launcher that is killed leaves no orphans."""
+    parent, parent_death = os.getppid(), 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it died meanwhile
+        raise Stopped

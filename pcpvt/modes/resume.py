@@ -6,8 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pcpvt.config import fields
+from pcpvt.devices import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state
+from pcpvt.models import pcpvt
 from pcpvt.modes.console import Console
 from pcpvt.modes.session import Session
 from pcpvt.store import checkpoint
@@ -15,33 +18,52 @@ from pcpvt.store import checkpoint
 # Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
 # A longer or shorter run changes the learning rates still to come, which is what asking for it means.
 HARMLESS = (
-    "device", "processes", "compile", "precision", "accumulate", "checkpoint", "finetune", "weights", "epochs", "steps",
-    "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "data.path", "data.workers",
-    "data.on_error",
+    "device", "processes", "timeout", "grace", "compile", "precision", "accumulate", "checkpoint", "finetune",
+    "weights", "epochs", "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped",
+    "data.path", "data.workers", "data.on_error",
 )  # fmt: skip
 HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.")
 
 
 def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint of the workdir; damaged ones are named and passed over."""
+    """The newest whole checkpoint of the workdir; damaged ones are named and passed over.
+
+    Raises:
+        CheckpointError: when one verifies and yet does not hold what a run goes on from.
+    """
     for path in reversed(checkpoint.steps(session.checkpoints).values()):
         try:
-            return checkpoint.read(path)
+            found = checkpoint.read(path)
         except checkpoint.CheckpointError as error:
-            console.warn(f"{error}; falling back to an earlier one")
+            if console.speaks:  # all processes look at the same files
+                console.warn(f"{error}; falling back to an earlier one")
+            continue
+        missing = [name for name in NEEDED if not isinstance(found.meta.get(name), NEEDED[name])]
+        if missing:
+            raise checkpoint.CheckpointError(f"{path}: no run goes on from it ({missing[0]} is missing): remove it")
+        return found
     return None
 
 
-def check_compatible(session: Session, meta: dict[str, Any], classes: list[str]) -> list[str]:
+# What only the checkpoints of training hold, beside what `store.checkpoint` asks of all.
+NEEDED: dict[str, tuple[type, ...]] = {
+    "config": (dict,), "classes": (list,), "examples": (int,), "window": (dict,), "clock": (dict,), "records": (int,),
+    "best": (dict, type(None)), "metrics": (dict, type(None)),
+}  # fmt: skip
+
+
+def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:
     """What has changed since the checkpoint, for the log.
 
     Raises:
-        UserError: for a field that may not change, with both values, or for other classes.
+        UserError: for a field that may not change, with both values, or for other data.
     """
     notes = []
+    default = flat(fields.base())
     now, then = flat(session.config), meta["config"]
     for name in sorted(now.keys() | then.keys()):
-        before, after = then.get(name), now.get(name)
+        # A field that another version added had its default.
+        before, after = then.get(name, default.get(name)), now.get(name, default.get(name))
         if before == after:
             continue
         if name in HARMLESS or name.startswith(HARMLESS_ROOMS):
@@ -55,7 +77,22 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str])
         raise UserError(
             f"config.data.path: the classes are not those that {session.workdir} was trained on: use another --workdir"
         )
+    if meta["examples"] != examples:
+        raise UserError(
+            f"config.data.path: {examples} training images but {session.workdir} was trained on {meta['examples']}: "
+            "restore them, or start anew with --workdir=DIR"
+        )
     return notes
+
+
+def check_agreement(step: int) -> None:
+    """Raises UserError unless all processes start from the same step, which needs one workdir for all."""
+    steps, count = collectives.sum_numbers([float(step), 1.0])
+    if collectives.any_true(steps != step * count):
+        raise UserError(
+            f"--workdir: the processes found different checkpoints (this one step {step}): "
+            "put it on a file system that all hosts share"
+        )
 
 
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -69,24 +106,39 @@ def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.TrainState:
-    """The TrainState of a checkpoint on the template's devices.
+def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params:
+    """The parameters of a checkpoint in the model's order, which is that of a new run.
 
     Raises:
-        CheckpointError: when its tensors are not those of this run.
+        CheckpointError: when they are not the model's.
+    """
+    shapes = pcpvt.shapes(model)
+    found = {n.removeprefix("params/"): v for n, v in loaded.tensors.items() if n.startswith("params/")}
+    if {n: v.shape for n, v in found.items()} != shapes:
+        raise checkpoint.CheckpointError(f"{loaded.path}: holds another model's parameters: use another --workdir")
+    return {name: found[name] for name in shapes}
+
+
+def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.TrainState:
+    """The TrainState of a checkpoint, in the template's memory: as aligned as a new one, hence the same kernels.
+
+    The loss scale belongs to the precision, which may change: where only one side has one, the template's is kept.
+
+    Raises:
+        UserError: when its tensors are not those of this run.
     """
     expected = state.flatten(template)
+    found = dict(loaded.tensors)
+    if not any(name in found for name in expected if name.startswith("scale/")):
+        found = {n: v for n, v in found.items() if not n.startswith("scale/")}
+        found |= {name: value for name, value in expected.items() if name.startswith("scale/")}
     wrong = sorted(
-        name
-        for name in expected.keys() | loaded.tensors.keys()
-        if name not in expected
-        or name not in loaded.tensors
-        or expected[name].shape != loaded.tensors[name].shape
-        or expected[name].dtype != loaded.tensors[name].dtype
-    )
+        name for name in expected.keys() | found.keys() if name not in expected or name not in found
+        or expected[name].shape != found[name].shape or expected[name].dtype != found[name].dtype
+    )  # fmt: skip
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise checkpoint.CheckpointError(
             f"{loaded.path}: holds another run's state ({', '.join(wrong[:3])}{more} differ): use another --workdir"
         )
-    return state.unflatten(template, {n: loaded.tensors[n].to(expected[n].device) for n in expected})
+    return state.unflatten(template, {name: expected[name].copy_(found[name]) for name in expected})

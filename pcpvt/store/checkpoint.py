@@ -1,29 +1,33 @@
-"""Checkpoints: one safetensors file each, no pickle, written so that a crash at any point leaves the earlier ones whole.
+"""Checkpoints: one safetensors file each, no pickle, written so that a crash anywhere leaves the earlier ones whole.
 
-`checkpoints/step-00000100.safetensors` holds the flat TrainState and, in its metadata under the key `pcpvt`, a JSON object:
-`step`, `config`, `model`, `classes`, `image_size`, `metrics` and `digest`. The digest covers the JSON and every tensor's
-name, dtype, shape and bytes, so a flipped or missing byte anywhere is noticed when the file is read.
+`checkpoints/step-00000100.safetensors` holds the flat TrainState and, in its metadata under the key `pcpvt`, a JSON
+object: `step`, `config`, `model`, `classes`, `image_size`, `metrics`, `digest` and what else a resumed run needs. The
+digest covers the JSON and every tensor's name, dtype, shape and bytes, so a flipped or missing byte anywhere is noticed
+when the file is read. The protocol: temporary name, fsync, read back, rename, fsync of the folder, manifest, pruning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pcpvt.errors import UserError
+from pcpvt.store import manifest
+from pcpvt.store.durable import remove_leftovers, sync, write_atomically
 
 KEY = "pcpvt"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
+_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 class CheckpointError(UserError):
@@ -34,6 +38,10 @@ class Checkpoint(NamedTuple):
     path: Path
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
 
 
 def digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -48,7 +56,7 @@ def digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Writes one checkpoint: temporary name, fsync, rename, fsync of the folder.
+    """Writes one checkpoint and enters it in the manifest.
 
     Args:
         tensors: on the host; not changed by anybody while this runs.
@@ -58,57 +66,38 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path
         OSError: as the file system gives it; nothing earlier is harmed and no temporary file stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, **meta}
-    meta["digest"] = digest(meta, tensors)
-    path = folder / f"step-{meta['step']:08d}.safetensors"
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {KEY: json.dumps(meta)}))
+    path = folder / name_of(meta["step"])
+    known = write_tensors(path, tensors, meta)
+    written = time.strftime("%Y-%m-%d %H:%M:%S")
+    manifest.put(folder, path.name, digest=known, bytes=path.stat().st_size, written=written)
     return path
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary path)`, then makes the result durable under its final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except SafetensorError as error:  # safetensors reports a full disk in its own exception
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """Writes a checkpoint file, which is read back before it gets its name; returns its digest. See `save`."""
+    meta = {"format": FORMAT, **meta}
+    meta["digest"] = digest(meta, tensors)
 
+    def write(temporary: Path) -> None:
+        safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
+        sync(temporary)
+        try:
+            _verified(temporary)
+        except CheckpointError as error:
+            raise OSError(f"{path}: what was written does not read back ({error})") from error
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_atomically(path, write)
+    return meta["digest"]
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint without its tensors.
+    """The JSON of a checkpoint without its tensors, which are not looked at.
 
     Raises:
         CheckpointError: when the file is not a checkpoint of ours.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})[KEY])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint: check the path") from None
-    except KeyError:
-        raise CheckpointError(
-            f"{path}: safetensors, but not a checkpoint of pcpvt: use --config.finetune for weights"
-        ) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint ({error}): use another") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: checkpoint of an unknown format: use the version of pcpvt that wrote it"
-        )
-    return meta
+    meta = _header(path)
+    return _checked({**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}, path)
 
 
 def read(path: Path) -> Checkpoint:
@@ -117,15 +106,73 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when anything of it is damaged.
     """
-    meta = read_meta(path)
+    meta, tensors = _verified(path)
+    return Checkpoint(path, {**meta, **manifest.notes(path.parent, path.name, meta["digest"])}, tensors)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Our JSON, as it stands in the file."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_HEADER, path.stat().st_size):
+                raise ValueError("its length is not that of a header")
+            meta = json.loads(json.loads(file.read(length))["__metadata__"][KEY])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint: check the path") from None
+    except KeyError:
+        raise CheckpointError(
+            f"{path}: safetensors, but not a checkpoint of pcpvt: use --config.finetune for weights"
+        ) from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint ({error}): use another") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint of an unknown format: use the version of pcpvt that wrote it")
+    return meta
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON and tensors whose digest is right, in memory of their own.
+
+    The file is read, not mapped: a disk that fails, or a file cut short meanwhile, is an error and not a SIGBUS.
+    """
+    meta = _checked(_header(path), path)
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+        found = digest(meta, tensors)
+    except Exception as error:  # hostile bytes raise almost anything
         raise CheckpointError(f"{path}: damaged ({error}): use another checkpoint") from None
-    if digest(meta, tensors) != meta.get("digest"):
+    if found != meta.get("digest"):
         raise CheckpointError(f"{path}: damaged (its checksum does not match): use another checkpoint")
-    return Checkpoint(path, meta, tensors)
+    match = _NAME.fullmatch(path.name)
+    if match and int(match[1]) != meta["step"]:
+        raise CheckpointError(f"{path}: holds step {meta['step']}, not what its name says: rename it, or use another")
+    return meta, tensors
+
+
+def _is_metrics(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and "acc1" in value and all(isinstance(v, int | float) for v in value.values())
+    )
+
+
+# What a well-formed JSON object may still hold in a file from a stranger.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda v: type(v) is int and v >= 0,
+    "config": lambda v: isinstance(v, dict),
+    "classes": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    "image_size": lambda v: isinstance(v, list) and len(v) == 2 and all(type(side) is int for side in v),
+    "examples": lambda v: type(v) is int and v > 0,
+    "metrics": _is_metrics,
+    "best": _is_metrics,
+}
+
+
+def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    wrong = [name for name, fits in _FIELDS.items() if name in meta and not fits(meta[name])]
+    if wrong or "step" not in meta:
+        raise CheckpointError(f"{path}: damaged ({', '.join(wrong) or 'step'} in its header): use another checkpoint")
+    return meta
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -134,6 +181,14 @@ def steps(folder: Path) -> dict[int, Path]:
         return {}
     found = {int(m[1]): entry for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name))}
     return dict(sorted(found.items()))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint verifies."""
+    try:
+        return bool(_verified(path))
+    except CheckpointError:
+        return False
 
 
 def score(meta: dict[str, Any]) -> tuple[float, int]:
@@ -155,12 +210,15 @@ def by_score(folder: Path) -> list[Path]:
     return [path for _, path in sorted(ranked, reverse=True)]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the best checkpoint and the `keep` newest, and temporary files that a crash left."""
-    everything = list(steps(folder).values())
-    wanted = {*everything[-keep:], *by_score(folder)[:1]}
-    for path in everything:
+def prune(folder: Path, keep: int, latest: int, whole: Callable[[Path], bool] = is_whole) -> None:
+    """Removes whole checkpoints up to step `latest` but the `keep` newest and the best one, and a crash's leftovers.
+
+    What is damaged counts for nothing and is left for its owner to look at; what is later than `latest` was found
+    damaged when the run was resumed. So the last good checkpoint always stays.
+    """
+    found = [path for step, path in steps(folder).items() if step <= latest and whole(path)]
+    wanted = {*found[-keep:], *[path for path in by_score(folder) if path in found][:1]}
+    for path in found:
         if path not in wanted:
             path.unlink(missing_ok=True)
-    for leftover in folder.glob(".step-*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(folder)

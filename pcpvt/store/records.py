@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from pcpvt.errors import UserError
-from pcpvt.store.checkpoint import write_atomically
+from pcpvt.store.durable import write_atomically
 
 
 def open_workdir(path: Path) -> Path:
     """Creates the workdir and proves that it can be written."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
+        probe = path / f".probe.{os.getpid()}.tmp"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -31,7 +34,7 @@ def open_workdir(path: Path) -> Path:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """One JSON object, replaced as a whole."""
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train first, or name the run with --workdir=DIR") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({error}): restore it or train again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no config: restore it or train again")
@@ -66,40 +69,80 @@ def apply_config(config: ConfigDict, stored: dict[str, Any], where: str) -> None
         try:
             config[name] = tuple(value) if isinstance(value, list) else value
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: {name}: {value!r} has the wrong type ({error}): restore the file"
-            ) from None
+            raise UserError(f"{where}: {name}: {value!r} has the wrong type ({error}): restore the file") from None
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """`{"model.name": v}` to `{"model": {"name": v}}`."""
+    """`{"model.name": v}` to `{"model": {"name": v}}`; where two names claim one place, the later one has it."""
     out: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, leaf = name.split(".")
         node = out
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
         node[leaf] = value
     return out
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per record, appended and flushed; on resume, records after the resumed step are dropped."""
+    """`metrics.jsonl`: one object per record, appended as a whole line or not at all.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = [line for line in _lines(path) if line["step"] <= step]
-        if kept or path.exists():
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(path, lambda temporary: Path(temporary).write_text(text))
-        self.file = path.open("a")
+    A full disk loses nothing: lines wait in memory, and go out with the next one that can be written.
 
-    def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+    Args:
+        path: of the file.
+        keep: records that belong to the run so far; later ones are of steps that will be done again, and dropped.
+    """
 
-    def close(self) -> None:
-        self.file.close()
+    def __init__(self, path: Path, keep: int):
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        kept = lines[:-1][:keep]  # what follows the last line break is a line cut short
+        if lines != [*kept, b""] or path.is_symlink():
+            write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in kept)))
+        self.count = len(kept)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._waiting = b""
+        self._lock = threading.Lock()  # `sync` comes from the thread that writes checkpoints
+
+    def write(self, record: dict[str, Any]) -> OSError | None:
+        """Appends a record, numbers that are not finite as null; returns the error that keeps it waiting, if any."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self._lock:
+            self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+            self.count += 1
+            return self._flush()
+
+    def sync(self) -> None:
+        """Makes all records durable.
+
+        Raises:
+            OSError: when they are not.
+        """
+        with self._lock:
+            if error := self._flush():
+                raise error
+            os.fsync(self._file)
+
+    def close(self) -> OSError | None:
+        with self._lock:
+            error = self._flush()
+            os.close(self._file)
+            return error
+
+    def _flush(self) -> OSError | None:
+        if not self._waiting:
+            return None
+        size = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            return error
+        self._waiting = b""
+        return None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
