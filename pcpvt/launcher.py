@@ -5,6 +5,7 @@ Signals reach every rank, the exit code is that of the first rank that failed, a
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -15,8 +16,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pcpvt import devices
+from pcpvt.errors import printable
+from pcpvt.modes import exits
 
-GRACE = 120  # seconds from the first failure or signal until what still runs is killed
+FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; nothing is left to save then
+QUIET = (2, exits.PREEMPTED, exits.PEER_LOST)  # what the rank itself has explained in a line, or was asked for
 
 
 def launch(config: ConfigDict, argv: list[str]) -> int:
@@ -24,15 +28,18 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
 
     Raises:
         UserError: when this host does not have the devices.
+        exits.Stopped: when a signal comes before there is a process to pass it on to.
     """
-    devices.get(config.device).require(config.processes)
+    device = devices.get(config.device)
+    device.require(config.processes)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.ERROR)  # torchelastic's tables repeat what the lines below say
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    if config.device == "cpu":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: neither its name nor a network is needed
+    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(FAILURE_GRACE), **device.environment}
+    defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one host: neither its name nor a network is needed
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     setup = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -44,41 +51,52 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
         local_addr="localhost",
         max_restarts=0,  # a restart would hide the failure; the same command resumes
         monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT",  # SIGTERM and SIGINT are passed on, for the ranks to save
+        signals_to_handle="SIGQUIT",  # the others are passed on, for the ranks to save
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _pass_on)
+    _adopt_orphans()
+    for number in exits.STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _pass_on)
+    exits.defer(config.grace + FAILURE_GRACE)
     try:
         elastic_launch(setup, sys.executable)("-u", "-m", "pcpvt.main", *argv)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _exit_code(rank, failure.exitcode)
+        return _exit_code(error.failures)
+    finally:
+        exits.ignore()
+        for pid in exits.descendants():
+            exits.kill(pid, signal.SIGKILL)
     return 0
 
 
+def _adopt_orphans() -> None:
+    """Makes this process (Linux) the parent of what a killed rank leaves behind: its loader processes."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+
+
 def _pass_on(number: int, frame: object) -> None:
-    """Sends a signal to every rank: each is the leader of a session of its own, below this process."""
-    for pid in children():
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue  # it has just ended
+    """Sends a signal to every rank: each leads a session of its own, where no terminal and no scheduler reaches it."""
+    ranks = children()
+    if not ranks:
+        raise exits.Stopped
+    for pid in ranks:
+        exits.kill(pid, number)
 
 
 def children() -> list[int]:
-    """Direct child processes of this one."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        found += [int(pid) for pid in (task / "children").read_text().split()]
-    return found
+    """Direct child processes of this one (Linux)."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
 
-def _exit_code(rank: int, code: int) -> int:
-    """The code that this process ends with, after saying which rank failed, unless the run was merely preempted."""
-    from pcpvt.modes.exits import PREEMPTED
-
-    if code == PREEMPTED:
-        return code
-    what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"pcpvt: error: rank {rank} {what}; the others were stopped", file=sys.stderr, flush=True)
+def _exit_code(failures: dict) -> int:
+    """The code of the rank that failed first, after naming it; `failures` are torchelastic's, by rank."""
+    # Times are whole seconds. Who lost a peer was not the first.
+    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode == exits.PEER_LOST))
+    code = first.exitcode
+    if code not in QUIET:
+        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        line = f"pcpvt: error: rank {rank} {what}; the others were stopped"
+        print(printable(line), file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,13 @@ def get(name: str) -> Device:
 
 
 def detect() -> str:
-    """ARG for what this host has, by its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`."""
+    """ARG for what this host has, by its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`.
+
+    Under torchrun N is the number of processes that it started, on all hosts.
+    """
+    started = os.environ.get("WORLD_SIZE", "")
     for kind, pattern, digits in (("npu", "/dev/davinci*", r"davinci\d+"), ("cuda", "/dev/nvidia*", r"nvidia\d+")):
         found = [path for path in glob.glob(pattern) if re.fullmatch(digits, path.rsplit("/", 1)[1])]
         if found:
-            return f"{kind}{len(found)}"
-    return "cpu"
+            return f"{kind}{started or len(found)}"
+    return f"cpu{started}"

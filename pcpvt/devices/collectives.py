@@ -1,9 +1,16 @@
-"""The processes of a run as a World: who am I, sums over all, agreement, and joining and leaving."""
+"""The processes of a run as a World: who am I, sums over all, agreement, and joining and leaving.
+
+A process that dies or hangs ends the run: the others notice within `config.timeout` seconds, say which one it was, and
+leave with `PeerError`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
-from pcpvt.errors import UserError
+from pcpvt.errors import PeerError
 
-TIMEOUT = 2100  # seconds; above the 1800 of HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT, so HCCL reports first
+ROLL_CALL = 2.0  # seconds for all that are left to say so; a lost connection reaches them within milliseconds
 
 
 class World(NamedTuple):
@@ -28,6 +35,13 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+class _Group:
+    """What the processes share beside their collectives: a key-value store, outside of any process that may fail."""
+
+    store: dist.Store | None = None
+    timeout = 0
+
+
 def from_environment() -> World | None:
     """The place that torchrun gave this process, or None outside it."""
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
@@ -35,28 +49,35 @@ def from_environment() -> World | None:
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def join(device: Device, processes: int) -> World:
+def join(device: Device, timeout: int) -> World:
     """Binds this process to its device and joins the group when there are several processes.
 
+    Args:
+        timeout: seconds that any process waits for the others, now and later.
+
     Raises:
-        UserError: when torchrun started another number of processes than the config asks for.
+        UserError: when this host does not have the devices.
+        PeerError: when the others do not come.
     """
     world = from_environment() or World()
-    if world.size != processes:
-        raise UserError(
-            f"config.processes: {processes} but {world.size} were started: give ARG the number that torchrun starts"
-        )
     device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     device.bind(world.local_rank)
     if world.size > 1:
-        timeout = datetime.timedelta(seconds=float(os.environ.get("PCPVT_TIMEOUT", TIMEOUT)))
-        dist.init_process_group(device.backend, timeout=timeout)
+        patience = datetime.timedelta(seconds=timeout)
+        with _answered(world):
+            _Group.timeout = timeout
+            store, *_ = next(dist.rendezvous("env://", timeout=patience))
+            _Group.store = dist.PrefixStore("pcpvt", store)
+            dist.init_process_group(
+                device.backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+            )
     return world
 
 
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        _Group.store = None
 
 
 def psum(tensors: list[Tensor]) -> list[Tensor]:
@@ -64,9 +85,10 @@ def psum(tensors: list[Tensor]) -> list[Tensor]:
     if not dist.is_initialized():
         return tensors
     bucket = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(bucket)
+    with _answered():
+        dist.all_reduce(bucket)
     pieces = bucket.split([t.numel() for t in tensors])
-    return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+    return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 def sum_numbers(values: list[float]) -> list[float]:
@@ -74,7 +96,8 @@ def sum_numbers(values: list[float]) -> list[float]:
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
+    with _answered():
+        dist.all_reduce(tensor)
     return tensor.tolist()
 
 
@@ -85,3 +108,52 @@ def any_true(value: bool) -> bool:
 
 def barrier() -> None:
     sum_numbers([0.0])
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process has said this yet: a warning or an error of all processes is one line, not one each."""
+    return _add(f"said/{text}") == 1
+
+
+def explains(error: Exception) -> bool:
+    """Whether an error that ends this process should be shown: once each, and a lost peer only if nobody knows more."""
+    return first_to_say(str(error)) and (_add("errors") == 1 or not isinstance(error, PeerError))
+
+
+def _add(key: str) -> int:
+    if _Group.store is None:  # not joined: what goes wrong now does so in all processes of a host
+        return 1 + int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        return _Group.store.add(key, 1)
+    except RuntimeError:  # the store went down with its host
+        return 1
+
+
+@contextlib.contextmanager
+def _answered(world: World | None = None) -> Iterator[None]:
+    """Turns the failure of a collective into a PeerError that names who is missing."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of torch.distributed: its own types are subclasses, and gloo raises the plain one
+        world = world or World(dist.get_rank(), dist.get_world_size())
+        reason = str(error).strip().splitlines()[0]
+        missing = _roll_call(world)
+        if missing and "timed out" in reason.lower():
+            what = f"gave no answer within {_Group.timeout} s (config.timeout): hung, or far slower than the others"
+        else:
+            what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
+        raise PeerError(f"{', '.join(missing)} {what}") from error
+
+
+def _roll_call(world: World) -> list[str]:
+    """The ranks that do not notice the failure themselves: they are dead, or busy with something else."""
+    if _Group.store is None:
+        return []
+    try:
+        _Group.store.set(f"noticed/{world.rank}", "")
+        time.sleep(ROLL_CALL)
+        return [f"rank {rank}" for rank in range(world.size) if not _Group.store.check([f"noticed/{rank}"])]
+    except RuntimeError:
+        return []

@@ -15,6 +15,7 @@ from pcpvt.models.layers import Attend
 class Cuda(Device):
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
+    pins = True
     default_compile = "inductor"
 
     def require(self, count: int) -> None:
@@ -29,8 +30,7 @@ class Cuda(Device):
 
     def bind(self, index: int) -> torch.device:
         torch.cuda.set_device(index)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; float32 shall mean float32
         self.torch = torch.device("cuda", index)
         return self.torch
 

@@ -17,7 +17,7 @@ from pcpvt.models.layers import Attend
 
 
 def attend_primitive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`models.layers.attend_plain` from operators that torch.func can differentiate on NPUs: `softmax` is none of them."""
+    """`models.layers.attend_plain` without `softmax`, which torch.func cannot differentiate on NPUs."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return torch.ops.aten._softmax(scores, -1, False) @ v
 
@@ -70,8 +70,8 @@ class Npu(Device):
             raise UserError(f"config.precision: bfloat16: {self.describe()} has none: use float16 or float32")
 
     def overflow(self, compute: torch.dtype) -> Overflow | None:
-        # On the 910A float16 overflow saturates (inf becomes 65504, nan becomes 0): a test for finiteness never fires, and
-        # the device's status register tells, as it does for torch_npu's own GradScaler.
+        # On the 910A float16 saturates (inf becomes 65504, nan becomes 0), so a test for finiteness never fires; the
+        # device's status register tells, as it does for torch_npu's own GradScaler.
         if compute != torch.float16 or torch.npu.utils.is_support_inf_nan():
             return None
         from torch_npu import npu_get_float_status

@@ -39,7 +39,7 @@ class Transform(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """`update(gradients, state, params, step, skip) -> (params, state)`; a `skip` of 1 (float32 []) leaves both as is."""
+    """`update(gradients, state, params, step, skip) -> (params, state)`; a `skip` of 1 (float32 []) changes neither."""
 
     init: Callable[[Params], Tree]
     update: Callable[[Gradients, Tree, Params, int, Tensor], tuple[Params, Tree]]

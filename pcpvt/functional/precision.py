@@ -7,6 +7,7 @@ output dtype before the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,13 @@ class DynamicScale(NamedTuple):
         grow = good >= self.interval
         factor = state["factor"] * torch.where(skip > 0, 0.5, torch.where(grow, 2.0, 1.0))
         return {"factor": factor.clamp(1.0, self.maximum), "good": torch.where(grow, torch.zeros_like(good), good)}
+
+
+class Overflow(NamedTuple):
+    """The device's own record of overflow, for hardware where inf and nan never show: there, overflow saturates."""
+
+    clear: Callable[[], None]
+    seen: Callable[[], Tensor]  # float32 [] on the device: not 0 if anything overflowed since `clear`
 
 
 class NoScale(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional import optim
-from pcpvt.functional.precision import DynamicScale, NoScale, Policy
+from pcpvt.functional.precision import DynamicScale, NoScale, Overflow, Policy
 from pcpvt.functional.state import TrainState
 
 Params = dict[str, Tensor]
@@ -60,22 +60,26 @@ def make_step(
     trainable: Collection[str] | None = None,
     value_and_grad: Callable = autograd_value_and_grad,
     psum: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
+    overflow: Overflow | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
     """Builds the train step.
 
     Args:
-        objective: `(params, batch, factor) -> factor * sum of per-sample losses`, already compiled if it is to be.
+        objective: `(params, batch, factor) -> factor * sum of per-sample losses`.
         optimizer: see `optim.chain`.
         global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
         accumulate: micro-batches per step, exact because nothing in the model mixes samples; it must divide the batch.
         trainable: names to differentiate; None means all.
-        psum: sum over replicas of a list of tensors.
+        value_and_grad: how a gradient is taken, compiled if it is to be; called once, here.
+        psum: sum over replicas of a list of tensors. Whether a step counts is decided behind it, so all decide alike.
+        overflow: for devices that saturate; an overflow on any replica then skips the step as a nan would.
 
     Returns:
         The step. Its metrics are 0-d tensors on the device: `loss`, `grad_norm` (before clipping), `skipped`
         (consecutive skipped updates), all equal on every replica. A non-finite gradient leaves parameters, moments and
         averages unchanged to the bit.
     """
+    differentiate = value_and_grad(objective, trainable)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         scale = state.scale.get("factor")
@@ -84,7 +88,8 @@ def make_step(
         divisor = one if scale is None else scale
         factor = divisor / global_batch
         compute = {n: v.to(policy.compute) for n, v in state.params.items()}
-        differentiate = value_and_grad(objective, trainable)
+        if overflow is not None:
+            overflow.clear()
 
         loss, grads = None, {}
         for part in split(batch, accumulate):
@@ -95,9 +100,14 @@ def make_step(
                 loss = loss + value
                 torch._foreach_add_(list(grads.values()), [new[n].to(policy.params) for n in grads])
 
-        loss, *leaves = psum([loss, *grads.values()])
+        overflowed = [] if overflow is None else [overflow.seen()]
+        sums = psum([loss, *grads.values(), *overflowed])
+        loss, leaves, overflowed = sums[0], sums[1 : 1 + len(grads)], sums[1 + len(grads) :]
         grads = optim.gradients(dict(zip(grads, leaves, strict=True)), divisor)
-        skip = 1.0 - torch.isfinite(grads.norm).to(torch.float32)
+        good = torch.isfinite(grads.norm)
+        for flag in overflowed:
+            good = good & (flag == 0)
+        skip = 1.0 - good.to(torch.float32)
         params, opt = optimizer.update(grads, state.opt, state.params, int(state.step), skip)
         ema = optim.ema_update(state.ema, params, ema_decay, skip)
         flag = skip.to(torch.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pcpvt.config.plan import Plan
 from pcpvt.data import augment, loader, sources
 from pcpvt.devices import collectives
-from pcpvt.devices.compilation import compiled
+from pcpvt.devices.compilation import value_and_grad
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing, optim, precision, state, step
 from pcpvt.functional.objective import make_objective
@@ -79,7 +79,8 @@ def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optim
         config.weight_decay,
         pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay),
     )
-    adamw = optim.adamw(plan.schedule, groups, (config.beta1, config.beta2), config.eps)
+    betas, skips = (config.beta1, config.beta2), session.device.kernel_skips
+    adamw = optim.adamw(plan.schedule, groups, betas, config.eps, kernel_skips=skips)
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
 
 
@@ -91,7 +92,7 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
     )
     names = list(pcpvt.shapes(model))
     return step.make_step(
-        compiled(objective, session.device, config.compile),
+        objective,
         opt,
         global_batch=plan.batch,
         accumulate=plan.accumulate,
@@ -99,7 +100,9 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
         scaler=precision.loss_scale(policy),
         ema_decay=config.ema,
         trainable=trainable(session, names) if config.frozen else None,
+        value_and_grad=value_and_grad(session.device, config.compile),
         psum=collectives.psum,
+        overflow=session.device.overflow(policy.compute),
     )
 
 

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def start(config: ConfigDict, workdir: Path) -> Session:
         UserError: when the device, the process count or the precision cannot be had here.
     """
     device = devices.get(config.device)
-    world = collectives.join(device, config.processes)
+    world = collectives.join(device, config.timeout)
     policy = precision.parse(device.precision() if config.precision == "auto" else config.precision)
     device.check_precision(policy.compute)
     return Session(config, workdir, device, world, policy, image_size(config))
@@ -85,8 +84,3 @@ def workers(session: Session, source: sources.Source) -> int:
         return configured
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return default_workers(source, base.cores() // local)
-
-
-def pins(session: Session) -> bool:
-    """Whether batches go through page-locked memory: only where there is a device to copy to."""
-    return session.device.name == "cuda" and torch.cuda.is_available()

@@ -1,0 +1,167 @@
+"""Compiled and eager runs agree; nothing is compiled twice; what cannot be compiled is said, or stops the run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from test_step import batches, nano_state
+
+from pcpvt import devices
+from pcpvt.devices import compilation
+from pcpvt.errors import UserError
+from pcpvt.functional import mixing, optim, precision, rng, schedules, state
+from pcpvt.functional.objective import make_objective, make_predict
+from pcpvt.functional.step import functional_value_and_grad, make_step
+from pcpvt.models import pcpvt
+
+
+class Counting:
+    """A dynamo backend that runs what it was given as it is, and counts."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def device(default: object = "none"):
+    cpu = devices.get("cpu")
+    cpu.default_compile = default
+    return cpu
+
+
+def recipe_batches(model, count: int, n: int) -> list[dict[str, torch.Tensor]]:
+    """Batches with every draw that a recipe can have."""
+    rates = pcpvt.drop_rates(model.spec, 0.5)
+    made = batches(count, 32, n)
+    for i, batch in enumerate(made):
+        draws = rng.generator(i, "test draws")
+        lam, box = mixing.mixing_draws(draws, n, (32, 32), mixing.MixSpec(mode="elem"))
+        batch["lam"], batch["box"] = torch.from_numpy(lam), torch.from_numpy(box)
+        batch["keep"] = torch.stack([torch.from_numpy(pcpvt.draw_keep(draws, rates)) for _ in range(n)])
+        batch["erase"] = torch.tensor([[2, 9, 3, 20]] * n, dtype=torch.int32)
+    return made
+
+
+def train(seam, steps: int = 3):
+    """The state and the losses after a few steps with two micro-batches each."""
+    model, params = nano_state(torch.float32)
+    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
+    policy = precision.parse("bfloat16")
+    objective = make_objective(model, smoothing=0.1, policy=policy)
+    step = make_step(objective, optimizer, global_batch=8, accumulate=2, policy=policy, value_and_grad=seam)
+    ts, losses = state.create(params, optimizer.init(params), {}, ema=False), []
+    for batch in recipe_batches(model, steps, 8):
+        ts, metrics = step(ts, batch)
+        losses.append(metrics["loss"].item())
+    return ts, losses
+
+
+def test_a_run_compiles_its_gradient_once_and_equals_eager_to_the_bit():
+    """The counting backend runs the operators that were traced: a draw or a number frozen into the graph would show.
+
+    tests/test_step.py holds the two ways of taking a gradient against each other.
+    """
+    count = Counting()
+    ts, losses = train(compilation.value_and_grad(device(), count))
+    reference, expected = train(functional_value_and_grad)
+    assert count.graphs == 1
+    assert losses == expected and len(set(losses)) == 3
+    for name, value in ts.params.items():
+        assert torch.equal(value, reference.params[name]), name
+
+
+def test_evaluation_compiles_once_and_its_padded_last_batch_too():
+    count = Counting()
+    model, params = nano_state(torch.float32)
+    predict = make_predict(model)
+    fast = compilation.compiled(predict, device(), count)
+    for batch in [*batches(2, 32, 4), {"image": torch.zeros(4, 32, 32, 3, dtype=torch.uint8)}]:
+        assert torch.equal(fast(params, batch["image"]), predict(params, batch["image"]))
+    assert count.graphs == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_agrees_with_eager():
+    from pcpvt.models.layers import Block, attend_plain
+
+    with torch.device("meta"):
+        block = Block(8, 2, 2, 2)
+    draws = torch.Generator().manual_seed(0)
+    params = {n: 0.3 * torch.randn(p.shape, generator=draws) for n, p in block.named_parameters()}
+    batch = {"x": torch.randn(2, 4, 4, 8, generator=draws), "keep": torch.tensor([[2.0, 0.0], [0.0, 2.0]])}
+
+    def objective(params, batch, factor):
+        x = torch.func.functional_call(block, params, (batch["x"], attend_plain, batch["keep"]))
+        return x.square().sum() * factor
+
+    factor = torch.tensor(0.5)
+    value, grads = compilation.value_and_grad(device(), "inductor")(objective)(params, batch, factor)
+    expected, reference = compilation.value_and_grad(device(), "none")(objective)(params, batch, factor)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grads, reference, rtol=1e-4, atol=1e-5)
+
+
+def broken(graph, inputs):
+    raise RuntimeError("no such instruction\nand a second line")
+
+
+def squares(params, batch, factor):
+    return (params["w"] * batch["x"]).square().sum() * factor
+
+
+ARGS = {"w": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 4.0])}, torch.tensor(0.5)
+
+
+def test_auto_goes_on_in_eager_mode_with_one_warning(capsys):
+    fast = compilation.value_and_grad(device(broken), "auto")(squares)
+    for _ in range(3):
+        value, grads = fast(*ARGS)
+        assert value == 36.5 and grads["w"].tolist() == [9.0, 32.0]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "no such instruction" in warning and "going on without" in warning
+
+
+def test_a_backend_that_was_named_stops_the_run_in_one_line():
+    for choice in (broken, "no_such_backend"):
+        fast = compilation.value_and_grad(device(), choice)(squares)
+        with pytest.raises(UserError, match=r"config.compile.*config.compile=none") as error:
+            fast(*ARGS)
+        assert "\n" not in str(error.value)
+
+
+def test_an_error_while_compiled_code_runs_is_no_failure_to_compile(capsys):
+    def full(graph, inputs):
+        def run(*args):
+            raise torch.OutOfMemoryError("256 GiB")
+
+        return run
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compilation.compiled(torch.sin, device(full), "auto")(torch.ones(2))
+    assert not capsys.readouterr().err
+
+
+def test_an_error_of_the_function_itself_keeps_its_type():
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as error:
+        compilation.compiled(torch.mm, device("eager"), "auto")(torch.ones(2, 3), torch.ones(2, 3))
+    assert type(error.value) is RuntimeError
+
+
+def test_cpu_is_eager_by_default():
+    def function(x):
+        return x
+
+    assert compilation.compiled(function, devices.get("cpu"), "auto") is function
+    assert compilation.value_and_grad(devices.get("cpu"), "auto") is compilation.value_and_grad(device(), "none")
