@@ -1,12 +1,15 @@
 """Samples to batches: fixed shapes, every random draw included, the same bytes for any number of workers.
 
-Loader processes are PyTorch's; each builds whole batches in shared memory, and they live as long as the run, because the
-training stream has no end (see `order`).
+Loader processes are PyTorch's; each builds whole batches in shared memory, and they live as long as the run, because
+the training stream has no end (see `order`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -178,17 +181,43 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError: one that a worker met, or that a worker died."""
         try:
-            for batch in self.loader:
+            with _deaf_children():
+                batches = iter(self.loader)
+            for batch in batches:
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
         except RuntimeError as error:
-            if "worker" not in str(error):
+            reason = _why_worker_died(str(error))
+            if not reason:
                 raise
             raise UserError(
-                f"config.data.workers: a loader process died ({str(error).splitlines()[0]}): "
-                "check the memory and /dev/shm, or lower it"
+                f"config.data.workers: a loader process {reason}: free memory and /dev/shm, or use fewer of them"
             ) from error
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside never see a signal that is sent to a whole group: the run answers it, and needs them.
+
+    They end when this process tells them to, or is gone. The mask is inherited; a handler would come too late.
+    """
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _why_worker_died(message: str) -> str:
+    """What befell a loader process, from PyTorch's message; empty for an ordinary error raised inside one."""
+    lines = message.strip().splitlines()
+    if "exited unexpectedly" in message or "is killed by signal" in message:
+        return f"died ({lines[0]})"
+    if "shared memory" in message or "unable to resize file" in message or "No space left on device" in message:
+        return f"has no shared memory left ({lines[-1]})"
+    return ""
 
 
 def _as_is(value):
