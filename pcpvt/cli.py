@@ -15,7 +15,7 @@ from pcpvt.config import fields, recipes
 from pcpvt.config.request import Run
 from pcpvt.errors import UserError
 
-MODES = ("train", "eval", "predict", "export", "bench")
+MODES = ("train", "eval", "predict", "export", "bench", "report")
 DEFAULT_CONFIG = "configs/pcpvt_s.py"
 
 
@@ -146,8 +146,12 @@ def read_run(values: flags.FlagValues) -> Run:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     if inside_torchrun():
         _agree(config, "processes" in given or bool(arg))
-    if values.mode == "export":  # needs no device, whatever the training had
+    if values.mode in ("export", "report"):  # needs no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
+    if values.mode == "predict":
+        config.processes = 1
+    if values.mode == "report" and not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
     _supersede(config, given)
     if config.data.path and config.data.name == "digits" and "data.name" not in given:
         config.data.name = "folder"

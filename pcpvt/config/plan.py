@@ -75,6 +75,7 @@ def check(config: ConfigDict) -> None:
     check_choice("data.on_error", config.data.on_error, ["error", "skip"])
     check_choice("export.format", config.export.format, ["timm", "onnx", "pt2"])
     check_choice("weights", config.weights, ["auto", "params", "ema"])
+    check_choice("predict.format", config.predict.format, ["table", "jsonl", "csv"])
     check_choice("bench.against", config.bench.against, ["", "timm"])
     for field in ("batch_size", "processes", "image_size", "image_width", "num_classes", "augment.repeats", "keep"):
         _within(config, field, 1)

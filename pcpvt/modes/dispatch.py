@@ -14,7 +14,10 @@ from pcpvt.store import lock, records
 from pcpvt.store.durable import remove_leftovers
 
 # Each module has `run(session) -> int`, the exit code; a mode's imports are paid by that mode alone.
-MODULES = {"train": "train", "eval": "evaluate", "export": "export", "bench": "bench"}
+MODULES = {
+    "train": "train", "eval": "evaluate", "predict": "predict", "export": "export", "bench": "bench",
+    "report": "report",
+}  # fmt: skip
 
 
 def run(request: Run) -> int:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pcpvt.config.plan import Plan
-from pcpvt.modes import evaluate
+from pcpvt.models.pcpvt import SPECS
+from pcpvt.modes import environment, evaluate, tensorboard, utilisation
 from pcpvt.modes.console import Console, Progress
 from pcpvt.modes.session import Session
 from pcpvt.store import records
@@ -42,10 +43,11 @@ class Recorder:
     """Measures steps, and writes records.
 
     Args:
+        step: how many are done.
         memory: of the checkpoint that the run goes on from; None at its beginning.
     """
 
-    def __init__(self, session: Session, plan: Plan, console: Console, memory: Mapping[str, Any] | None):
+    def __init__(self, session: Session, plan: Plan, console: Console, step: int, memory: Mapping[str, Any] | None):
         self.plan, self.console, self.max_skipped = plan, console, session.config.max_skipped
         self.progress = Progress(console, steps=plan.steps, epochs=plan.epochs, batch=plan.batch)
         memory = memory or {"window": _window(), "clock": {"steps": 0, "seconds": 0.0, "elapsed": 0.0}, "records": 0}
@@ -58,16 +60,33 @@ class Recorder:
         self._bad: list[BadStep] = []
         self._steps = 0  # of this part of the run
         self._began = time.perf_counter()
+        self._session, self._board, self._start = session, None, step
+        self._per_image = utilisation.multiply_adds(SPECS[session.config.model.name], plan.size, plan.num_classes)
+        self._peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
         self._warned = False
 
     def open(self) -> None:
         """Opens the metrics file; its records of steps that will be done again are dropped."""
         if self._path is not None:
             self._file = records.MetricsFile(self._path, self._records)
+            records.write_json(self._session.workdir / environment.FILE, environment.describe(self._session))
+            if self._session.config.tensorboard:
+                self._board = tensorboard.Board(self._session.workdir, self._start, self.console.warn)
+                self._board.config(self._session.config.to_dict(), self._start)
+                for entry in records.read_metrics(self._path):
+                    if entry["step"] == self._start:  # events of this step are purged: perhaps it is evaluated again
+                        self._board.record(entry)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def images(self, batch: dict[str, Tensor]) -> None:
+        """Shows the run's first batch."""
+        if self._board is not None:
+            self._board.images(batch, 0)
 
     def sync(self) -> None:
         """Makes the records durable; raises OSError when they are not."""
@@ -151,6 +170,9 @@ class Recorder:
             "images_per_sec": round(rate.images_per_sec, 2),
             "waiting": round(rate.waiting, 4),
         }
+        share = utilisation.mfu(rate.images_per_sec, self._per_image, self._peak, self._session.world.size)
+        if share is not None:
+            entry["mfu"] = round(share, 4)
         self.window = _window()
         self._write(entry)
         self.progress.record(entry)
@@ -165,6 +187,8 @@ class Recorder:
         return round(step * self.plan.batch / self.plan.examples, 4)
 
     def _write(self, entry: dict[str, Any]) -> None:
+        if self._board is not None:
+            self._board.record(entry)
         error = self._file.write(entry) if self._file else None
         if error and not self._warned:
             self._warned = True

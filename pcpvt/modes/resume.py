@@ -20,9 +20,9 @@ from pcpvt.store import checkpoint
 HARMLESS = (
     "device", "processes", "timeout", "grace", "compile", "precision", "accumulate", "checkpoint", "finetune",
     "weights", "epochs", "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped",
-    "data.path", "data.workers", "data.on_error",
+    "tensorboard", "data.path", "data.workers", "data.on_error",
 )  # fmt: skip
-HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.")
+HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
 
 
 def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pcpvt.devices import collectives
 from pcpvt.models import pcpvt
-from pcpvt.modes import evaluate, exits, preflight
+from pcpvt.modes import evaluate, exits, preflight, report
 from pcpvt.modes.console import Console, duration
 from pcpvt.modes.session import Session
 from pcpvt.modes.trainer import Trainer
@@ -35,6 +35,7 @@ def run(session: Session) -> int:
             console.say(f"stopped by a signal at step {trainer.now}; saved. The same command goes on from there.")
             return exits.PREEMPTED
         summarize(trainer)
+        report.at_end(session, console)
         return 0
     finally:
         trainer.close()

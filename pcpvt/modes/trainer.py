@@ -18,7 +18,7 @@ from pcpvt.data.loader import Loader
 from pcpvt.devices import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
-from pcpvt.modes import build, divergence, evaluate, exits, preflight, resume
+from pcpvt.modes import build, details, divergence, evaluate, exits, preflight, resume
 from pcpvt.modes import session as sessions
 from pcpvt.modes.console import Console
 from pcpvt.modes.recorder import Diverged, Recorder
@@ -69,7 +69,7 @@ class Trainer:
         self.step = build.train_step(session, self.model, self.plan, optimizer)
         self.batches = build.train_batches(session, self.model, self.train_source)
         self.evaluator = evaluate.Evaluator(session, self.model, self.val_source, self.plan.eval_batch)
-        self.recorder = Recorder(session, self.plan, console, memory if self.resumed else None)
+        self.recorder = Recorder(session, self.plan, console, self.now, memory if self.resumed else None)
         self.saver = Saver(session.checkpoints, self.config.keep, before=self.recorder.sync)
         if self.resumed is not None:
             self.saver.last_good = self.resumed.path
@@ -137,6 +137,8 @@ class Trainer:
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
+            if self.now == 0:
+                self.recorder.images(batch)
             self._name_substitutes(batch)
             self.state, metrics = self.step(self.state, batch)
             self.metrics = None
@@ -175,15 +177,18 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluates the present parameters, whose checkpoint is being written meanwhile, and notes the result on it."""
         began = time.perf_counter()
+        observer = details.Observer(len(self.val_source))
 
         def observe(batch: dict[str, Tensor], logits: Tensor) -> None:
             if self.stopping():
                 raise _Interrupted
+            observer(batch, logits)
 
         self.metrics = self.evaluator(self.state.ema or self.state.params, observe)
         self.recorder.evaluation(self.now, self.metrics, time.perf_counter() - began)
         if self.best is None or self.metrics["acc1"] >= self.best["acc1"]:
             self.best = {**self.metrics, "step": self.now}
+            details.keep(self.session, observer, self.val_source, self.now, self.console)
         if not self.session.world.is_main:
             return
         self._report(self.saver.wait())

@@ -1,0 +1,126 @@
+"""For notebooks and other programs: plain functions over `(model, params)`, on the CPU or wherever the tensors are.
+
+    from pcpvt import api
+    net = api.load("runs/pcpvt_s")                                           # model, params, classes, size, crop
+    image = api.read("photo.jpg", net.size, net.crop)                        # uint8 [1, h, w, 3]
+    print(api.classify(net.model, net.params, image, net.classes))           # [[("cat", 0.93), ("dog", 0.04), ...]]
+    maps = api.features(net.model, net.params, image)                        # four maps [1, c, h, w], strides 4 to 32
+    state, metrics = api.train_step(net.model)(api.train_state(net.params), dict(image=image, label=torch.tensor([3])))
+
+Images are uint8 and NHWC everywhere; the functions normalise. More is in `pcpvt.models.pcpvt` (`intermediates`,
+`apply`) and `pcpvt.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pcpvt.data import augment
+from pcpvt.data.decode import Source
+from pcpvt.functional import mixing, optim, schedules
+from pcpvt.functional import state as states
+from pcpvt.functional import step as steps
+from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective, make_predict
+from pcpvt.functional.state import TrainState
+from pcpvt.models import pcpvt
+from pcpvt.models.pcpvt import PCPVT, Params
+from pcpvt.modes import chosen
+
+Step = Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Tensor]]]
+
+
+class Loaded(NamedTuple):
+    """A network and what it was trained on.
+
+    Attributes:
+        model: the structure.
+        params: float32, by the reference checkpoints' names.
+        classes: what the outputs are called.
+        size: (height, width) of the images it is evaluated with.
+        crop: the evaluation crop's side over the resized short side.
+    """
+
+    model: PCPVT
+    params: Params
+    classes: list[str]
+    size: tuple[int, int]
+    crop: float
+
+
+def load(path: str | Path, which: str = "auto") -> Loaded:
+    """A workdir's best checkpoint, a checkpoint file, weights of timm or of the Twins authors, or `timm:NAME`.
+
+    Args:
+        which: "params", "ema", or "auto": the averaged weights of our own checkpoints where there are some.
+
+    Raises:
+        UserError: one line, when the file is missing, damaged or of another model.
+    """
+    found = chosen.load(path, which=which)
+    height, width = found.meta.get("image_size", (224, 224))
+    crop = found.meta.get("config", {}).get("eval.crop", 0.875)
+    return Loaded(found.model, found.params, chosen.class_names(found), (height, width), crop)
+
+
+def read(source: Source, size: tuple[int, int], crop: float = 0.875) -> Tensor:
+    """An image as evaluation takes it: uint8 `[1, height, width, 3]`, the short side resized, the centre cropped.
+
+    Args:
+        source: a path, bytes, an open file, a PIL image, or a uint8 array `[h, w, 3]`.
+
+    Raises:
+        DecodeError: the image cannot be read.
+    """
+    return torch.from_numpy(augment.eval_sample(source, size, round(min(size) / crop)).copy())[None]
+
+
+def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:
+    """`[b, classes]` of uint8 images `[b, h, w, 3]`; without gradients."""
+    return make_predict(model)(params, images)
+
+
+def classify(
+    model: PCPVT, params: Params, images: Tensor, classes: Sequence[str], top: int = 5
+) -> list[list[tuple[str, float]]]:
+    """For each of the uint8 images `[b, h, w, 3]` the most probable classes with their probabilities."""
+    values, indices = logits(model, params, images).softmax(-1).topk(min(top, model.num_classes))
+    return [
+        [(classes[i], p) for i, p in zip(*row, strict=True)]
+        for row in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
+    """Four maps `[b, c, h, w]` at strides 4 to 32 of uint8 images `[b, h, w, 3]`; differentiable in `params`."""
+    return pcpvt.features(model, params, mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD))
+
+
+def train_state(params: Params) -> TrainState:
+    """The state before the first step, AdamW's moments at zero; the params are copied, because steps reuse memory."""
+    own = {name: value.clone() for name, value in params.items()}
+    optimizer = _optimizer(own, 0.0, 0.0)
+    return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
+
+
+def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
+    """`step(state, batch) -> (state, metrics)`: loss, gradient, AdamW; consumes the state that it is given.
+
+    The batch holds `image`, uint8 `[b, h, w, 3]`, and `label`, int64 `[b]`, and may hold the draws of `data.loader`.
+    Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.
+    """
+    objective = make_objective(model, smoothing=smoothing)
+
+    def step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
+        optimizer = _optimizer(state.params, lr, weight_decay)
+        return steps.make_step(objective, optimizer, global_batch=len(batch["label"]))(state, batch)
+
+    return step
+
+
+def _optimizer(params: Params, lr: float, weight_decay: float) -> optim.Optimizer:
+    return optim.chain(optim.adamw(schedules.constant(lr), optim.groups(params, weight_decay)))

@@ -1,0 +1,51 @@
+"""`--mode=report`, and the end of a training: the files of a workdir to its `report.html`, readable offline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pcpvt.modes import report_data, report_page
+from pcpvt.modes.console import Console
+from pcpvt.modes.session import Session
+from pcpvt.store.durable import write_atomically
+
+FILE = "report.html"
+
+
+def write(workdir: Path, others: Sequence[Path] = ()) -> Path:
+    """Writes the report of a workdir, with other workdirs' runs beside its own.
+
+    Raises:
+        UserError: for a folder that holds no run.
+        OSError: when the file cannot be written.
+    """
+    folders = [folder.resolve() for folder in (workdir, *others)]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):  # then their parents tell them apart
+        names = [str(Path(*folder.parts[-2:])) for folder in folders]
+    text = report_page.page([report_data.load(folder, name) for folder, name in zip(folders, names, strict=True)])
+    path = workdir / FILE
+    # A file name of the user's may hold bytes that are no text.
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", errors="replace"))
+    return path
+
+
+def at_end(session: Session, console: Console) -> None:
+    """The report of a training that has just ended, by the main process; a failure is a warning, never an error."""
+    if not session.world.is_main:
+        return
+    try:
+        console.say(f"report: {write(session.workdir)}")
+    except Exception as error:  # whatever it is, the training has succeeded
+        console.warn(f"{session.workdir / FILE} is not written ({type(error).__name__}: {error})")
+
+
+def run(session: Session) -> int:
+    """Writes the report from what the workdirs hold; no device, data or checkpoint is touched."""
+    if not session.world.is_main:
+        return 0
+    others = [Path(word.strip()) for word in session.config.report.compare.split(",") if word.strip()]
+    path = write(session.workdir, others)
+    Console().say(f"written: {path} ({path.stat().st_size / 1024:.0f} kB)")
+    return 0

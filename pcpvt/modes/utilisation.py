@@ -1,0 +1,53 @@
+"""How much of a device a run uses: the model's floating-point operations per second over what the data sheet promises.
+
+MFU counts the operations that the model needs (a multiply-add is 2, the backward pass twice the forward one), not
+those that recomputation or padding add (Chowdhery et al. 2022, PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pcpvt.models.pcpvt import Spec
+
+# Dense 16-bit tensor throughput in TFLOP/s, by a part of the device's name, from the makers' data sheets. CPUs are
+# missing because no data sheet gives theirs.
+_PEAK_16_BIT = (
+    ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100", 125), ("T4", 65),
+    ("Ascend910B3", 313), ("Ascend910B4", 280),
+)  # fmt: skip
+_TF32 = ("H200", "H100", "A100")  # float32 products run at half the 16-bit rate there
+
+
+def multiply_adds(spec: Spec, size: tuple[int, int], num_classes: int) -> int:
+    """Multiply-adds of one image `(height, width)` in the forward pass; normalisation and activations are left out."""
+    (height, width), channels, total = size, 3, 0
+    for depth, dim, ratio, reduction, patch in zip(
+        spec.depths, spec.dims, spec.mlp_ratios, spec.reductions, spec.patches, strict=True
+    ):
+        height, width = math.ceil(height / patch), math.ceil(width / patch)
+        tokens, keys = height * width, math.ceil(height / reduction) * math.ceil(width / reduction)
+        total += tokens * channels * patch**2 * dim + 9 * tokens * dim  # patch embedding, position encoding
+        reduce = keys * (dim * reduction) ** 2 if reduction > 1 else 0
+        attention = (2 * tokens + 2 * keys) * dim**2 + reduce + 2 * tokens * keys * dim
+        total += depth * (attention + 2 * tokens * ratio * dim**2)
+        channels = dim
+    return total + channels * num_classes
+
+
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The data sheet's floating-point operations per second of a device for products in `dtype`, or None."""
+    for part, tera in _PEAK_16_BIT:
+        if part in name:
+            if dtype in (torch.float16, torch.bfloat16):
+                # The V100 and the T4 have no bfloat16.
+                return None if dtype == torch.bfloat16 and part in ("V100", "T4") else tera * 1e12
+            return tera * 0.5e12 if dtype == torch.float32 and part.split()[0] in _TF32 else None
+    return None
+
+
+def mfu(images_per_sec: float, per_image: int, peak: float | None, devices: int) -> float | None:
+    """Training's share of the peak of all devices, between 0 and 1; None where the peak is not known."""
+    return 3 * 2 * per_image * images_per_sec / (peak * devices) if peak else None
