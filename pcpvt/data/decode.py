@@ -1,13 +1,13 @@
 """Encoded images of any kind to upright 8-bit RGB, or one `DecodeError` that names the file.
 
 What "RGB" means here, where a format leaves it open:
-- alpha and palette transparency are dropped, not composited, as `convert("RGB")` does in timm and torchvision;
+- alpha and palette transparency are dropped, not composited, as timm and torchvision do;
 - 16-bit grey is scaled to 8 bits (Pillow's own conversion clips nearly everything to white);
 - EXIF orientation is applied; timm and torchvision ignore it, so rotated photographs differ from theirs;
 - of an animation, the first frame.
 
 Only the header is read until pixels are asked for, so that a JPEG can be decoded at the scale its crop needs.
-With the optional package simplejpeg, full-scale JPEGs decode 1.2 times as fast, to the same pixels.
+With simplejpeg (installed where it has wheels), full-scale JPEGs decode 1.2 times as fast, to the same pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ except ImportError:  # optional, for speed only
 # 256 MiB of RGB; above it Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
 
-_ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and for the others this turns the stored image upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray"
 
@@ -72,8 +81,9 @@ class Picture:
             self.height, self.width = self._pixels.shape[:2]
 
     def _open(self, source: str | os.PathLike[str] | bytes | IO[bytes] | Image.Image) -> None:
-        image = source
-        if not isinstance(source, Image.Image):
+        if isinstance(source, Image.Image):
+            image = source
+        else:
             self._data = _read(source)
             image = Image.open(io.BytesIO(self._data))
         width, height = image.size
@@ -84,12 +94,11 @@ class Picture:
             self._pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
             return
         self._jpeg = image
-        self._orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-        self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
+        tag = image.getexif().get(_ORIENTATION) if "exif" in image.info else 1
+        self._orientation = tag if tag in _TURNS else 1
+        self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
-    def crop(
-        self, box: tuple[int, int, int, int] | None = None, at_least: tuple[int, int] | None = None
-    ) -> np.ndarray:
+    def crop(self, box: tuple[int, int, int, int] | None = None, at_least: tuple[int, int] | None = None) -> np.ndarray:
         """The pixels of a box, uint8 `[h, w, 3]`; they may share memory with the source, so do not write to
         them.
 
@@ -108,13 +117,26 @@ class Picture:
             return self._pixels[top : top + height, left : left + width]
         factor = scale_factor((height, width), at_least) if at_least else 1
         with _naming(self.name):
-            return self._decode((left, top, left + width, top + height), factor)
+            # Cut in the stored orientation: a side that the factor does not divide has its excess at the end.
+            stored = self._stored((left, top, left + width, top + height))
+            pixels = self._decode(stored, factor)
+            if self._orientation != 1:
+                pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[self._orientation]))
+            return pixels
+
+    def _stored(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A box (left, top, right, bottom) of the upright image, where it lies in the stored one."""
+        left, top, right, bottom = box
+        if self._orientation in (2, 3, 6, 7):
+            left, right = self.width - right, self.width - left
+        if self._orientation in (3, 4, 7, 8):
+            top, bottom = self.height - bottom, self.height - top
+        return (top, left, bottom, right) if self._orientation >= 5 else (left, top, right, bottom)
 
     def _decode(self, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
-        """The box (left, top, right, bottom) in full-size pixels, at 1 / factor of the scale."""
+        """A box (left, top, right, bottom) of the stored image, at 1 / factor of its scale."""
         assert self._jpeg is not None
-        upright = self._orientation == 1
-        if simplejpeg and upright and factor == 1 and self._jpeg.mode == "RGB":
+        if simplejpeg and factor == 1 and self._jpeg.mode == "RGB":
             with contextlib.suppress(ValueError):  # it refuses blemishes that Pillow passes: let Pillow judge
                 return simplejpeg.decode_jpeg(self._data)[box[1] : box[3], box[0] : box[2]]
         image: Image.Image = self._jpeg
@@ -124,10 +146,7 @@ class Picture:
         if factor > 1:
             image.draft("RGB", (image.width // factor, image.height // factor))
         image.load()
-        if not upright:
-            image = ImageOps.exif_transpose(image)
-        # A reduced pixel stands for factor x factor full ones: an edge of the box moves by half of one at
-        # most.
+        # A reduced pixel stands for factor x factor full ones: edges of the box move by at most half of one.
         left, top, right, bottom = (round(edge / factor) for edge in box)
         image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         return np.asarray(to_rgb(image))
@@ -166,9 +185,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def check_pixels(height: int, width: int, name: str) -> None:
     """Raises DecodeError for an image, or a resized image, that is absurdly large."""
     if height * width > MAX_PIXELS:
-        raise DecodeError(
-            f"{name}: {width} x {height} pixels are over the limit of {MAX_PIXELS}: scale it down"
-        )
+        raise DecodeError(f"{name}: {width} x {height} pixels are over the limit of {MAX_PIXELS}: scale it down")
 
 
 def _read(source: str | os.PathLike[str] | bytes | IO[bytes]) -> bytes:

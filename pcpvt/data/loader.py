@@ -84,7 +84,7 @@ class TrainBatches:
             chosen = (index + tries) % len(self.source)
             image, label = self.source[chosen]
             try:
-                pixels, box = augment.train_sample(image, self.spec, generator)
+                pixels, box = augment.train_sample(image, self.spec, generator, self.source.name(chosen))
             except DecodeError:
                 if self.on_error == "error":
                     raise
@@ -117,12 +117,12 @@ class EvalBatches:
             "valid": torch.zeros(self.local_batch, dtype=torch.bool),
         }
         pixels = batch["image"].numpy()
-        resize = round(min(self.size) / self.crop)
+        resize = int(min(self.size) / self.crop)  # rounded down, as timm does
         for row, sample in enumerate(self.batches[index]):
             image, label = self.source[sample]
             batch["label"][row], batch["id"][row] = label, sample
             try:
-                pixels[row] = augment.eval_sample(image, self.size, resize)
+                pixels[row] = augment.eval_sample(image, self.size, resize, self.source.name(sample))
                 batch["valid"][row] = True
             except DecodeError:
                 if self.on_error == "error":

@@ -1,7 +1,7 @@
 """Which sample when: a pure function of (seed, step), the same at every world size, worker count and resume point.
 
 Training reads one endless stream: the permutation of epoch 0, then of epoch 1, and so on. A global batch is the next
-`batch` positions of it, so every batch is full and every sample is seen exactly once per epoch; a batch may span two epochs.
+`batch` positions of it, so every batch is full and every sample is seen exactly once per epoch; a batch may span two.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class Draw(NamedTuple):
 def epoch_order(seed: int, epoch: int, examples: int, repeats: int = 1) -> np.ndarray:
     """Indices and copies `[examples, 2]` of one epoch.
 
-    With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, of a `repeats`-th of the samples;
-    the copies of a sample fall within `repeats * BLOCK` positions and never side by side, so that mixing does not pair them.
+    With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, of a `repeats`-th of the
+    samples; the copies of a sample fall within `repeats * BLOCK` positions, and in large sets never side by side, where
+    mixing would pair them.
     """
     order = rng.generator(seed, "order", epoch).permutation(examples)
     if repeats == 1:
@@ -56,7 +57,7 @@ def rank_slice(items: list, rank: int, world: int) -> list:
 
 
 def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -> list[list[int]]:
-    """One process's evaluation batches: every index exactly once over all processes, the same number of batches on each.
+    """One process's evaluation batches: every index once over all processes, as many batches on each.
 
     Batches may be short or empty at the end; the loader fills them up with invalid rows, so shapes never change.
     """

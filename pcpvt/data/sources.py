@@ -1,7 +1,7 @@
 """Where samples come from: image folders, timm's dataset readers, the embedded digits, and synthetic images.
 
-A source is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded uint8 array
-`[h, w, 3]`; decoding and augmenting are the loader's business.
+A source is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded
+uint8 array `[h, w, 3]`; decoding and augmenting are the loader's business.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class Folder:
 
 
 class TimmReader:
-    """Any dataset that `timm.data.create_dataset` can read, e.g. a tar (`tar`), `hfds/...`, `torch/cifar10`."""
+    """A dataset that timm reads by index: `tar` (PATH/train.tar, PATH/val.tar), `hfds/NAME`, `torch/NAME`.
+
+    Raises:
+        UserError: when timm cannot open it, or only as a stream: the order of samples is a function of the seed here.
+    """
 
     in_memory = False
 
@@ -91,30 +95,46 @@ class TimmReader:
         import timm.data  # isort: skip
 
         try:
-            self.dataset = timm.data.create_dataset(name, root=root or None, split=split, is_training=False)
-            count = len(self.dataset)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            if name == "tar":
+                file = os.path.join(root, f"{split}.tar")
+                data = timm.data.create_dataset("", root=file if os.path.exists(file) else os.path.join(root, split))
+            else:
+                wanted = "validation" if split == "val" else split
+                data = timm.data.create_dataset(name, root=root or None, split=wanted, is_training=False)
+        except (Exception, SystemExit) as error:  # whatever the reader, its package or the network raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"config.data.name: {name!r}: timm could not open it for {split!r} ({reason}): check name and path"
-            ) from error
-        labels = getattr(getattr(self.dataset, "reader", self.dataset), "class_to_idx", None)
-        known = labels or getattr(self.dataset, "class_to_idx", None)
+                f"config.data.name: {name!r}: timm could not open its {split} split ({reason}): check name and path"
+            ) from None
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise UserError(
+                f"config.data.name: {name!r} is a stream: use a reader with random access, such as hfds/..."
+            )
+        self.opened = (name, root, split)
+        # timm's reader hands over files still encoded, which leaves decoding, and its errors, to this package.
+        self.samples = getattr(data, "reader", data)
+        count = len(self.samples)
+        if not count:
+            raise UserError(f"config.data.name: {name!r}: its {split} split holds no images: check the path")
+        known = getattr(self.samples, "class_to_idx", None) or getattr(self.samples, "class_name_to_idx", None)
         if known:
             self.classes = sorted(known, key=known.get)
         else:
-            self.classes = [str(i) for i in range(1 + max(int(self.dataset[i][1]) for i in range(count)))]
+            self.classes = [str(i) for i in range(1 + max(int(self.samples[i][1]) for i in range(count)))]
+
+    def __reduce__(self) -> tuple:
+        return TimmReader, self.opened  # an open archive cannot travel to a loader process: each opens its own
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index]
+        image, label, *_ = self.samples[index]
         return image, int(label)
 
     def name(self, index: int) -> str:
         try:
-            return self.dataset.filename(index, absolute=True)
+            return self.samples.filename(index, absolute=True)
         except (AttributeError, NotImplementedError, AssertionError):
             return f"sample {index}"
 
@@ -159,7 +179,7 @@ def open_split(name: str, path: str, split: str, size: tuple[int, int], num_clas
     if name == "synthetic":
         return synthetic(split, size, num_classes or 1000)
     if name != "folder":
-        return TimmReader(name, path, "validation" if split == "val" else split)
+        return TimmReader(name, path, split)
     if not path:
         raise UserError("config.data.path: not set: give the folder that holds train/<class>/* and val/<class>/*")
     root = os.path.join(path, split)

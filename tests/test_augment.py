@@ -1,0 +1,439 @@
+"""Training and evaluation pixels: timm's and torchvision's distributions, from our keys alone."""
+
+import functools
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcpvt import torchvision_compat  # noqa: F401 - before timm
+from pcpvt.data import augment, randaugment
+from pcpvt.data.decode import DecodeError, Picture
+from pcpvt.errors import UserError
+from pcpvt.functional.mixing import decode_images
+from pcpvt.functional.rng import generator
+
+POLICY = "rand-m9-mstd0.5-inc1"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def agree(ours, theirs, errors: float = 4.5) -> bool:
+    """Equal means and variances, within 4.5 standard errors of their difference.
+
+    The standard error of a mean is sqrt(variance / n); the variance is the mean of squared deviations, so its
+    own error follows the same formula. Seeds are fixed; over all comparisons of this file a right
+    implementation has a chance of about 1e-3 to fail at 4.5.
+    """
+    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
+    for a, b in ((ours, theirs), ((ours - ours.mean(0)) ** 2, (theirs - theirs.mean(0)) ** 2)):
+        error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+        if (np.abs(a.mean(0) - b.mean(0)) > errors * error + 1e-9).any():
+            return False
+    return True
+
+
+@pytest.fixture
+def theirs_seeded():
+    """Global generators for the libraries under comparison, put back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@functools.cache
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Large shapes with some noise on them, as photographs have."""
+    draws = generator(seed, "picture")
+    coarse = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    return np.clip(smooth + draws.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def timm_transform(**options):
+    from timm.data import create_transform
+
+    return create_transform(interpolation="bicubic", use_prefetcher=True, **options)
+
+
+@pytest.fixture
+def timm_posterize(monkeypatch):
+    """Pillow 13 refuses timm's posterizing to 0 bits: bounded in timm as it is in ours."""
+    from timm.data import auto_augment
+
+    bounded = functools.partial(_posterize, auto_augment.posterize)
+    for name in list(auto_augment.NAME_TO_OP):
+        if name.startswith("Posterize"):
+            monkeypatch.setitem(auto_augment.NAME_TO_OP, name, bounded)
+
+
+def _posterize(original, image, bits, **options):
+    return original(image, max(1, bits), **options)
+
+
+# ---- random resized crop, flip, padding ----
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (90, 40)])
+def test_crop_boxes_have_torchvisions_distribution(shape, theirs_seeded):
+    from torchvision.transforms import RandomResizedCrop
+
+    image, scale, ratio = torch.empty(3, *shape), (0.08, 1.0), (3 / 4, 4 / 3)
+    theirs = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)]
+    ours = [augment.random_crop_box(*shape, scale, ratio, generator(0, "crop", i)) for i in range(4000)]
+
+    def statistics(boxes):
+        top, left, h, w = np.array(boxes, float).T
+        return np.stack([top, left, h, w, h * w, np.log(w / h), top + h == shape[0], left == 0], axis=1)
+
+    assert agree(statistics(ours), statistics(theirs))
+
+
+@pytest.mark.parametrize("shape", [(10, 400), (400, 10), (30, 30), (1, 50), (1, 1)])
+def test_impossible_crops_fall_back_to_torchvisions(shape):
+    from torchvision.transforms import RandomResizedCrop
+
+    scale, ratio = (4.0, 5.0), (3 / 4, 4 / 3)  # never fits
+    expected = RandomResizedCrop.get_params(torch.empty(3, *shape), scale, ratio)
+    assert augment.random_crop_box(*shape, scale, ratio, generator(0, "crop")) == expected
+
+
+def test_flips_are_exact_and_come_with_their_probability():
+    image = picture(12, 10)
+    spec = augment.AugmentSpec((12, 10), scale=(), hflip=0.3)
+    flipped = 0
+    for i in range(2000):
+        pixels, _ = augment.train_sample(image, spec, generator(0, "flip", i))
+        flipped += np.array_equal(pixels, image[:, ::-1])
+        assert np.array_equal(pixels, image) or np.array_equal(pixels, image[:, ::-1])
+    assert abs(flipped / 2000 - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / 2000)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_pad_and_crop_visits_every_offset_equally(mode):
+    image, p = picture(9, 8), 2
+    padded = np.pad(image, ((p, p), (p, p), (0, 0)), mode=mode)
+    windows = {padded[t : t + 9, x : x + 8].tobytes(): 0 for t in range(2 * p + 1) for x in range(2 * p + 1)}
+    spec = augment.AugmentSpec((9, 8), crop_padding=p, padding_mode=mode, hflip=0.0)
+    for i in range(5000):
+        pixels, _ = augment.train_sample(image, spec, generator(0, "pad", i))
+        windows[pixels.tobytes()] += 1  # KeyError: a window that does not exist
+    assert abs(np.array(list(windows.values())) / 5000 - 1 / 25).max() < 4.5 * np.sqrt(1 / 25 / 5000)
+
+
+def test_a_sample_that_needs_nothing_costs_nothing():
+    image = picture(32, 32)
+    spec = augment.AugmentSpec((32, 32), scale=(), hflip=0.0)
+    pixels, box = augment.train_sample(image, spec, generator(0, "x"))
+    assert np.shares_memory(pixels, image) and not box.any()
+    assert np.shares_memory(augment.eval_sample(image, (32, 32), 32), image)
+
+
+def test_other_sizes_are_covered_and_cropped_without_a_random_crop():
+    spec = augment.AugmentSpec((24, 16), scale=(), hflip=0.0)
+    pixels, _ = augment.train_sample(picture(60, 90), spec, generator(0, "x"))
+    np.testing.assert_array_equal(pixels, augment.resize(picture(60, 90), (24, 36), "bicubic")[:, 10:26])
+
+
+# ---- RandAugment ----
+
+
+def test_operations_equal_timms(timm_posterize, theirs_seeded):
+    """Each of timm's 15 operations with the same arguments; the faster ones may round differently."""
+    image = picture(48, 40)
+    policy = randaugment._policy(POLICY, 40, "bicubic", (124, 116, 104))
+    assert len({op.name for op in policy.ops}) == 15
+    for op in policy.ops:
+        for i in range(40):
+            arguments = randaugment._arguments(op, generator(0, op.name, i))
+            ours = randaugment._apply(op, arguments, image, fast=True).astype(int)
+            theirs = np.asarray(op.aug_fn(Image.fromarray(image), *arguments, **op.kwargs)).astype(int)
+            if "Shear" in op.name or "Translate" in op.name:
+                assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.03, op.name
+            else:
+                np.testing.assert_array_equal(ours, theirs, err_msg=op.name)
+
+
+@pytest.mark.parametrize("factor", [-3.0, -0.31, -1e-9, 0.0, 0.02, 0.5, 2.5])
+@pytest.mark.parametrize("shape", [(33, 20), (8, 1), (1, 9)])
+def test_shifted_rows_equal_pillows_transform(factor, shape):
+    image = picture(*shape)
+    fill = (1, 200, 99)
+    ours = randaugment.shift_rows(image, factor * (np.arange(shape[0]) + 0.5), fill).astype(int)
+    theirs = Image.fromarray(image).transform(
+        shape[::-1], Image.Transform.AFFINE, (1, factor, 0, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=fill
+    )
+    assert np.abs(ours - np.asarray(theirs)).max() <= 1
+
+
+def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seeded):
+    """What reaches the operations: which they are, and their arguments."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    def recorded(transform, run, draws):
+        calls = []
+        for op in transform.ops:
+            monkeypatch.setattr(op, "aug_fn", lambda img, *a, name=op.name, **_: calls.append((name, *a)) or img)
+        for i in range(draws):
+            run(i)
+        return calls
+
+    image = np.zeros((8, 8, 3), np.uint8)
+    ours_transform = randaugment._policy(POLICY, 8, "bilinear", (124, 116, 104))
+    ours = recorded(
+        ours_transform,
+        lambda i: randaugment.rand_augment(image, POLICY, "bilinear", (124, 116, 104), generator(0, "ra", i)),
+        12_000,
+    )
+    transform = rand_augment_transform(POLICY, {"translate_const": 3, "img_mean": (124, 116, 104)})
+    theirs = recorded(transform, lambda i: transform(Image.fromarray(image)), 12_000)
+    names = {op.name for op in transform.ops}
+    assert {name for name, *_ in ours} == {name for name, *_ in theirs} == names
+    for name in names:
+        a, b = ([call for call in calls if call[0] == name] for calls in (ours, theirs))
+        # Each operation comes 12,000 * 2 * 0.5 / 15 = 800 times, give or take sqrt(800) on either side.
+        assert abs(len(a) - len(b)) < 4.5 * np.sqrt(1600), name
+        if len(a[0]) > 1:
+            bound = 1 if name.startswith("Posterize") else -np.inf
+            assert agree([call[1] for call in a], [max(bound, call[1]) for call in b]), name
+            assert min(call[1] for call in a) >= bound
+
+
+def test_thousands_of_draws_raise_nothing():
+    """timm asks for 0 bits in 0.15 % of the draws: 5,000 of them meet it seven times."""
+    image = picture(16, 16)
+    for i in range(5000):
+        out = randaugment.rand_augment(image, POLICY, "bicubic", (124, 116, 104), generator(1, "ra", i))
+        assert out.shape == image.shape and out.dtype == np.uint8
+
+
+def test_weighted_choices_and_bilinear_work():
+    out = [
+        randaugment.rand_augment(
+            picture(20, 20), "rand-m9-mstd101-n3-tweights", "bilinear", (0, 0, 0), generator(0, "w", i)
+        )
+        for i in range(50)
+    ]
+    assert len({o.tobytes() for o in out}) > 20
+
+
+@pytest.mark.parametrize("policy", ["rand-q7", "rand-mfoo", "nonsense", "rand-m9-", "rand-tunknown"])
+def test_a_wrong_policy_is_a_one_line_error(policy):
+    with pytest.raises(UserError, match=r"config\.augment\.randaugment.*try"):
+        randaugment.rand_augment(picture(8, 8), policy, "bicubic", (0, 0, 0), generator(0, "x"))
+
+
+# ---- colour jitter, random erasing ----
+
+
+def test_color_jitter_has_torchvisions_distribution(theirs_seeded):
+    from torchvision.transforms import ColorJitter
+
+    image = picture(10, 10)
+    jitter = ColorJitter(0.4, 0.4, 0.4)
+    ours = [augment.jitter_colors(image, 0.4, generator(0, "jitter", i)) for i in range(3000)]
+    theirs = [np.asarray(jitter(Image.fromarray(image))) for _ in range(3000)]
+
+    def statistics(images):
+        x = np.stack(images).astype(float)
+        return np.concatenate([x.mean((1, 2)), x.std((1, 2)), x.mean(3).std((1, 2))[:, None]], axis=1)
+
+    assert agree(statistics(ours), statistics(theirs))
+
+
+def test_color_jitter_comes_in_every_order(monkeypatch):
+    orders, order = set(), []
+    for name in ("Brightness", "Contrast", "Color"):
+        original = getattr(augment.ImageEnhance, name)
+        monkeypatch.setattr(
+            augment.ImageEnhance,
+            name,
+            lambda image, name=name, original=original: order.append(name) or original(image),
+        )
+    for i in range(100):
+        augment.jitter_colors(picture(4, 4), 0.4, generator(0, "order", i))
+        orders.add(tuple(order))
+        order.clear()
+    assert len(orders) == 6 and all(len(set(names)) == 3 for names in orders)
+
+
+def test_erasing_has_timms_distribution(theirs_seeded):
+    from timm.data.random_erasing import RandomErasing
+
+    height, width = 28, 36
+    erasing = RandomErasing(0.8, mode="pixel", device="cpu")
+    spec = augment.AugmentSpec((height, width), scale=(), hflip=0.0, erase_prob=0.8)
+    image = picture(height, width)
+    ours, theirs, noise, their_noise = [], [], [], []
+    for i in range(6000):
+        pixels, (top, bottom, left, right) = augment.train_sample(image, spec, generator(0, "erase", i))
+        inside = np.zeros((height, width), bool)
+        inside[top:bottom, left:right] = True
+        assert np.array_equal(pixels[~inside], image[~inside])
+        ours.append((top, bottom, left, right, (bottom - top) * (right - left), bottom > top))
+        if bottom > top:
+            box = torch.tensor([[top, bottom, left, right]], dtype=torch.int32)
+            decoded = decode_images(torch.from_numpy(pixels[None].copy()), box, MEAN, STD)[0].numpy()
+            noise.append(decoded[inside].ravel())
+
+        erased = erasing(torch.zeros(3, height, width))
+        rows, columns = (erased[0] != 0).any(1).nonzero().ravel(), (erased[0] != 0).any(0).nonzero().ravel()
+        if len(rows):
+            bounds = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+            theirs.append((*bounds, (bounds[1] - bounds[0]) * (bounds[3] - bounds[2]), True))
+            their_noise.append(erased[erased != 0].numpy())
+        else:
+            theirs.append((0, 0, 0, 0, 0, False))
+    assert agree(ours, theirs)
+
+    def aspects(rows):
+        return [np.log((bottom - top) / (right - left)) for top, bottom, left, right, _, found in rows if found]
+
+    assert agree(aspects(ours), aspects(theirs))
+    ours, theirs = np.concatenate(noise), np.concatenate(their_noise)
+    # Millions of normal numbers, in steps of 1/32 (which adds 1/32**2/12 = 8e-5 to the variance) and cut at
+    # 4.
+    assert abs(ours.mean()) < 4.5 / np.sqrt(len(ours)) + 1e-4
+    assert abs(ours.var() - 1) < 4.5 * np.sqrt(2 / len(ours)) + 1e-3
+    for quantile in (0.001, 0.05, 0.5, 0.95, 0.999):
+        assert abs(np.quantile(ours, quantile) - np.quantile(theirs, quantile)) < 1 / 32 + 0.02
+
+
+# ---- the whole training transform ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_augment": POLICY, "color_jitter": None},
+        {"color_jitter": 0.3, "scale": (0.35, 1.0), "ratio": (0.9, 1.1)},
+    ],
+)
+def test_training_images_have_the_statistics_of_timms_transform(options, timm_posterize, theirs_seeded):
+    """Three fixed images, 1,500 draws each: brightness, contrast, colour, and where in the image they are."""
+    spec = augment.AugmentSpec(
+        (24, 24),
+        options.get("scale", (0.08, 1.0)),
+        options.get("ratio", (3 / 4, 4 / 3)),
+        randaugment=options.get("auto_augment", ""),
+        color_jitter=options["color_jitter"] or 0.0,
+    )
+    transform = timm_transform(input_size=24, is_training=True, **options)
+
+    def statistics(x):
+        x = np.stack(x).astype(float)
+        quarters = x.reshape(len(x), 2, 12, 2, 12, 3).mean((2, 4, 5)).reshape(len(x), 4)
+        edges = np.abs(np.diff(x, axis=2)).mean((1, 2, 3))[:, None]
+        return np.concatenate([x.mean((1, 2)), x.std((1, 2)), quarters, edges, (x == 0).mean((1, 2, 3))[:, None]], 1)
+
+    for seed, shape in enumerate([(40, 52), (60, 33), (24, 24)]):
+        image = picture(*shape, seed)
+        pil = Image.fromarray(image)
+        ours = [augment.train_sample(image, spec, generator(seed, "all", i))[0] for i in range(1500)]
+        theirs = [transform(pil).permute(1, 2, 0).numpy() for _ in range(1500)]
+        assert agree(statistics(ours), statistics(theirs))
+
+
+def test_crops_of_large_jpegs_have_the_same_statistics_at_reduced_scale(monkeypatch):
+    """The same crops, decoded small and decoded in full: mean within 0.5 of 255, contrast within 2 %."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(400, 500)).save(buffer, "JPEG", quality=90)
+    spec = augment.AugmentSpec((32, 32), scale=(0.3, 1.0), hflip=0.0)
+
+    def samples():
+        return np.stack([augment.train_sample(buffer.getvalue(), spec, generator(0, "c", i))[0] for i in range(60)])
+
+    reduced = samples().astype(float)
+    original = Picture.crop
+    monkeypatch.setattr(Picture, "crop", lambda self, box=None, at_least=None: original(self, box))
+    full = samples().astype(float)
+    assert not np.array_equal(reduced, full)
+    assert np.abs(reduced - full).mean() < 4
+    assert np.abs(reduced.mean((0, 1, 2)) - full.mean((0, 1, 2))).max() < 0.5
+    assert abs(reduced.std() / full.std() - 1) < 0.02
+
+
+def test_samples_depend_on_their_key_only():
+    spec = augment.AugmentSpec((24, 24), randaugment=POLICY, color_jitter=0.2, erase_prob=0.5)
+    image = picture(40, 30)
+    first = [augment.train_sample(image, spec, generator(0, "key", i)) for i in range(30)]
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    for i in reversed(range(30)):
+        pixels, box = augment.train_sample(image, spec, generator(0, "key", i))
+        assert np.array_equal(pixels, first[i][0]) and np.array_equal(box, first[i][1])
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert len({pixels.tobytes() for pixels, _ in first}) == 30
+
+
+def test_the_source_is_never_written_to():
+    image = picture(24, 24).copy()
+    image.flags.writeable = False  # any write would raise
+    for options in ({"erase_prob": 1.0}, {"randaugment": POLICY}, {"crop_padding": 2}, {"color_jitter": 0.3}):
+        for i in range(20):
+            augment.train_sample(image, augment.AugmentSpec((24, 24), **options), generator(0, "w", i))
+
+
+def test_a_spec_survives_pickling():
+    spec = augment.AugmentSpec((24, 16), randaugment=POLICY)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_a_corrupt_source_raises_a_decode_error(tmp_path):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(b"\xff\xd8nothing")
+    for read in (
+        lambda: augment.train_sample(path, augment.AugmentSpec((8, 8)), generator(0, "x")),
+        lambda: augment.eval_sample(path, (8, 8), 9),
+    ):
+        with pytest.raises(DecodeError, match=r"bad\.jpg"):
+            read()
+
+
+# ---- evaluation ----
+
+SHAPES = [(100, 140), (140, 100), (99, 99), (37, 41), (61, 300), (256, 301), (20, 15)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size, crop", [((56, 56), 0.875), ((32, 32), 1.0)])
+def test_exact_evaluation_equals_timms_pixel_for_pixel(shape, size, crop):
+    transform = timm_transform(input_size=(3, *size), is_training=False, crop_pct=crop)
+    expected = transform(Image.fromarray(picture(*shape))).permute(1, 2, 0).numpy()
+    resize_to = int(min(size) / crop)
+    np.testing.assert_array_equal(augment.eval_sample(picture(*shape), size, resize_to, exact=True), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_equals_timms_up_to_rounding(shape):
+    """Where the passes' order differs, Pillow and PyTorch round and clip other intermediate values."""
+    exact = augment.eval_sample(picture(*shape), (56, 56), 64, exact=True).astype(int)
+    fast = augment.eval_sample(picture(*shape), (56, 56), 64).astype(int)
+    difference = np.abs(exact - fast)
+    assert difference.max() <= 3 and (difference > 1).mean() < 0.005 and difference.mean() < 0.15
+
+
+def test_evaluation_to_another_shape_covers_it_in_proportion():
+    got = augment.eval_sample(picture(100, 90), (64, 48), 54)
+    np.testing.assert_array_equal(got, augment.resize(picture(100, 90), (72, 64), "bicubic")[4:68, 8:56])
+
+
+def test_elongated_images_do_not_explode():
+    """One pixel by 200,000: 256 pixels high it would have 13 thousand million."""
+    strip = np.zeros((1, 200_000, 3), np.uint8)
+    with pytest.raises(DecodeError, match="limit"):
+        augment.eval_sample(strip, (224, 224), 256)
+    pixels, _ = augment.train_sample(strip, augment.AugmentSpec((224, 224)), generator(0, "x"))
+    assert pixels.shape == (224, 224, 3)

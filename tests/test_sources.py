@@ -1,0 +1,128 @@
+"""Every kind of data set gives the images and labels that it holds, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcpvt.data import sources
+from pcpvt.data.decode import Picture
+from pcpvt.data.loader import EvalBatches, Loader
+from pcpvt.errors import UserError
+
+CLASSES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with three classes of four one-coloured images; the colour is the label."""
+    for split in ("train", "val"):
+        for label, name in enumerate(CLASSES):
+            (tmp_path / split / name / "deeper").mkdir(parents=True)
+            for i in range(4):
+                sub = "deeper" if i == 3 else "."
+                Image.new("RGB", (20, 16), (50 * label, i, 0)).save(tmp_path / split / name / sub / f"{i}.png")
+    return tmp_path
+
+
+def test_an_image_folder_has_sorted_classes_and_every_image_once(folder):
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    source = sources.open_split("folder", str(folder), "train", (16, 16))
+    assert source.classes == CLASSES and len(source) == 12
+    seen = [(Picture(source[i][0]).crop()[0, 0].tolist(), source[i][1]) for i in range(12)]
+    assert sorted(seen) == sorted(([50 * label, i, 0], label) for label in range(3) for i in range(4))
+    assert source.name(0).endswith("cat/0.png")
+
+
+def test_a_tar_through_timm_is_the_folder_it_was_made_of(folder, tmp_path):
+    for split in ("train", "val"):
+        for name in CLASSES:  # timm takes the innermost folder for the class
+            (folder / split / name / "deeper" / "3.png").rename(folder / split / name / "3.png")
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(folder / split, arcname=".")
+    source = sources.open_split("tar", str(tmp_path), "val", (16, 16))
+    assert len(source) == 12 and [c.lstrip("./") for c in source.classes] == CLASSES
+    seen = sorted((Picture(source[i][0]).crop()[0, 0].tolist(), source[i][1]) for i in range(12))
+    assert seen == sorted(([50 * label, i, 0], label) for label in range(3) for i in range(4))
+    batches = EvalBatches(source, (16, 16), 1.0, 5, 0, 1, "error")
+    alone = [b["image"].sum().item() for b in Loader(batches, range(3), 0)]
+    assert alone == [b["image"].sum().item() for b in Loader(batches, range(3), 1)]  # it travels to a worker
+
+
+def test_a_torchvision_set_through_timm_gives_its_images(tmp_path):
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = np.arange(5 * 3072, dtype=np.uint32).astype(np.uint8).reshape(5, 3072)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name in names:
+        (root / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 1, 0]}))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
+    from torchvision.datasets import CIFAR10
+
+    import pcpvt.torchvision_compat  # noqa: F401
+
+    original = CIFAR10._check_integrity
+    CIFAR10._check_integrity, CIFAR10.meta = (lambda self: True), {**CIFAR10.meta, "md5": None}
+    try:
+        source = sources.open_split("torch/cifar10", str(tmp_path), "val", (32, 32))
+    finally:
+        CIFAR10._check_integrity = original
+    assert len(source) == 5 and source.classes == CLASSES
+    image, label = source[1]
+    expected = pixels[1].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert label == 1 and np.array_equal(Picture(image).crop(), expected)
+
+
+def test_the_digits_are_split_evenly_by_class_and_without_overlap():
+    train, val = (sources.open_split("digits", "", split, (32, 32)) for split in ("train", "val"))
+    assert len(train) + len(val) == 1797 and len(val) == 364
+    assert train.classes == val.classes == [str(i) for i in range(10)]
+    counts = np.bincount(val.labels) / (np.bincount(val.labels) + np.bincount(train.labels))
+    assert counts.min() > 0.19 and counts.max() < 0.21
+    assert train.images.shape == (1433, 32, 32, 3) and train.images.dtype == np.uint8
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in val.images) == 0
+
+
+def test_digits_at_another_size_are_enlarged():
+    assert sources.open_split("digits", "", "val", (48, 64)).images.shape[1:] == (48, 64, 3)
+
+
+def test_synthetic_images_have_the_asked_size_and_classes():
+    source = sources.open_split("synthetic", "", "train", (24, 40), 7)
+    image, label = source[3]
+    assert image.shape == (24, 40, 3) and 0 <= label < 7 and len(source.classes) == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: None, "train is no folder"),
+        (lambda root: (root / "train").mkdir(), "holds no class folders"),
+        (lambda root: (root / "train" / "cat").mkdir(parents=True), "cat: no images in this class folder"),
+    ],
+)
+def test_a_missing_or_empty_folder_is_named(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(UserError, match=words):
+        sources.open_split("folder", str(tmp_path), "train", (16, 16))
+
+
+def test_no_path_and_unknown_names_are_one_line():
+    with pytest.raises(UserError, match=r"config.data.path: not set"):
+        sources.open_split("folder", "", "train", (16, 16))
+    for name in ("torch/nothing", "hfds/", "nothing/at/all"):
+        with pytest.raises(UserError, match=r"config\.data\.name") as caught:
+            sources.open_split(name, "", "train", (16, 16))
+        assert "\n" not in str(caught.value)
+
+
+def test_classes_that_differ_between_the_splits_are_listed(folder):
+    (folder / "val" / "dog").rename(folder / "val" / "ox")
+    train, val = (sources.open_split("folder", str(folder), split, (16, 16)) for split in ("train", "val"))
+    with pytest.raises(UserError, match=r"1 only in train \(dog\); 1 only in val \(ox\)"):
+        sources.check_classes(train, val)
