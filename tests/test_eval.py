@@ -64,7 +64,7 @@ def ours(folder, classes=CLASSES, outputs: int | None = None, ema: bool = True, 
 
 def reference_logits(params: dict[str, torch.Tensor], folder, size: int) -> torch.Tensor:
     """Logits of the validation images in order, without the loader, the policy and the evaluator."""
-    images = [eval_sample(str(path), (size, size), round(size / 0.875)) for path in sorted(folder.glob("val/*/*"))]
+    images = [eval_sample(str(path), (size, size), int(size / 0.875)) for path in sorted(folder.glob("val/*/*"))]
     x = decode_images(torch.from_numpy(np.stack(images)), None, IMAGENET_MEAN, IMAGENET_STD)
     return model_of.apply(model_of.build("pcpvt_nano", len(params["head.bias"])), params, x)
 
@@ -118,6 +118,20 @@ def test_file_of_another_model_is_refused_in_one_line(tmp_path, options, said):
     with pytest.raises(UserError) as caught:
         chosen.load(tmp_path / "a.pth", **options)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_head_larger_than_the_data_trains_and_is_evaluated_alike(pcpvt, nano, tmp_path):
+    pcpvt(*nano, "--config.num_classes=12", "--config.steps=4")
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = evaluate(pcpvt, tmp_path / "run")
+    assert found["n_parameters"] == sum(v.numel() for v in nano_params(12).values())
+    assert [found[name] for name in ("acc1", "acc5", "loss")] == [trained[name] for name in ("acc1", "acc5", "loss")]
+
+
+def test_head_smaller_than_the_data_is_one_line(pcpvt, nano):
+    done = pcpvt(*nano, "--config.num_classes=9", check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "config.num_classes: 9 but the data have 10 classes: leave it unset" in done.stderr
 
 
 def test_training_refuses_a_checkpoint_field_that_it_would_ignore(pcpvt, nano):

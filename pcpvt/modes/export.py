@@ -78,7 +78,8 @@ def write_timm(session: Session, params: pcpvt.Params, model: pcpvt.PCPVT, path:
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
-    theirs = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
+    with export_graph.quietly():
+        theirs = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
     size = tuple(-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)  # other sizes timm pads otherwise
     return export_graph.compare(model, params, [size], theirs, "file for timm")
 

@@ -115,13 +115,13 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
         axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     deployed = Deployed(model, params, dynamic_size)
     shapes = {"images": {0: torch.export.Dim("batch"), **axes}}
-    with _quietly():
+    with quietly():
         program = torch.export.export(deployed, (torch.zeros(2, 3, *example),), dynamic_shapes=shapes)
     return Graph(program, model, params, sizes)
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the exporters' hundreds of lines about their own inner workings; errors come through."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -192,7 +192,7 @@ def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any
     need("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
-    with _quietly():
+    with quietly():
         program = torch.onnx.export(
             graph.program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
         )
