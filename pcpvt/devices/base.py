@@ -23,6 +23,7 @@ class Device:
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
     pins = False  # whether host batches go through page-locked memory, for copies that overlap
     default_compile = "none"
+    wide_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     kernel_skips = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
     environment: Mapping[str, str] = {}  # what a launcher sets for its processes, unless it is set already
     vmaps = True  # whether torch.func.vmap works here

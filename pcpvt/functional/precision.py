@@ -7,6 +7,7 @@ output dtype before the loss.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+_NORM = re.compile(r"(^|\.)norm\d?\.(weight|bias)$")
+
 
 class Policy(NamedTuple):
     params: torch.dtype = torch.float32
@@ -28,6 +31,12 @@ class Policy(NamedTuple):
 
     def __str__(self) -> str:
         return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in self._asdict().items())
+
+
+def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) -> dict[str, Tensor]:
+    """Parameters in the compute dtype; with `wide_norms` those of norms in float32 at least (`layers.LayerNorm`)."""
+    wide = torch.promote_types(policy.compute, torch.float32)
+    return {n: v.to(wide if wide_norms and _NORM.search(n) else policy.compute) for n, v in params.items()}
 
 
 def parse(text: str) -> Policy:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pcpvt.functional import optim
+from pcpvt.functional import optim, precision
 from pcpvt.functional.precision import DynamicScale, NoScale, Overflow, Policy
 from pcpvt.functional.state import TrainState
 
@@ -61,6 +61,7 @@ def make_step(
     value_and_grad: Callable = autograd_value_and_grad,
     psum: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
     overflow: Overflow | None = None,
+    wide_norms: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
     """Builds the train step.
 
@@ -72,6 +73,7 @@ def make_step(
         trainable: names to differentiate; None means all.
         value_and_grad: how a gradient is taken, compiled if it is to be; called once, here.
         psum: sum over replicas of a list of tensors. Whether a step counts is decided behind it, so all decide alike.
+        wide_norms: norms compute in float32, for devices whose kernel does not sum their gradients in it.
         overflow: for devices that saturate; an overflow on any replica then skips the step as a nan would.
 
     Returns:
@@ -87,7 +89,7 @@ def make_step(
         one = torch.ones((), dtype=torch.promote_types(policy.params, torch.float32), device=device)
         divisor = one if scale is None else scale
         factor = divisor / global_batch
-        compute = {n: v.to(policy.compute) for n, v in state.params.items()}
+        compute = precision.cast(state.params, policy, wide_norms)
         if overflow is not None:
             overflow.clear()
 

@@ -56,13 +56,20 @@ class PatchLinear(nn.Module):
         return F.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its weights: with float32 weights it computes in float32; the output's dtype is x's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class PatchEmbed(nn.Module):
     """Strided patch projection and LayerNorm (eps 1e-5, PyTorch's default, as in the reference)."""
 
     def __init__(self, c_in: int, c_out: int, patch: int):
         super().__init__()
         self.proj = PatchLinear(c_in, c_out, patch)
-        self.norm = nn.LayerNorm(c_out, eps=1e-5)
+        self.norm = LayerNorm(c_out, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))
@@ -80,7 +87,7 @@ class Attention(nn.Module):
         self.reduces = reduction > 1
         if self.reduces:
             self.sr = PatchLinear(dim, dim, reduction)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
+            self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         source = self.norm(self.sr(x)) if self.reduces else x
@@ -107,9 +114,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int, reduction: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, reduction)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio * dim)
 
     def forward(self, x: Tensor, attend: Attend, keep: Tensor | None = None) -> Tensor:

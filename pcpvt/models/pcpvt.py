@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pcpvt.models.layers import Attend, Block, Capture, PatchEmbed, Peg, attend_plain
+from pcpvt.models.layers import Attend, Block, Capture, LayerNorm, PatchEmbed, Peg, attend_plain
 
 Params = dict[str, Tensor]
 
@@ -65,7 +65,7 @@ class PCPVT(nn.Module):
                 spec.depths, spec.dims, spec.heads, spec.mlp_ratios, spec.reductions, strict=True
             )
         )
-        self.norm = nn.LayerNorm(spec.dims[-1], eps=1e-6)
+        self.norm = LayerNorm(spec.dims[-1], eps=1e-6)
         self.head = nn.Linear(spec.dims[-1], num_classes)
 
     @property

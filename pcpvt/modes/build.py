@@ -103,6 +103,7 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
         value_and_grad=value_and_grad(session.device, config.compile),
         psum=collectives.psum,
         overflow=session.device.overflow(policy.compute),
+        wide_norms=session.device.wide_norms,
     )
 
 

@@ -36,7 +36,8 @@ class Session(NamedTuple):
 
     def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters on the device in the compute dtype."""
-        return {n: v.to(self.device.torch, self.policy.compute) for n, v in params.items()}
+        here = {name: value.to(self.device.torch) for name, value in params.items()}
+        return precision.cast(here, self.policy, self.device.wide_norms)
 
 
 def start(config: ConfigDict, workdir: Path) -> Session:

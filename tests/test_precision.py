@@ -1,0 +1,243 @@
+"""Policies mean what they say; norms, softmax and means accumulate in float32; the loss scale follows the gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_step import batches, nano_state
+
+from pcpvt import devices
+from pcpvt.functional import optim, precision, schedules, state
+from pcpvt.functional.objective import make_objective
+from pcpvt.functional.precision import DynamicScale, Overflow, Policy
+from pcpvt.functional.step import autograd_value_and_grad, make_step
+from pcpvt.models.layers import LayerNorm, attend_plain
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def assert_rounded_once(result: torch.Tensor, reference: torch.Tensor) -> None:
+    """`result` is the float32 `reference` rounded to the result's dtype: within one unit of its last place.
+
+    Numbers below 1/32 have the unit of 1/32: near zero, float32's own rounding of the terms shows.
+    """
+    assert reference.dtype == torch.float32
+    unit = torch.finfo(result.dtype).eps * 2 ** reference.abs().clamp(min=2.0**-5).log2().floor()
+    excess = (result.float() - reference).abs() / unit
+    assert excess.max() <= 1.0, f"off by {excess.max():.1f} units in the last place"
+
+
+def draws(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_layer_norm_accumulates_in_float32(dtype):
+    """On 4,096 features around 10: a 16-bit sum would stop growing, and one of squares would lose the variance."""
+    x = (10 + draws(8, 4096)).to(dtype).requires_grad_()
+    weight, bias = (draws(4096, seed=s).to(dtype).requires_grad_() for s in (1, 2))
+    wide = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+    out, reference = F.layer_norm(x, (4096,), weight, bias, 1e-6), F.layer_norm(wide[0], (4096,), *wide[1:], 1e-6)
+    assert_rounded_once(out, reference)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_of_norms_accumulate_in_float32(dtype):
+    """Over 25,088 rows, as in stage 1 at 224 px, where the CPU's own 16-bit kernel loses most of the bias gradient."""
+    norm, policy = LayerNorm(16, eps=1e-6), Policy(compute=dtype)
+    params = {"norm.weight": 1 + 0.1 * draws(16), "norm.bias": draws(16, seed=1)}
+    x, ahead = (1 + draws(25088, 16)).to(dtype), (0.5 + draws(25088, 16, seed=2)).to(dtype)
+
+    def gradients(params, x, ahead):
+        leaves = {name.removeprefix("norm."): value.requires_grad_() for name, value in params.items()}
+        out = torch.func.functional_call(norm, leaves, x)
+        assert out.dtype == x.dtype
+        return torch.autograd.grad(out, list(leaves.values()), ahead)
+
+    exact = gradients({name: value.double() for name, value in params.items()}, x.double(), ahead.double())
+    taken = gradients(precision.cast(params, policy, devices.get("cpu").wide_norms), x, ahead)
+    for gradient, reference in zip(taken, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=0.01, atol=20.0)
+
+
+def test_all_norms_and_nothing_else_stay_wide():
+    model, params = nano_state(torch.float32)
+    found = {
+        name
+        for name, value in precision.cast(params, Policy(compute=torch.bfloat16), True).items()
+        if value.dtype == torch.float32
+    }
+    expected = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, LayerNorm)
+        for leaf in ("weight", "bias")
+    }
+    assert found == expected and len(found) > 20
+    narrow = precision.cast(params, Policy(compute=torch.bfloat16))
+    assert {value.dtype for value in narrow.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_softmax_and_means_accumulate_in_float32(dtype):
+    """4,096 equal shares: in 16 bits their sum would stop growing at 256 or 2,048 of them."""
+    scores = (0.01 * draws(4, 4096)).to(dtype)
+    assert_rounded_once(scores.softmax(-1), scores.float().softmax(-1))
+    assert_rounded_once(torch.ops.aten._softmax(scores, -1, False), scores.float().softmax(-1))
+    x = (1 + 0.1 * draws(4, 4096, 8)).to(dtype)
+    assert_rounded_once(x.mean(1), x.float().mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_attention_kernels_of_the_cpu_agree_with_float32(dtype):
+    q, k, v = (draws(2, 2, 49, 32, seed=s).to(dtype) for s in range(3))
+    reference = attend_plain(q.float(), k.float(), v.float())
+    for attend in (attend_plain, devices.get("cpu").attend(dtype)):
+        torch.testing.assert_close(attend(q, k, v).float(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_policies_are_read_and_written():
+    assert precision.parse("bfloat16") == Policy(torch.float32, torch.bfloat16, torch.float32)
+    assert precision.parse("float64") == Policy(*[torch.float64] * 3)
+    text = "params=float32,compute=float16,output=float32"
+    assert str(precision.parse(text)) == text
+    for wrong in ("float8", "params=float32,compute=int8", "compute=float16,compute=float16", "weights=float32"):
+        with pytest.raises(ValueError, match="not understood"):
+            precision.parse(wrong)
+
+
+def test_parameters_are_cast_once_a_step_and_the_loss_is_float32():
+    policy, seen = precision.parse("bfloat16"), []
+    model, params = nano_state(torch.float32)
+    objective = make_objective(model, smoothing=0.1, policy=policy)
+
+    def watched(params, batch, factor):
+        seen.append(params["head.weight"])
+        loss = objective(params, batch, factor)
+        assert loss.dtype == torch.float32
+        return loss
+
+    def seam(objective, trainable):
+        taken = autograd_value_and_grad(objective, trainable)
+
+        def value_and_grad(params, *args):
+            seen.append(params["head.weight"])
+            return taken(params, *args)
+
+        return value_and_grad
+
+    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
+    step = make_step(watched, optimizer, global_batch=8, accumulate=4, policy=policy, value_and_grad=seam)
+    ts, metrics = step(state.create(params, optimizer.init(params), {}, ema=False), batches(1, 32, 8)[0])
+    assert {p.dtype for p in seen} == {torch.bfloat16} and len({p.data_ptr() for p in seen}) == 1
+    assert all(leaf.dtype == torch.float32 for leaf in [*ts.params.values(), *ts.opt["mu"].values(), metrics["loss"]])
+
+
+# ---- the loss scale: float16
+
+
+class Fp16:
+    """A float16 run of the miniature whose next gradient can be spoilt."""
+
+    def __init__(self, scaler=DynamicScale(initial=2.0**10, interval=3), overflow=None, kernel_skips=True):  # noqa: B008
+        model, params = nano_state(torch.float32)
+        policy = precision.parse("float16")
+        self.factor = 1.0
+        objective = make_objective(model, policy=policy)
+        adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=kernel_skips)
+        optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
+        self.run = make_step(
+            lambda p, b, f: objective(p, b, f * self.factor),
+            optimizer,
+            global_batch=4,
+            policy=policy,
+            scaler=scaler,
+            overflow=overflow,
+            ema_decay=0.9,
+        )
+        self.state = state.create(params, optimizer.init(params), scaler.init(), ema=True)
+        self.batch = batches(1, 32, 4)[0]
+
+    def step(self, factor: float = 1.0) -> dict[str, torch.Tensor]:
+        self.factor = factor
+        self.state, metrics = self.run(self.state, self.batch)
+        return metrics
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        skipping = ("step", "skipped", "scale/factor", "scale/good")
+        return {n: v.clone() for n, v in state.flatten(self.state).items() if n not in skipping}
+
+    @property
+    def scale(self) -> float:
+        return self.state.scale["factor"].item()
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_scale_grows_after_good_steps_and_leaves_the_result_alone():
+    run = Fp16()
+    losses = [run.step()["loss"].item() for _ in range(4)]
+    assert run.scale == 2.0**11
+    model, params = nano_state(torch.float32)
+    objective = make_objective(model)
+    expected = objective(params, run.batch, torch.tensor(0.25)).item()
+    assert losses[0] == pytest.approx(expected, rel=2e-3)  # the metric is unscaled
+
+
+@pytest.mark.parametrize("kernel_skips", [True, False])
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e6])
+def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing_else(poison, kernel_skips):
+    """1e6 is finite: only float16's own range turns it into inf on its way back through the network."""
+    run = Fp16(kernel_skips=kernel_skips)
+    run.step()
+    before = run.leaves()
+    assert run.step(poison)["skipped"] == 1 and same(before, run.leaves())
+    assert run.step(poison)["skipped"] == 2 and run.scale == 2.0**8
+    assert run.state.scale["good"] == 0
+    assert run.step()["skipped"] == 0 and not same(before, run.leaves())
+
+
+def test_both_ways_of_unscaling_give_the_same_bits():
+    runs = Fp16(), Fp16(kernel_skips=False)
+    for run in runs:
+        for factor in (1.0, float("inf"), 1.0):
+            run.step(factor)
+    assert same(runs[0].leaves(), runs[1].leaves())
+
+
+def test_saturated_gradients_are_skipped_by_the_devices_own_flag():
+    """What a 910A does: inf becomes 65504 and nan 0, the gradient stays finite, and a sticky flag goes up."""
+    flag, rises = torch.ones(()), torch.zeros(())
+    run = Fp16(overflow=Overflow(flag.zero_, lambda: flag.add_(rises).clone()))
+    before = run.leaves()
+    assert run.step()["skipped"] == 0 and not same(before, run.leaves())  # a flag from before the step means nothing
+    before = run.leaves()
+    rises.fill_(1.0)
+    metrics = run.step()
+    assert metrics["skipped"] == 1 and torch.isfinite(metrics["grad_norm"]) and same(before, run.leaves())
+    assert run.scale == 2.0**9
+
+
+def test_the_scale_stays_in_its_bounds():
+    scaler, one, zero = DynamicScale(initial=2.0, interval=1, maximum=4.0), torch.ones(()), torch.zeros(())
+    kept = scaler.init()
+    seen = []
+    for skip in (zero, zero, one, one, one, one):
+        kept = scaler.update(kept, skip)
+        seen.append(kept["factor"].item())
+    assert seen == [4.0, 4.0, 2.0, 1.0, 1.0, 1.0]
+
+
+def test_the_scale_is_part_of_what_a_checkpoint_holds(tmp_path):
+    from pcpvt.store import checkpoint
+
+    run = Fp16()
+    run.step(float("inf"))
+    run.step()
+    flat = state.flatten(run.state)
+    path = checkpoint.save(tmp_path, flat, {"step": 2})
+    restored = state.unflatten(run.state, checkpoint.read(path).tensors)
+    assert restored.scale["factor"] == 2.0**9 and restored.scale["good"] == 1
