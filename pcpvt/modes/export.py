@@ -27,6 +27,7 @@ from pcpvt.modes import chosen, export_graph
 from pcpvt.modes.console import Console, duration
 from pcpvt.modes.session import Session
 from pcpvt.store import records, weights
+from pcpvt.store.quiet import quietly
 
 SUFFIXES = {"timm": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 TIMM = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
@@ -78,10 +79,12 @@ def write_timm(session: Session, params: pcpvt.Params, model: pcpvt.PCPVT, path:
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
-    with export_graph.quietly():
+    with quietly():
         theirs = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
-    size = tuple(-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)  # other sizes timm pads otherwise
-    return export_graph.compare(model, params, [size], theirs, "file for timm")
+    height, width = (
+        -(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size
+    )  # timm pads other sizes otherwise
+    return export_graph.compare(model, params, [(height, width)], theirs, "file for timm")
 
 
 def write(session: Session, picked: chosen.Chosen, path: Path, description: str) -> list[dict[str, Any]]:

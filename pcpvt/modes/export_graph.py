@@ -18,12 +18,9 @@ From ONNX to Ascend's offline `.om` (one file per batch size; `npu-smi info` nam
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +34,7 @@ from pcpvt.errors import UserError
 from pcpvt.functional import rng
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PatchLinear
+from pcpvt.store.quiet import quietly
 
 OPSET = 18  # the highest that ATC reads
 SMALLEST = 33  # pixels, with a dynamic size: torch.export takes a last stage of one token for a constant
@@ -120,19 +118,6 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
     return Graph(program, model, params, sizes)
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the exporters' hundreds of lines about their own inner workings; errors come through."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def compare(
     model: pcpvt.PCPVT,
     params: pcpvt.Params,
@@ -196,6 +181,7 @@ def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any
         program = torch.onnx.export(
             graph.program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
         )
+    assert program is not None
     program.model.metadata_props["description"] = description
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

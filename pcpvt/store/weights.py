@@ -22,6 +22,7 @@ from torch import Tensor
 from pcpvt.errors import UserError
 from pcpvt.store import checkpoint, unpickle
 from pcpvt.store.fit import fit
+from pcpvt.store.quiet import quietly
 from pcpvt.store.unpickle import one_line
 
 __all__ = ["WHICH", "fit", "from_checkpoint", "is_ours", "read", "write_timm"]
@@ -127,7 +128,8 @@ def _from_timm(name: str, which: str) -> tuple[dict[str, Tensor], dict[str, Any]
         known = ", ".join(f"timm:{model}" for model in timm.list_models("twins_pcpvt_*"))
         raise UserError(f"{one_line(name)}: timm has no such model: use one of {known}")
     try:
-        model = timm.create_model(model_name, pretrained=True)
+        with quietly():
+            model = timm.create_model(model_name, pretrained=True)
     except Exception as error:  # whatever the network, the hub or timm raise
         raise UserError(
             f"{name}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
