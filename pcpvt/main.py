@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pcpvt.errors import UserError, printable
+from pcpvt.errors import UserError, show
 from pcpvt.modes import exits
 
 
@@ -47,8 +47,14 @@ def entry() -> None:
         cli.define_flags()
         sys.modules["__main__"].__doc__ = f"{__doc__}\n{cli.field_help()}"
         app.run(main, flags_parser=cli.parse)
-    except UserError as error:
-        _fail(str(error), error.exit_code)
+    except UserError as error:  # of the command line: all processes of a host see it
+        _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
+    except RuntimeError as error:
+        if "backend extension" not in str(error):
+            raise
+        # What `import torch` says when the NPU backend is installed and its libraries are not there.
+        what = f"{str(error).splitlines()[0]} ({error.__cause__})"
+        _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
     except exits.Stopped:
         exits.ignore()
         if os.environ.get("RANK", "0") == "0":
@@ -59,8 +65,10 @@ def entry() -> None:
         _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"pcpvt: error: {printable(message)}", file=sys.stderr, flush=True)
+def _fail(message: str, code: int, speaks: bool = True) -> None:
+    exits.ignore()
+    if speaks:
+        show(message)
     sys.exit(code)
 
 

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from pcpvt.config.fields import FIELDS
 from pcpvt.errors import UserError
 from pcpvt.functional import precision, schedules
 from pcpvt.models.pcpvt import SPECS, STRIDE
 
 UNITS = ("epochs", "steps", "examples")
+UNSET = ("warmup_epochs", *(name for name, (default, _) in FIELDS.items() if isinstance(default, type)))  # may be None
 
 
 class Plan(NamedTuple):
@@ -66,6 +68,10 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: naming the field, the value and the remedy.
     """
+    for field in FIELDS:
+        room, _, leaf = field.rpartition(".")
+        if (config[room] if room else config)[leaf] is None and field not in UNSET:
+            raise UserError(f"config.{field}: None is no value for it: leave the field out, or give one")
     check_choice("model.name", config.model.name, list(SPECS))
     check_choice("model.pad", config.model.pad, ["pad", "error"])
     check_choice("device", config.device, ["cpu", "cuda", "npu"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from typing import IO, TypeAlias
 
@@ -31,6 +32,7 @@ except ImportError:  # optional, for speed only
 
 # 256 MiB of RGB; above it Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 1 << 30  # of a file; more than so many pixels take in any format
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and for the others this turns the stored image upright
 _TURNS = {
@@ -189,12 +191,21 @@ def check_pixels(height: int, width: int, name: str) -> None:
 
 
 def _read(source: str | os.PathLike[str] | bytes | IO[bytes]) -> bytes:
+    """All bytes of an encoded image, of which there may be `MAX_BYTES`; raises OSError for anything but a file."""
     if isinstance(source, bytes):
         return source
     if hasattr(source, "read"):
-        return source.read()
+        return _bounded(source.read(MAX_BYTES + 1))
+    if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for, and a device has no end
+        raise OSError("not a regular file")
     with open(source, "rb") as file:
-        return file.read()
+        return _bounded(file.read(MAX_BYTES + 1))
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > MAX_BYTES:
+        raise OSError(f"larger than the limit of {MAX_BYTES} bytes")
+    return data
 
 
 def _name(source: Source) -> str:

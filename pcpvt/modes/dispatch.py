@@ -7,7 +7,8 @@ import importlib
 
 from pcpvt.config.request import Run
 from pcpvt.devices import collectives
-from pcpvt.errors import UserError
+from pcpvt.errors import UserError, show
+from pcpvt.modes import exits
 from pcpvt.modes import session as sessions
 from pcpvt.modes.console import Console
 from pcpvt.store import lock, records
@@ -35,6 +36,7 @@ def run(request: Run) -> int:
             session = sessions.start(request.config, workdir)
             return importlib.import_module(f"pcpvt.modes.{MODULES[request.mode]}").run(session)
         except UserError as error:
-            if collectives.explains(error):
-                raise
-            return error.exit_code  # another process says it
+            if collectives.explains(error):  # else another process has said it
+                exits.ignore()
+                show(f"rank {world.rank}: {error}" if world else str(error))
+            return error.exit_code

@@ -64,8 +64,10 @@ def defer(grace: float) -> None:
 
 
 def ignore() -> None:
-    """From now on signals do nothing: everything is saved, and the exit code is decided."""
+    """From now on signals do nothing, to the very end: everything is saved, and the exit code is decided."""
     _request.ignored = True
+    for number in STOPS:  # the interpreter gives our handlers up before it ends, but keeps to this
+        signal.signal(number, signal.SIG_IGN)
 
 
 def requested() -> bool:

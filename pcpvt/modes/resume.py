@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -38,18 +39,32 @@ def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
             if console.speaks:  # all processes look at the same files
                 console.warn(f"{error}; falling back to an earlier one")
             continue
-        missing = [name for name in NEEDED if not isinstance(found.meta.get(name), NEEDED[name])]
+        missing = [name for name, fits in NEEDED.items() if not fits(found.meta.get(name))]
         if missing:
             raise checkpoint.CheckpointError(f"{path}: no run goes on from it ({missing[0]} is missing): remove it")
         return found
     return None
 
 
-# What only the checkpoints of training hold, beside what `store.checkpoint` asks of all.
-NEEDED: dict[str, tuple[type, ...]] = {
-    "config": (dict,), "classes": (list,), "examples": (int,), "window": (dict,), "clock": (dict,), "records": (int,),
-    "best": (dict, type(None)), "metrics": (dict, type(None)),
-}  # fmt: skip
+def _numbers(*names: str, unset: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is an object that holds numbers of these names."""
+    return lambda value: (
+        (unset and value is None)
+        or (isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names))
+    )
+
+
+# What the checkpoints of training hold, beside what `store.checkpoint` asks of all.
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "classes": lambda value: isinstance(value, list),
+    "examples": lambda value: isinstance(value, int),
+    "records": lambda value: isinstance(value, int),
+    "window": _numbers("loss", "steps", "skipped", "grad_norm"),
+    "clock": _numbers("steps", "seconds", "elapsed"),
+    "metrics": _numbers("acc1", "acc5", "loss", "seen", unset=True),
+    "best": _numbers("acc1", "acc5", "loss", "seen", "step", unset=True),
+}
 
 
 def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:

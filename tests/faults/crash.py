@@ -1,0 +1,89 @@
+"""Saves checkpoints, killed at the n-th call that touches the disk, for every n; one process per n, forked from here.
+
+`python crash.py FOLDER`: in FOLDER/n for n = 1, 2, ... a run that has saved step 10 saves step 20 and notes its
+evaluation. Prints one line per n, what was killed, until a run gets through.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from pcpvt.store.saver import Saver
+
+METRICS = {"acc1": 10.0, "acc5": 50.0, "loss": 1.0, "seen": 4}
+
+
+def meta(step: int) -> dict:
+    return {"step": step, "config": {}, "classes": ["a"], "metrics": None, "best": None, "records": 1}
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"step": torch.tensor(step), "params/w": torch.full((5000,), float(step))}
+
+
+def save(folder: Path, step: int) -> None:
+    saver = Saver(folder, keep=1)
+    assert saver.save(tensors(step), meta(step)) is None
+    assert saver.note(step, metrics={**METRICS, "acc1": float(step)}, best=METRICS, records=2) is None
+    error = saver.wait()
+    if error is not None:
+        raise error
+
+
+def kill_at(n: int) -> None:
+    """Arms all calls by which the protocol changes the disk: before each, and in the middle of writing tensors."""
+    count = itertools.count(1)
+
+    def before(name, function):
+        def call(*args, **kwargs):
+            if next(count) == n:
+                os.write(1, f"{n} {name}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    def torn(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        whole = os.path.getsize(path)
+        os.truncate(path, whole // 2)
+        half(path)
+        os.unlink(path)
+        save_file(tensors, path, metadata)
+
+    save_file = safetensors.torch.save_file
+    half = before("write tensors, half", lambda path: None)
+    safetensors.torch.save_file = before("write tensors", torn)
+    for name in ("fsync", "replace", "unlink", "chmod"):
+        setattr(os, name, before(name, getattr(os, name)))
+    Path.write_text = before("write text", Path.write_text)
+
+
+def main(root: Path) -> None:
+    for n in itertools.count(1):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                save(root / str(n), 10)
+                kill_at(n)
+                save(root / str(n), 20)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        if status != signal.SIGKILL:
+            sys.exit(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

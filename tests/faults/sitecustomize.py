@@ -1,0 +1,131 @@
+"""Faults for the real binary, from outside: Python imports this at start when its folder is on PYTHONPATH.
+
+The environment variable FAULTS holds a JSON list of objects: `at` (where: a key of PLACES), `n` (which time, from 1),
+`do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, or an errno's name to be raised), and
+optionally `rank`, `again` (every time from the n-th on) and `to` (`self`, `group` or `child`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+
+
+def happen(fault: dict) -> None:
+    what, _, amount = fault["do"].partition(":")
+    os.write(1, f"fault: {fault['do']}\n".encode())
+    if what == "sleep":
+        time.sleep(float(amount))
+    elif what == "hold":  # like a collective that never returns: in C, where no handler of Python's runs
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        ctypes.CDLL(None).sleep(int(amount))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    elif what.startswith("SIG"):
+        number = getattr(signal, what)
+        if fault.get("to") == "group":
+            os.killpg(0, number)
+        elif fault.get("to") == "child":
+            from pcpvt.modes.exits import descendants
+
+            os.kill(descendants()[-1], number)
+        else:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # for the handler
+    else:
+        raise OSError(getattr(errno, what), os.strerror(getattr(errno, what)), "injected")
+
+
+def counted(function, fault: dict, count: list[int], after: bool = False):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        value = function(*args, **kwargs) if after else None
+        count[0] += 1
+        if count[0] == fault["n"] or (fault.get("again") and count[0] > fault["n"]):
+            happen(fault)
+        return value if after else function(*args, **kwargs)
+
+    return wrapper
+
+
+def in_module(module: str, path: str, after: bool = False):
+    """A fault around a function of a module that is not imported yet."""
+
+    def arm(fault: dict) -> None:
+        def patch(loaded) -> None:
+            *owners, name = path.split(".")
+            owner = functools.reduce(getattr, owners, loaded)
+            setattr(owner, name, counted(getattr(owner, name), fault, [0], after))
+
+        sys.meta_path.insert(0, AfterImport(module, patch))
+
+    return arm
+
+
+def in_system(*names: str):
+    """A fault before calls of functions of `os`, counted together."""
+
+    def arm(fault: dict) -> None:
+        count = [0]
+        for name in names:
+            setattr(os, name, counted(getattr(os, name), fault, count))
+
+    return arm
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `patch` with a module once it is imported."""
+
+    def __init__(self, module: str, patch):
+        self.module, self.patch = module, patch
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.patch(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def poison(fault: dict) -> None:
+    """This rank's gradients are nan in the n-th step."""
+
+    def patch(collectives) -> None:
+        original, count = collectives.psum, [0]
+
+        def psum(tensors):
+            count[0] += 1
+            return original([t * float("nan") for t in tensors] if count[0] == fault["n"] else tensors)
+
+        collectives.psum = psum
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.devices.collectives", patch))
+
+
+PLACES = {
+    "step": in_module("pcpvt.modes.recorder", "Recorder.step", after=True),
+    "inside step": in_module("pcpvt.functional.optim", "gradients"),
+    "evaluation": in_module("pcpvt.functional.metrics", "sums"),
+    "start": in_module("pcpvt.modes.build", "train_step"),
+    "save": in_module("pcpvt.store.checkpoint", "write_tensors"),
+    "disk": in_system("fsync", "replace", "unlink"),
+    "gradient": poison,
+}
+
+for fault in json.loads(os.environ.get("FAULTS", "[]")):
+    if str(fault.get("rank", os.environ.get("RANK"))) == str(os.environ.get("RANK")):
+        PLACES[fault["at"]](fault)

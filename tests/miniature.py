@@ -1,0 +1,141 @@
+"""Runs of the real binary at miniature size, with faults injected from outside, and what is compared between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pcpvt.store import checkpoint
+
+ROOT = Path(__file__).parent.parent
+FAULTS = Path(__file__).parent / "faults"
+TIMINGS = ("images_per_sec", "waiting", "seconds", "mfu")
+RECIPE = {
+    "model.name": "pcpvt_nano", "steps": 12, "batch_size": 48, "lr": 2e-3, "warmup_epochs": 0.1, "model.drop_path": 0.1,
+    "mixup": 0.2, "eval_every": "8 steps", "save_every": "4 steps", "log_every": "3 steps",
+}  # fmt: skip
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says why."""
+        lines = [line for line in self.err.splitlines() if line.startswith("pcpvt: error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.err, self.err
+        return lines[0]
+
+
+def words(workdir: Path, arg: str = "cpu", **fields: object) -> list[str]:
+    """The command line of a miniature run; a dot in a field's name is written `__`."""
+    named = {**RECIPE, **{name.replace("__", "."): value for name, value in fields.items()}}
+    return [
+        f"--config=configs/pcpvt_s.py:{arg}",
+        *[f"--config.{n}={v}" for n, v in named.items()],
+        f"--workdir={workdir}",
+    ]
+
+
+def start(command: Sequence[str], *faults: dict, **env: str) -> subprocess.Popen:
+    """Starts the binary in a session of its own; see `faults/sitecustomize.py`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pcpvt.main", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
+    """Waits for a run; nothing of it is left when the test is over, and the test fails if something was left by it."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        left = members(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not left, f"processes left: {left}\n{out}\n{err}"
+    return Ended(process.returncode, out, err)
+
+
+def run(command: Sequence[str], *faults: dict, **env: str) -> Ended:
+    return end(start(command, *faults, **env))
+
+
+def members(session: int, patience: float = 10.0) -> list[str]:
+    """Command lines of a session's processes that do not end within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] not in "ZX":
+                    found.append((stat.parent / "cmdline").read_text().replace("\0", " ")[:100])
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def await_line(process: subprocess.Popen, text: str) -> str:
+    """Reads the output until a line that holds `text`; returns what was read."""
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(f"no {text!r} in\n{read}\n{process.stderr.read()}")
+
+
+def records(workdir: Path) -> list[dict]:
+    """The metrics file without timings."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def newest(workdir: Path) -> checkpoint.Checkpoint:
+    return checkpoint.read(list(checkpoint.steps(workdir / "checkpoints").values())[-1])
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    """Everything that a run leaves is equal to the bit, timings apart."""
+    ours, theirs = newest(workdir), newest(reference)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert [name for name in ours.tensors if not torch.equal(ours.tensors[name], theirs.tensors[name])] == []
+    for name in ("step", "metrics", "best", "window", "records", "examples", "classes"):
+        assert ours.meta[name] == theirs.meta[name], name
+    assert records(workdir) == records(reference)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (workdir, reference)]
+    for name in ("acc1", "acc5", "loss", "best_step", "images", "epochs", "steps", "last"):
+        assert results[0][name] == results[1][name], name
+
+
+def image_folder(root: Path, per_class: int = 16) -> Path:
+    """A folder of noise images of two classes."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root

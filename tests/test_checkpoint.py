@@ -1,0 +1,285 @@
+"""Checkpoints survive a crash at any point, damage is noticed and passed over, the last good one is never pruned."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import miniature
+import pytest
+import safetensors.torch
+import torch
+
+from pcpvt.functional import state
+from pcpvt.modes import build, resume
+from pcpvt.modes.console import Console
+from pcpvt.store import checkpoint, manifest
+from pcpvt.store.durable import remove_leftovers, write_atomically
+from pcpvt.store.records import MetricsFile, read_metrics
+from pcpvt.store.saver import Saver
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.tensor(step), "params/w": torch.full((4, 5), float(step)), "opt/mu/w": torch.zeros(4, 5).half(),
+        "scale/good": torch.tensor(3, dtype=torch.int32), "params/empty": torch.zeros(0, 3),
+    }  # fmt: skip
+
+
+def meta(step: int, acc1: float | None = None) -> dict:
+    metrics = None if acc1 is None else {"acc1": acc1, "acc5": 50.0, "loss": 1.0, "seen": 4}
+    return {
+        "step": step, "config": {"seed": 0}, "classes": ["a", "b"], "examples": 4, "metrics": metrics,
+        "best": metrics and {**metrics, "step": step}, "records": 0,
+        "window": {"loss": 0.0, "steps": 0, "skipped": 0, "grad_norm": 0.0},
+        "clock": {"steps": 0, "seconds": 0.0, "elapsed": 0.0},
+    }  # fmt: skip
+
+
+def save(folder, step, acc1=None):
+    return checkpoint.save(folder, tensors(step), meta(step, acc1))
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def steps(tmp_path):
+    return lambda: sorted(checkpoint.steps(tmp_path))
+
+
+# Writing.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path):
+    crash = miniature.FAULTS / "crash.py"
+    env = {**os.environ, "PYTHONPATH": str(miniature.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(crash), str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    points = [line.partition(" ")[2] for line in done.stdout.splitlines()]
+    assert {"write tensors", "write tensors, half", "fsync", "replace", "unlink", "write text"} <= set(points)
+    assert points.count("replace") == 3 and points.count("fsync") >= 6
+    renamed = False
+    for n, point in enumerate(points, 1):
+        folder = tmp_path / str(n)
+        found = checkpoint.steps(folder)
+        whole = [step for step, path in found.items() if checkpoint.is_whole(path)]
+        assert whole == list(found), (n, point)  # what has a checkpoint's name is one
+        assert 10 in found or 20 in found, (n, point)
+        renamed = renamed or 20 in found
+        assert renamed == (20 in found), (n, point)
+        if 10 in found:  # its note was not lost
+            assert checkpoint.read_meta(found[10])["metrics"]["acc1"] == 10
+        # The restarted run saves again and leaves what an undisturbed one leaves.
+        saver = Saver(folder, keep=1)
+        saver.save(tensors(20), meta(20))
+        saver.note(20, metrics={"acc1": 20.0}, best=None, records=2)
+        assert saver.wait() is None
+        assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "step-00000020.safetensors"]
+        assert checkpoint.read(checkpoint.steps(folder)[20]).meta["metrics"] == {"acc1": 20.0}
+    assert renamed
+
+
+def test_failed_save_is_reported_once_and_harms_nothing(tmp_path, monkeypatch, steps):
+    saver = Saver(tmp_path, keep=1)
+    saver.save(tensors(1), meta(1))
+    assert saver.wait() is None
+
+    def full(_, path, __):
+        path.write_bytes(b"part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        assert saver.save(tensors(2), meta(2)) is None
+        error = saver.save(tensors(3), meta(3))
+        assert isinstance(error, OSError) and error.errno == errno.ENOSPC
+        assert isinstance(saver.wait(), OSError)
+        assert saver.wait() is None
+    assert steps() == [1] and saver.last_good == checkpoint.steps(tmp_path)[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-00000001.safetensors"]
+
+
+def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, steps):
+    original = safetensors.torch.save_file
+
+    def bad_disk(values, path, metadata):
+        original(values, path, metadata)
+        damage(path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", bad_disk)
+    with pytest.raises(OSError, match="does not read back"):
+        save(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_path, monkeypatch):
+    first = state.create({"w": torch.ones(1000)}, {"count": torch.zeros(())}, {}, ema=True)
+    writing, go = threading.Event(), threading.Event()
+    original = checkpoint.write_tensors
+
+    def slow(*args):
+        writing.set()
+        assert go.wait(30)
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    saver = Saver(tmp_path, keep=1)
+    saver.save(build.to_host(state.flatten(first)), meta(0))  # returns although nothing is written
+    assert writing.wait(30) and not checkpoint.steps(tmp_path)
+    first.params["w"].zero_()  # the next step reuses the memory
+    go.set()
+    assert saver.wait() is None
+    assert checkpoint.read(checkpoint.steps(tmp_path)[0]).tensors["params/w"].eq(1).all()
+
+
+def test_files_get_the_mode_that_the_umask_says(tmp_path):
+    (tmp_path / "plain").touch()
+    assert save(tmp_path, 1).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_link_with_the_temporary_name_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    path = tmp_path / "x.json"
+    path.with_name(f".x.json.{os.getpid()}.tmp").symlink_to(outside)
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert outside.read_text() == "precious" and path.read_text() == "new" and not path.is_symlink()
+
+
+def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path):
+    for name in (".step-00000001.safetensors.77.tmp", ".tmpAbC123", "keep.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "keep.tmp"]
+
+
+# Reading and choosing.
+
+
+def test_newest_whole_one_is_taken_and_damaged_ones_are_named(tmp_path, capsys):
+    session = type("S", (), {"checkpoints": tmp_path})
+    save(tmp_path, 1), damage(save(tmp_path, 2)), save(tmp_path, 3).write_bytes(b"")
+    assert resume.newest(session, Console()).meta["step"] == 1
+    warnings = capsys.readouterr().err.splitlines()
+    assert ["step-00000003" in warnings[0], "step-00000002" in warnings[1], len(warnings)] == [True, True, 2]
+    assert resume.newest(session, Console(speaks=False)).meta["step"] == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_damaged_one_that_was_named_stops(tmp_path):
+    path = save(tmp_path, 2)
+    damage(path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-00000002.*checksum"):
+        checkpoint.read(path)
+
+
+def test_file_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):
+    save(tmp_path, 2).rename(tmp_path / checkpoint.name_of(9))
+    with pytest.raises(checkpoint.CheckpointError, match="holds step 2"):
+        checkpoint.read(tmp_path / checkpoint.name_of(9))
+    (tmp_path / checkpoint.name_of(9)).rename(tmp_path / "mine.safetensors")
+    assert checkpoint.read(tmp_path / "mine.safetensors").meta["step"] == 2
+
+
+def test_checkpoint_of_another_kind_is_not_resumed_from(tmp_path):
+    checkpoint.save(tmp_path, tensors(1), {"step": 1, "classes": ["a"]})
+    with pytest.raises(checkpoint.CheckpointError, match="no run goes on from it"):
+        resume.newest(type("S", (), {"checkpoints": tmp_path}), Console())
+
+
+def test_best_and_newest_stay(tmp_path, steps):
+    for step, acc1 in ((1, 10.0), (2, 30.0), (3, None), (4, 20.0), (5, 20.0)):
+        save(tmp_path, step, acc1)
+        checkpoint.prune(tmp_path, 2, step)
+    assert steps() == [2, 4, 5]
+    assert [path.name[12:13] for path in checkpoint.by_score(tmp_path)] == ["2", "5", "4"]
+
+
+def test_damaged_checkpoints_count_for_nothing_when_pruning(tmp_path, steps):
+    save(tmp_path, 10, 50.0)
+    damage(save(tmp_path, 20, 90.0))  # newer and better, by its header
+    checkpoint.prune(tmp_path, 1, 20)
+    assert steps() == [10, 20]
+    save(tmp_path, 15, 40.0)  # the run went back to 10
+    checkpoint.prune(tmp_path, 1, 15)
+    assert steps() == [10, 15, 20]
+    save(tmp_path, 20, 60.0)
+    checkpoint.prune(tmp_path, 1, 20)
+    assert steps() == [20]
+
+
+def test_note_belongs_to_the_very_file(tmp_path):
+    path = save(tmp_path, 3)
+    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
+    assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0} == checkpoint.read_meta(path)["metrics"]
+    assert checkpoint.read(path).meta["records"] == 4
+    other = {**tensors(3), "params/w": torch.ones(4, 5)}
+    checkpoint.write_tensors(path, other, meta(3))
+    assert checkpoint.read(path).meta["metrics"] is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"checkpoints": 3, "checksum": "x"}', "[" * 100_000])
+def test_damaged_manifest_counts_as_empty(tmp_path, text):
+    path = save(tmp_path, 3)
+    (tmp_path / manifest.FILE).write_text(text)
+    assert manifest.load(tmp_path) == {} and checkpoint.read(path).meta["metrics"] is None
+    manifest.put(tmp_path, path.name, digest="x")
+    assert list(manifest.load(tmp_path)) == [path.name]
+
+
+def test_changed_number_in_the_manifest_is_noticed(tmp_path):
+    path = save(tmp_path, 3)
+    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0})
+    file = tmp_path / manifest.FILE
+    file.write_text(file.read_text().replace('"acc1": 7.0', '"acc1": 9.0'))
+    assert checkpoint.read(path).meta["metrics"] is None
+
+
+# Records.
+
+
+def test_records_of_steps_to_be_done_again_are_dropped_and_a_cut_line_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    file = MetricsFile(path, 2)
+    assert file.count == 2
+    file.write({"step": 3, "loss": float("nan"), "x": float("inf")})
+    file.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null, "x": null}\n'
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+
+
+def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.write({"step": 1})
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))  # a part, then nothing
+        assert file.write({"step": 2}).errno == errno.ENOSPC
+        with pytest.raises(OSError):
+            file.sync()
+    assert path.read_text() == '{"step": 1}\n'
+    assert file.write({"step": 3}) is None and file.count == 3
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    file.sync()
+    file.close()
+
+
+def test_symbolic_link_for_the_metrics_file_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl").symlink_to(outside)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 1)
+    file.write({"step": 2})
+    file.close()
+    assert outside.read_text() == '{"step": 1}\n'
