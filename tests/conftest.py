@@ -45,3 +45,13 @@ def nano(tmp_path):
         "--config.log_every=2 steps",
         f"--workdir={tmp_path / 'run'}",
     ]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The workdir of a finished miniature run on the digits, about 85 % right; read it, do not write into it."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    words = ["--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.epochs=3"]
+    words += ["--config.lr=3e-3", "--config.log_every=10 steps", f"--workdir={workdir}"]
+    subprocess.run([sys.executable, "-m", "pcpvt.main", *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return workdir

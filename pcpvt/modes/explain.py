@@ -25,7 +25,7 @@ from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
 
-STEPS = 16  # of the sum along the way; its error in the total is then a few percent
+STEPS = 32  # of the sum along the way; its error in the total is then about 1 % (16: 5 %)
 AT_ONCE = 8  # images: every map of every block is kept for the gradient
 SIDE = 256  # pixels of the shorter side of a picture
 GAP = 8
@@ -50,7 +50,8 @@ def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> t
     plain = target.mean((1, 2), keepdim=True).expand_as(target)
     total, before, logits = None, None, []
     for step in range(STEPS + 1):
-        x = torch.lerp(plain, target, step / STEPS).requires_grad_()
+        # Denser at the plain image, where normalisation makes the network steepest.
+        x = torch.lerp(plain, target, (step / STEPS) ** 2).requires_grad_()
         every, named = pcpvt.intermediates(model, params, x)
         logit = every.gather(1, labels[:, None])[:, 0]
         found = named[f"stages.{_stage(named)}"]

@@ -1,0 +1,157 @@
+"""The progress display, the sliding rate, utilisation, and TensorBoard's events."""
+
+import io
+import json
+import warnings
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pcpvt.functional import mixing
+from pcpvt.models import pcpvt as models
+from pcpvt.modes import tensorboard, utilisation
+from pcpvt.modes.console import Console, Progress, Rate, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the console replaces it: put back afterwards
+    return Terminal()
+
+
+def test_durations_are_short():
+    assert [duration(s) for s in (-1, 0.4, 75, 7265, 200000)] == ["0s", "0s", "1m15s", "2h01m", "2d07h"]
+
+
+def test_rate_forgets_the_first_step_and_what_left_the_window():
+    rate = Rate(window=10)
+    rate.add(8, 100.0, 50.0)  # compiles
+    assert rate.images_per_sec == 0
+    for _ in range(20):
+        rate.add(8, 2.0, 1.0)
+    assert rate.images_per_sec == pytest.approx(4) and rate.waiting == pytest.approx(0.5)
+    for _ in range(5):
+        rate.add(8, 2.5, 0.0)
+    assert rate.images_per_sec == pytest.approx(3.2, rel=0.1) and rate.waiting < 0.1
+
+
+def test_rate_looks_at_two_steps_even_where_one_is_longer_than_the_window():
+    rate = Rate(window=1)
+    for seconds in (9.0, 4.0, 6.0, 6.0, 4.0):
+        rate.add(10, seconds)
+    assert rate.images_per_sec == pytest.approx(2.0)
+
+
+def test_live_line_is_cut_to_the_terminal_and_makes_way(terminal, capsys):
+    console = Console(stream=terminal)
+    console.live("x" * 200)
+    console.say("stays")
+    assert terminal.getvalue() == f"\r\x1b[K{'x' * 59}\r\x1b[Kstays\n"
+
+
+def test_live_line_shows_on_terminals_only():
+    out = io.StringIO()
+    Console(stream=out).live("never")
+    assert out.getvalue() == ""
+
+
+def test_other_processes_are_silent_but_for_warnings(capsys):
+    console = Console(speaks=False)
+    console.say("no")
+    console.warn("disk full")
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "pcpvt: warning: disk full\n"
+
+
+def test_python_warnings_are_kept_beside_a_live_line(terminal, capsys):
+    console = Console(stream=terminal)
+    console.live("running")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = console._show_warning  # catch_warnings restores Python's own
+        warnings.warn("odd tensor", UserWarning, stacklevel=1)
+    assert terminal.getvalue().endswith("\r\x1b[K") and "UserWarning: odd tensor" in capsys.readouterr().err
+
+
+def test_progress_line_tells_where_how_fast_and_how_long(terminal):
+    progress = Progress(Console(stream=terminal), steps=100, epochs=10, batch=32)
+    progress.record({"step": 0, "loss": 2.5, "lr": 1e-3})
+    for step in range(1, 41):
+        progress.tick(step, seconds=2.0, waited=0.5)
+    line = progress.line({"step": 40, "loss": 2.5, "lr": 1e-3})
+    expected = "epoch 4.00/10  step 40/100  loss 2.5000  lr 1.00e-03  16 images/s  waiting for data 25 %  2m00s left"
+    assert line == expected
+    assert "MFU 41.0 %  waiting" in progress.line({"step": 40, "loss": 2.5, "lr": 1e-3, "mfu": 0.41})
+    assert "[######..........]  step 40/100" in progress.line({"step": 40, "loss": 2.5, "lr": 1e-3}, bar=True)
+
+
+def test_progress_is_plain_lines_elsewhere():
+    out = io.StringIO()
+    progress = Progress(Console(stream=out), steps=100, epochs=10, batch=32)
+    progress.record({"step": 10, "loss": 2.5, "lr": 1e-3})
+    progress.tick(11, 1.0, 0.0)
+    assert out.getvalue() == "epoch 1.00/10  step 10/100  loss 2.5000  lr 1.00e-03\n"
+
+
+@pytest.mark.parametrize("size", [(224, 224), (97, 65)])
+def test_multiply_adds_are_those_that_pytorch_counts(size):
+    model = models.build("pcpvt_s", 1000)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *size, 3, device="meta"))
+    assert counter.get_total_flops() == 2 * utilisation.multiply_adds(model.spec, size, 1000)
+
+
+def test_mfu_is_known_for_known_devices_only():
+    h200 = utilisation.peak_flops("NVIDIA H200", torch.bfloat16)
+    assert h200 == 989e12 and utilisation.mfu(1000, 4 * 10**9, h200, 2) == pytest.approx(6 * 4e12 / (2 * 989e12))
+    assert utilisation.peak_flops("NVIDIA H200", torch.float32) == h200 / 2
+    assert utilisation.peak_flops("NVIDIA H100 PCIe", torch.float16) == 756e12
+    assert utilisation.peak_flops("Tesla T4", torch.bfloat16) is None
+    assert utilisation.peak_flops("AMD EPYC, 2 cores", torch.bfloat16) is None
+    assert utilisation.mfu(1000, 4 * 10**9, None, 1) is None
+
+
+def test_images_are_shown_as_the_network_sees_them():
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[0, 4, 0, 4], *[[0, 0, 0, 0]] * 3], dtype=torch.int32)
+    assert torch.equal(tensorboard.seen({"image": images}), images)
+    grey = tensorboard.seen({"image": torch.full_like(images, mixing.NOISE_ZERO), "erase": box})
+    assert grey[0, 0, 0].tolist() == [124, 116, 104] and grey[0, 5, 5].tolist() == [128] * 3  # noise 0 is the mean
+    lam = torch.full((4,), 0.25)
+    mixed = tensorboard.seen({"image": images, "lam": lam, "box": torch.zeros(4, 4, dtype=torch.int32)})
+    blend = 0.25 * images[0].float() + 0.75 * images[1].float()
+    assert (mixed[0].float() - blend).abs().max() <= 1
+
+
+def test_events_equal_the_records_also_after_a_resume(pcpvt, nano, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir = tmp_path / "run"
+    pcpvt(*nano)
+    (workdir / "checkpoints" / "step-00000008.safetensors").unlink()  # the run was killed before it was written
+    assert "resumed: step 4" in pcpvt(*nano).stdout
+
+    events = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for kind, name in (("train", "loss"), ("train", "lr"), ("train", "grad_norm"), ("eval", "acc1"), ("eval", "loss")):
+        found = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
+        expected = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if r["kind"] == kind]
+        assert found == expected, (kind, name)
+    assert [event.step for event in events.Images("train/images")] == [0]  # one grid
+    assert b"pcpvt_nano" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_board_that_cannot_write_warns_once(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    said = []
+    board = tensorboard.Board(tmp_path, 0, said.append)
+    board.record({"kind": "train", "step": 1, "loss": 1.0})
+    board.close()
+    assert len(said) == 1 and "training goes on" in said[0]

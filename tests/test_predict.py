@@ -1,0 +1,159 @@
+"""`--mode=predict`: what is printed, what is skipped, and what a heat map means."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcpvt import api
+from pcpvt.data import sources
+from pcpvt.errors import UserError
+from pcpvt.modes import explain, predict, predict_output
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with five digits, one of them further down, an unreadable file, and one that is no image."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below").mkdir()
+    images = sources.digits("val", (32, 32)).images
+    for i in range(4):
+        Image.fromarray(images[i]).save(folder / f"digit [{i}].png")
+    Image.fromarray(images[4]).save(folder / "below" / "digit.JPG")
+    (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "notes.txt").write_text("nothing to see")
+    return folder
+
+
+def test_a_folder_is_classified_and_the_output_is_clean(pcpvt, trained, pictures):
+    words = ["--mode=predict", f"--workdir={trained}", "--config.predict.format=jsonl"]
+    done = pcpvt(*words, f"--config.predict.images={pictures}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    names = ["below/digit.JPG", *(f"digit [{i}].png" for i in range(4))]
+    assert [row["image"] for row in rows] == [str(pictures / name) for name in names]
+
+    net = api.load(trained)
+    for row in rows:
+        assert len(row["predictions"]) == 5
+        expected = api.classify(net.model, net.params, api.read(row["image"], net.size, net.crop), net.classes)[0]
+        assert [p["class"] for p in row["predictions"]] == [name for name, _ in expected]
+        assert [p["probability"] for p in row["predictions"]] == pytest.approx([p for _, p in expected], abs=2e-6)
+
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and str(pictures / "broken.png") in warnings[0]
+    assert "5 images, 1 unreadable and skipped" in done.stderr
+
+
+def test_heat_maps_and_a_file_are_written_on_request(pcpvt, trained, pictures, tmp_path):
+    out = tmp_path / "out.csv"
+    words = ["--mode=predict", f"--workdir={tmp_path}", f"--config.checkpoint={trained}", "--config.predict.format=csv"]
+    words += [f"--config.predict.images={pictures}/*.png", f"--config.predict.output={out}"]
+    done = pcpvt(*words, "--config.predict.explain=true")
+    assert done.stdout == ""
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 4 * 5 and [row["rank"] for row in rows[:5]] == list("12345")
+    assert sorted(path.name for path in (tmp_path / "explain").iterdir()) == [f"digit [{i}].png.png" for i in range(4)]
+    assert Image.open(tmp_path / "explain" / "digit [0].png.png").size == (2 * 256 + 8, 256)
+
+
+def test_nothing_readable_is_an_error_and_leaves_no_file(pcpvt, trained, pictures, tmp_path):
+    out = tmp_path / "out.csv"
+    words = ["--mode=predict", f"--workdir={trained}", f"--config.predict.output={out}"]
+    done = pcpvt(*words, f"--config.predict.images={pictures}/broken.png", check=False)
+    assert done.returncode == 2 and not out.exists() and "none of the 1 files can be read" in done.stderr
+
+
+def test_files_folders_and_patterns_are_found(pictures):
+    assert len(predict.find(str(pictures))) == 6  # the text file is no image
+    assert predict.find(str(pictures / "digit [1].png")) == [str(pictures / "digit [1].png")]  # brackets are no pattern
+    assert len(predict.find(f"{pictures}/*.png")) == 5
+    assert len(predict.find(f"{pictures}/**/*.JPG")) == 1
+    for nothing in ("", str(pictures / "none.png"), f"{pictures}/*.tiff"):
+        with pytest.raises(UserError, match=r"config\.predict\.images"):
+            predict.find(nothing)
+
+
+def test_heat_maps_have_different_names():
+    names = predict.unique_names(["/a/x/1.png", "/a/y/1.png", "/a/x__1.png"])
+    assert names == ["x__1.png", "y__1.png", "x__1.png-2"]
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    import os
+
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert predict._written(str(fifo), lambda out: out.write("rows") and 1) == 1
+    assert os.read(reader, 10) == b"rows" and fifo.is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["table", "jsonl", "csv"])
+def test_formats_hold_names_with_anything_in_them(name):
+    classes, out = ['comma, "quote"', "línea\nbreak", "ascii"], io.StringIO()
+    write = predict_output.FORMATS[name](out, classes, top=5)
+    write("a,b.png", torch.tensor([0.2, 0.5, 0.3]))
+    text = out.getvalue()
+    if name == "jsonl":
+        (line,) = text.splitlines()
+        assert [p["class"] for p in json.loads(line)["predictions"]] == [classes[1], classes[2], classes[0]]
+    elif name == "csv":
+        rows = list(csv.reader(io.StringIO(text)))
+        assert rows[1] == ["a,b.png", "1", classes[1], "1", "0.500000"] and len(rows) == 4
+    else:
+        assert text.startswith("a,b.png\n   50.000 %  línea") and text.count("%") == 3
+
+
+def test_equal_probabilities_come_in_the_order_of_the_classes():
+    assert [i for i, _ in predict_output.best(torch.tensor([0.1, 0.3, 0.3, 0.3]), 3)] == [1, 2, 3]
+
+
+# Explanations.
+
+
+def images(net, count, size=None):
+    found = sources.digits("val", size or net.size).images[:count]
+    return torch.from_numpy(found)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((32, 32), (8, 8)), ((72, 40), (18, 10)), ((224, 224), (14, 14))])
+def test_a_heat_map_sums_to_what_the_image_adds_to_the_logit(trained, size, grid):
+    net = api.load(trained)
+    x = images(net, 6, size)
+    labels = api.logits(net.model, net.params, x).argmax(-1)
+    heat, added = explain.attribute(net.model, net.params, x, labels)
+    assert heat.shape == (6, *grid)
+    torch.testing.assert_close(heat.sum((1, 2)), added, rtol=0.03, atol=0.03)
+
+
+def test_a_heat_map_points_at_what_decides(trained):
+    """Replacing the hottest fifth of the pixels by the mean colour costs more than replacing the coldest fifth."""
+    net = api.load(trained)
+    x = images(net, 40)
+    before = api.logits(net.model, net.params, x)
+    labels = before.argmax(-1)
+    heat, _ = explain.attribute(net.model, net.params, x, labels)
+    fields = torch.nn.functional.interpolate(heat[:, None], net.size, mode="bilinear")[:, 0].flatten(1)
+    mean = x.float().mean((1, 2), keepdim=True).to(torch.uint8)
+    lost = []
+    for largest in (True, False):
+        where = fields.topk(fields.shape[1] // 5, largest=largest).indices
+        mask = torch.zeros_like(fields).scatter_(1, where, 1).view(-1, *net.size, 1) > 0
+        after = api.logits(net.model, net.params, torch.where(mask, mean, x))
+        lost.append((before - after).gather(1, labels[:, None]).mean())
+    assert lost[0] > 1 and lost[0] > lost[1] + 2
+
+
+def test_a_picture_shows_for_and_against(tmp_path):
+    heat = np.array([[1.0, 0.0], [0.0, -1.0]])
+    picture = np.asarray(explain.draw(np.full((300, 400, 3), 128, np.uint8), heat), np.int64)
+    assert picture.shape == (300, 2 * 400 + 8, 3)
+    assert (picture[:, :400] == 128).all()
+    right = picture[:, 408:]
+    red, blue = right[20, 20], right[-20, -20]
+    assert red[0] > red[2] + 80 and blue[2] > blue[0] + 80
