@@ -15,7 +15,7 @@ from pcpvt.config import fields, recipes
 from pcpvt.config.request import Run
 from pcpvt.errors import UserError
 
-MODES = ("train", "eval", "predict", "export", "bench", "report")
+MODES = ("train", "eval", "predict", "export", "bench", "report", "schedule")
 DEFAULT_CONFIG = "configs/pcpvt_s.py"
 
 
@@ -137,8 +137,8 @@ def read_run(values: flags.FlagValues) -> Run:
     flag = values["config"]
     config, given = values.config, config_flags.get_override_values(flag)
     file, _, arg = config_flags.get_config_filename(flag).partition(":")
-    # A benchmark is no part of a run: by default it has a folder of its own.
-    name = Path(file).stem + ("-bench" if values.mode == "bench" else "")
+    # These are no part of a run: by default they have a folder of their own.
+    name = Path(file).stem + (f"-{values.mode}" if values.mode in ("bench", "schedule") else "")
     workdir = Path(values.workdir or Path("runs") / name)
     if values.mode in ("eval", "predict", "export"):
         _adopt(config, given, arg, workdir)
@@ -146,7 +146,7 @@ def read_run(values: flags.FlagValues) -> Run:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     if inside_torchrun():
         _agree(config, "processes" in given or bool(arg))
-    if values.mode in ("export", "report"):  # needs no device, whatever the training had
+    if values.mode in ("export", "report", "schedule"):  # needs no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if values.mode == "predict":
         config.processes = 1

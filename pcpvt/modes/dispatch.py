@@ -17,7 +17,7 @@ from pcpvt.store.durable import remove_leftovers
 # Each module has `run(session) -> int`, the exit code; a mode's imports are paid by that mode alone.
 MODULES = {
     "train": "train", "eval": "evaluate", "predict": "predict", "export": "export", "bench": "bench",
-    "report": "report",
+    "report": "report", "schedule": "schedule",
 }  # fmt: skip
 
 

@@ -29,11 +29,16 @@ def page(runs: Sequence[RunData]) -> str:
         _section("Recipe", _recipe(main) if len(runs) == 1 else _differences(runs), "card"),
         _section("Surroundings", _surroundings(main), "card"),
     ]
+    return document(title, "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A self-contained page in the report's style around HTML that is already escaped."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{CSS}</style></head>"
-        f"<body><main>{''.join(body)}</main><script>{JS}</script></body></html>\n"
+        f"<body><main>{body}</main><script>{JS}</script></body></html>\n"
     )
 
 

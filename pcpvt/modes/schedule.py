@@ -1,0 +1,55 @@
+"""`--mode=schedule`: the learning rate of any config, step by step, without training: printed, as CSV and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pcpvt.config.plan import Plan
+from pcpvt.config.plan import plan as make_plan
+from pcpvt.modes import report_charts, report_page
+from pcpvt.modes import session as sessions
+from pcpvt.modes.console import Console
+from pcpvt.modes.session import Session
+from pcpvt.store.durable import write_atomically
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+ROWS, POINTS = 24, 2000  # printed and written; a shorter run has all its steps in the CSV
+
+
+def run(session: Session) -> int:
+    """Writes `schedule.csv` and `schedule.html` and prints a table; returns the exit code."""
+    config, console = session.config, Console(session.world.is_main)
+    if config.data.name in ("", "folder") and not config.data.path:
+        console.say(f"note: config.data.path is not set: {IMAGENET:,} training images are assumed, as ImageNet has")
+        examples, classes = IMAGENET, 1000
+    else:
+        source = sessions.open_data(session, "train")
+        examples, classes = len(source), len(source.classes)
+    plan = make_plan(config, examples=examples, num_classes=classes, micro_batch=config.batch_size)
+    console.say(
+        f"{config.schedule}: {plan.steps} steps of batch {plan.batch} = {plan.epochs:.4g} epochs; peak {plan.lr:.4g}"
+    )
+    console.say(f"{'epoch':>9} {'step':>9}  lr")
+    for step in spread(plan.steps, ROWS):
+        console.say(f"{epoch(plan, step):9.2f} {step:9d}  {plan.schedule(step):.4e}")
+    steps = spread(plan.steps, POINTS)
+    rows = [f"{step},{epoch(plan, step):.6f},{plan.schedule(step):.10e}" for step in steps]
+    curve = report_charts.Series("learning rate", [(epoch(plan, step), plan.schedule(step)) for step in steps])
+    chart = report_charts.chart("Learning rate, by epoch", [curve], zero=True)
+    title = f"{config.model.name}: learning rate"
+    page = report_page.document(title, f'<h1>{title}</h1><div class="grid">{chart}</div>')
+    for name, text in (("schedule.csv", "step,epoch,lr\n" + "\n".join(rows) + "\n"), ("schedule.html", page)):
+        write_atomically(session.workdir / name, lambda temporary, text=text: Path(temporary).write_text(text))
+    console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
+    return 0
+
+
+def spread(steps: int, count: int) -> list[int]:
+    """At most `count` steps from the first to the last, evenly."""
+    if steps <= count:
+        return list(range(steps))
+    return [round(i * (steps - 1) / (count - 1)) for i in range(count)]
+
+
+def epoch(plan: Plan, step: int) -> float:
+    return step * plan.batch / plan.examples
