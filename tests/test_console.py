@@ -86,7 +86,7 @@ def test_progress_line_tells_where_how_fast_and_how_long(terminal):
     for step in range(1, 41):
         progress.tick(step, seconds=2.0, waited=0.5)
     line = progress.line({"step": 40, "loss": 2.5, "lr": 1e-3})
-    expected = "epoch 4.00/10  step 40/100  loss 2.5000  lr 1.00e-03  16 images/s  waiting for data 25 %  2m00s left"
+    expected = "epoch 4.00/10  step 40/100  loss 2.5000  lr 1.00e-03  16 images/s  2m00s left  waiting for data 25 %"
     assert line == expected
     assert "MFU 41.0 %  waiting" in progress.line({"step": 40, "loss": 2.5, "lr": 1e-3, "mfu": 0.41})
     assert "[######..........]  step 40/100" in progress.line({"step": 40, "loss": 2.5, "lr": 1e-3}, bar=True)

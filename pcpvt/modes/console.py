@@ -130,7 +130,7 @@ class Progress:
     def tick(self, step: int, seconds: float, waited: float) -> None:
         """After every step; `step` counts those done."""
         self.rate.add(self.batch, seconds, waited)
-        if self._latest:
+        if self.console.is_terminal:
             self.console.live(self.line({**self._latest, "step": step}, bar=True))
 
     def record(self, entry: dict[str, float]) -> None:
@@ -140,17 +140,20 @@ class Progress:
             self.console.say(self.line(entry))
 
     def line(self, entry: dict[str, float], *, bar: bool = False) -> str:
+        """What matters most comes first, because a narrow terminal cuts the end; loss and lr may be missing."""
         step, rate = int(entry["step"]), self.rate.images_per_sec
         parts = [f"epoch {step * self.epochs / self.steps:.2f}/{self.epochs:.4g}"]
         if bar:
             done = round(_BAR * step / self.steps)
             parts.append(f"[{'#' * done}{'.' * (_BAR - done)}]")
-        parts += [f"step {step}/{self.steps}", f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
+        parts.append(f"step {step}/{self.steps}")
+        if "loss" in entry:
+            parts += [f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
         if rate:
             parts.append(f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2f} images/s")
+            parts.append(f"{duration((self.steps - step) * self.batch / rate)} left")
             if entry.get("mfu"):
                 parts.append(f"MFU {100 * entry['mfu']:.1f} %")
             if not entry.get("mfu") or self.rate.waiting >= 0.05:
                 parts.append(f"waiting for data {100 * self.rate.waiting:.0f} %")
-            parts.append(f"{duration((self.steps - step) * self.batch / rate)} left")
         return "  ".join(parts)
