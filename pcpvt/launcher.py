@@ -36,8 +36,12 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.ERROR)  # torchelastic's tables repeat what the lines below say
-    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(FAILURE_GRACE), **device.environment}
-    defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one host: neither its name nor a network is needed
+    defaults = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(FAILURE_GRACE),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # what c10d warns of, a PeerError says in one line
+        "GLOO_SOCKET_IFNAME": "lo",  # one host: neither its name nor a network is needed
+        **device.environment,
+    }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     setup = LaunchConfig(
@@ -92,8 +96,9 @@ def children() -> list[int]:
 
 def _exit_code(failures: dict) -> int:
     """The code of the rank that failed first, after naming it; `failures` are torchelastic's, by rank."""
-    # Times are whole seconds. Who lost a peer was not the first.
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode == exits.PEER_LOST))
+    # Times are whole seconds; within one, torchelastic keeps the order. Who lost a peer or was stopped is no cause.
+    caused = (exits.PEER_LOST, exits.PREEMPTED)
+    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode in caused))
     code = first.exitcode
     if code not in QUIET:
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"

@@ -9,6 +9,7 @@ Fields of --config and their defaults (a recipe in the config's ARG may set othe
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -52,6 +53,7 @@ def entry() -> None:
     except RuntimeError as error:
         if "backend extension" not in str(error):
             raise
+        logging.disable()  # half of torch is there, and its exit hooks report
         # What `import torch` says when the NPU backend is installed and its libraries are not there.
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class _Group:
 
     store: dist.Store | None = None
     timeout = 0
+    broken = False  # a collective has failed: the group can only be left to itself
 
 
 def from_environment() -> World | None:
@@ -75,7 +77,7 @@ def join(device: Device, timeout: int) -> World:
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    if dist.is_initialized() and not _Group.broken:
         dist.destroy_process_group()
         _Group.store = None
 
@@ -137,10 +139,11 @@ def _answered(world: World | None = None) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # of torch.distributed: its own types are subclasses, and gloo raises the plain one
+        _Group.broken = True
         world = world or World(dist.get_rank(), dist.get_world_size())
         reason = str(error).strip().splitlines()[0]
         missing = _roll_call(world)
-        if missing and "timed out" in reason.lower():
+        if missing and re.search("timed? ?out", reason.lower()):
             what = f"gave no answer within {_Group.timeout} s (config.timeout): hung, or far slower than the others"
         else:
             what, missing = f"lost: {reason}", missing or ["the connection between processes is"]

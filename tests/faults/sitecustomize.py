@@ -109,7 +109,8 @@ def poison(fault: dict) -> None:
 
         def psum(tensors):
             count[0] += 1
-            return original([t * float("nan") for t in tensors] if count[0] == fault["n"] else tensors)
+            hit = count[0] == fault["n"] or (fault.get("again") and count[0] > fault["n"])
+            return original([t * float("nan") for t in tensors] if hit else tensors)
 
         collectives.psum = psum
 
@@ -117,6 +118,7 @@ def poison(fault: dict) -> None:
 
 
 PLACES = {
+    "join": in_module("pcpvt.devices.collectives", "join"),
     "step": in_module("pcpvt.modes.recorder", "Recorder.step", after=True),
     "inside step": in_module("pcpvt.functional.optim", "gradients"),
     "evaluation": in_module("pcpvt.functional.metrics", "sums"),

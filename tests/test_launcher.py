@@ -1,0 +1,185 @@
+"""One command becomes n supervised processes: truthful exit codes, one line per error, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import miniature
+import pytest
+import torch
+
+from pcpvt import cli, devices, launcher
+from pcpvt.errors import PeerError, UserError
+from pcpvt.modes import exits
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+LONG = {"steps": 5000, "eval_every": "0", "save_every": "0", "log_every": "1 step"}
+
+
+def run(command: list[str], *faults: dict) -> miniature.Ended:
+    """Like `miniature.run`; no process with this run's mark may be left, whatever session it went to."""
+    mark = f"PCPVT_TEST_MARK={uuid.uuid4()}"
+    ended = miniature.run(command, *faults, under=["env", mark])
+    deadline = time.monotonic() + 5
+    while left := marked(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    return ended
+
+
+def marked(mark: str) -> list[str]:
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left(tmp_path):
+    data = miniature.image_folder(tmp_path / "data")
+    words = miniature.words(
+        tmp_path / "run", "cpu2,folder", data__path=data, image_size=32, batch_size=8, augment__randaugment="",
+        data__workers=1, **LONG,
+    )  # fmt: skip
+    ended = run(words, {"at": "step", "n": 3, "do": "SIGKILL", "rank": 1})
+    assert ended.code == 128 + 9
+    assert "pcpvt: error: rank 1 was killed by SIGKILL; the others were stopped" in ended.err.splitlines()
+    assert "Traceback" not in ended.err
+
+
+def test_an_error_in_one_rank_is_one_line_that_names_it(tmp_path):
+    data = miniature.image_folder(tmp_path / "data")
+    (data / "train/cat/3.png").write_bytes(b"no image")
+    words = miniature.words(
+        tmp_path / "run", "cpu2,folder", data__path=data, image_size=32, batch_size=2, mixup=0.0, cutmix=0.0,
+        data__workers=0, **LONG,
+    )  # fmt: skip
+    ended = run(words)
+    assert ended.code == 2
+    assert "cat/3.png" in ended.error and "rank " in ended.error
+
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path):
+    ended = run(miniature.words(tmp_path, "cpu2", frozen="nothing_is_called_so"))
+    assert ended.code == 2 and "config.frozen" in ended.error
+
+
+def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
+    """It does not even take signals. Torchelastic would kill it 30 s later; here it wakes up, to be quicker."""
+    stuck = {"at": "inside step", "n": 3, "do": "hold:12", "rank": 1}
+    ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
+    assert ended.code == exits.PEER_LOST == PeerError.exit_code
+    assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    absent = {"at": "join", "n": 1, "do": "sleep:60", "rank": 1}
+    ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), absent)
+    assert ended.code == exits.PEER_LOST and "rank 1 gave no answer" in ended.error
+
+
+# ---- under torchrun
+
+
+def torchrun(processes: int, words: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*command, "-m", "pcpvt.main", *words],
+        cwd=miniature.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_count_is_torchruns_when_arg_names_none(tmp_path):
+    ended = torchrun(2, miniature.words(tmp_path, "cpu", steps=2))
+    assert ended.returncode == 0, ended.stderr
+    assert "2 x cpu" in ended.stdout
+
+
+def test_another_count_than_torchruns_is_one_line(tmp_path):
+    ended = torchrun(2, miniature.words(tmp_path, "cpu3"))
+    assert ended.returncode != 0
+    said = [line for line in ended.stderr.splitlines() if line.startswith("pcpvt: error: ")]
+    assert said == [
+        "pcpvt: error: config.processes: 3 but torchrun started 2 processes: "
+        "write :cpu2, or :cpu for as many as there are"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "expected"),
+    [
+        ("c.py:npu", [], "c.py:npu16"),
+        ("c.py:npu,paper", [], "c.py:npu16,paper"),
+        ("c.py:npu16,perf", [], "c.py:npu16,perf"),
+        ("c.py", [], "c.py"),
+        ("c.py:cpu", ["--config.processes=4"], "c.py:cpu"),
+    ],
+)
+def test_recipes_see_torchruns_count(path, words, expected, monkeypatch):
+    assert cli._imply_count(path, words) == path
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("RANK", "3")
+    assert cli._imply_count(path, words) == expected
+    assert devices.detect().endswith("16")
+
+
+# ---- before anything is started
+
+
+@pytest.mark.skipif(hasattr(torch, "npu"), reason="this machine has an NPU backend")
+def test_what_an_npu_run_misses_is_one_line(pcpvt):
+    ended = pcpvt("--config=configs/pcpvt_s.py:npu8", check=False)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "torch_npu is not installed" in ended.stderr
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    with pytest.raises(UserError, match=r"cuda|GPU"):
+        devices.get("cuda").require(1000)
+
+
+def test_a_backend_that_cannot_load_is_one_line(pcpvt, tmp_path):
+    """As `import torch` behaves beside torch_npu without CANN."""
+    (tmp_path / "broken_backend.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')")
+    info = tmp_path / "broken_backend-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_backend\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nbroken_backend = broken_backend:start\n")
+    ended = pcpvt("--config=configs/pcpvt_s.py:cpu", check=False, env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "libascendcl.so" in ended.stderr and "set_env.sh" in ended.stderr
+
+
+class Failure:
+    def __init__(self, exitcode: int, timestamp: int):
+        self.exitcode, self.timestamp = exitcode, timestamp
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "said"),
+    [
+        ({0: Failure(76, 5), 1: Failure(-9, 5)}, 137, "rank 1 was killed by SIGKILL"),
+        ({0: Failure(-15, 7), 3: Failure(1, 5)}, 1, "rank 3 failed with exit code 1"),
+        ({0: Failure(2, 5), 1: Failure(-15, 5)}, 2, ""),
+        ({0: Failure(75, 5), 1: Failure(75, 5)}, 75, ""),
+        ({0: Failure(76, 5), 1: Failure(-9, 35)}, 76, ""),
+        ({2: Failure(76, 5), 1: Failure(75, 5)}, 76, ""),
+    ],
+)
+def test_the_exit_code_is_that_of_the_first_rank_that_failed_by_itself(failures, code, said, capsys):
+    assert launcher._exit_code(failures) == code
+    err = capsys.readouterr().err
+    assert said in err and bool(err) == bool(said)
