@@ -17,10 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 def pcpvt(tmp_path):
     """Runs `python -m pcpvt.main` with the given words; returns the finished process (text output)."""
 
-    def call(*words: str, timeout: float = 300, check: bool = True, env: dict | None = None):
+    def call(*words: str, timeout: float = 300, check: bool = True, env: dict | None = None, cwd: Path = ROOT):
         done = subprocess.run(
             [sys.executable, "-m", "pcpvt.main", *words],
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
