@@ -126,6 +126,11 @@ def eval_sample(
     return resized_centre(Picture(source, name), size, cover, interpolation, exact)
 
 
+def short_side(size: tuple[int, int], crop: float) -> int:
+    """The side to resize to, for a centre crop of `size` that takes `crop` of it; rounded down, as in timm."""
+    return int(min(size) / crop)
+
+
 def resized_centre(
     picture: Picture, size: tuple[int, int], cover: tuple[int, int], interpolation: str, exact: bool = False
 ) -> np.ndarray:

@@ -7,7 +7,11 @@ the training stream has no end (see `order`).
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import NamedTuple
@@ -117,7 +121,7 @@ class EvalBatches:
             "valid": torch.zeros(self.local_batch, dtype=torch.bool),
         }
         pixels = batch["image"].numpy()
-        resize = int(min(self.size) / self.crop)  # rounded down, as timm does
+        resize = augment.short_side(self.size, self.crop)
         for row, sample in enumerate(self.batches[index]):
             image, label = self.source[sample]
             batch["label"][row], batch["id"][row] = label, sample
@@ -174,6 +178,7 @@ class Loader:
             prefetch_factor=2 if workers else None,
             multiprocessing_context=start if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(_end_with, os.getpid()),
             generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
             pin_memory=pin,
         )
@@ -208,6 +213,23 @@ def _deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Ends this loader process soon after the training process, however that ends.
+
+    PyTorch watches its parent, which is the forkserver; and that lives as long as any process that it has started.
+    """
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            try:
+                os.kill(parent, 0)  # sends nothing
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _why_worker_died(message: str) -> str:

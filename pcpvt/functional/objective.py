@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional import losses, mixing
-from pcpvt.functional.precision import Policy
+from pcpvt.functional.precision import FLOAT32, Policy
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import Attend, attend_plain
 
@@ -22,7 +22,7 @@ def make_objective(
     model: pcpvt.PCPVT,
     *,
     smoothing: float = 0.0,
-    policy: Policy = Policy(),
+    policy: Policy = FLOAT32,
     attend: Attend = attend_plain,
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params already in the compute dtype.
@@ -45,7 +45,7 @@ def make_objective(
 def make_predict(
     model: pcpvt.PCPVT,
     *,
-    policy: Policy = Policy(),
+    policy: Policy = FLOAT32,
     attend: Attend = attend_plain,
 ) -> Callable[[pcpvt.Params, Tensor], Tensor]:
     """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params already in the compute dtype."""

@@ -39,6 +39,9 @@ def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) ->
     return {n: v.to(wide if wide_norms and _NORM.search(n) else policy.compute) for n, v in params.items()}
 
 
+FLOAT32 = Policy()
+
+
 def parse(text: str) -> Policy:
     """`float32` | `bfloat16` | `float16` | `float64` | `params=..,compute=..,output=..` to a Policy.
 
@@ -104,5 +107,8 @@ class NoScale(NamedTuple):
         return state
 
 
+UNSCALED = NoScale()
+
+
 def loss_scale(policy: Policy) -> DynamicScale | NoScale:
-    return DynamicScale() if policy.compute == torch.float16 else NoScale()
+    return DynamicScale() if policy.compute == torch.float16 else UNSCALED

@@ -1,7 +1,8 @@
 """Keys to draws: every random number of a run is a pure function of (seed, purpose, counters).
 
 Philox is counter-based, so a draw needs no history: any process, worker or resumed run that asks for the same key
-gets the same numbers. Source: numpy.random.Philox, after Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+gets the same numbers. Source: numpy.random.Philox, after Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3".
 """
 
 import functools

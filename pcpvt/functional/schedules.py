@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, in float64 on the host: it can be printed for any config without training."""
+"""Learning rate as a pure function of the step, in float64 on the host: known for any step without training."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional import optim, precision
-from pcpvt.functional.precision import DynamicScale, NoScale, Overflow, Policy
+from pcpvt.functional.precision import FLOAT32, UNSCALED, DynamicScale, NoScale, Overflow, Policy
 from pcpvt.functional.state import TrainState
 
 Params = dict[str, Tensor]
@@ -54,8 +54,8 @@ def make_step(
     *,
     global_batch: int,
     accumulate: int = 1,
-    policy: Policy = Policy(),  # noqa: B008 - an immutable tuple
-    scaler: DynamicScale | NoScale = NoScale(),  # noqa: B008
+    policy: Policy = FLOAT32,
+    scaler: DynamicScale | NoScale = UNSCALED,
     ema_decay: float = 0.0,
     trainable: Collection[str] | None = None,
     value_and_grad: Callable = autograd_value_and_grad,

@@ -1,7 +1,7 @@
 """Twins-PCPVT: the pyramid, its sizes, and the ways to apply it to a flat dict of parameters.
 
-Source: Chu et al. 2021, "Twins: Revisiting the Design of Spatial Attention in Vision Transformers", with the corrections
-of the reference code. A model is built on the meta device: it has names and shapes, and no weights.
+Source: Chu et al. 2021, "Twins: Revisiting the Design of Spatial Attention in Vision Transformers", and the reference
+code where the two differ. A model is built on the meta device: it has names and shapes, and no weights.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def intermediates(model: PCPVT, params: Params, images: Tensor, **options) -> tu
 
 
 def drop_rates(spec: Spec, rate: float) -> np.ndarray:
-    """The drop probability of each residual branch `[branches]`: linear from 0 to `rate` over blocks, one draw a branch."""
+    """The drop probability of each residual branch `[branches]`: linear from 0 to `rate` over the blocks."""
     return np.repeat(np.linspace(0.0, rate, sum(spec.depths)), 2)
 
 
@@ -181,7 +181,7 @@ def draw_keep(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
 
 
 def depth_of(spec: Spec, name: str) -> int:
-    """How deep a parameter sits, for layer-wise learning rates: its block's number, `sum(depths)` for norm and head.
+    """How deep a parameter sits, for layer-wise learning rates: its block's number; `sum(depths)` for norm, head.
 
     A stage's patch embedding and position encoding count as its first block.
     """
