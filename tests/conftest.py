@@ -52,6 +52,6 @@ def trained(tmp_path_factory):
     """The workdir of a finished miniature run on the digits, about 85 % right; read it, do not write into it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     words = ["--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.epochs=3"]
-    words += ["--config.lr=3e-3", "--config.log_every=10 steps", f"--workdir={workdir}"]
+    words += ["--config.lr=3e-3", "--config.log_every=10 steps", "--config.precision=float32", f"--workdir={workdir}"]
     subprocess.run([sys.executable, "-m", "pcpvt.main", *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
     return workdir
