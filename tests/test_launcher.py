@@ -183,3 +183,12 @@ def test_the_exit_code_is_that_of_the_first_rank_that_failed_by_itself(failures,
     assert launcher._exit_code(failures) == code
     err = capsys.readouterr().err
     assert said in err and bool(err) == bool(said)
+
+
+def test_loader_processes_end_with_a_run_that_is_killed(tmp_path):
+    data = miniature.image_folder(tmp_path / "data")
+    words = miniature.words(
+        tmp_path / "run", "cpu,folder", data__path=data, image_size=32, batch_size=8, augment__randaugment="",
+        data__workers=1, **LONG,
+    )  # fmt: skip
+    assert run(words, {"at": "step", "n": 2, "do": "SIGKILL"}).code == -9

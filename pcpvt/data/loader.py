@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -222,14 +223,18 @@ def _end_with(parent: int, worker: int) -> None:
     """
 
     def watch() -> None:
-        while True:
+        while _runs(parent):
             time.sleep(1.0)
-            try:
-                os.kill(parent, 0)  # sends nothing
-            except ProcessLookupError:
-                os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process exists and is more than an entry that nobody has collected yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return not Path("/proc/self").exists()
 
 
 def _why_worker_died(message: str) -> str:
