@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import shutil
 import subprocess
 
@@ -246,14 +247,24 @@ def test_a_browser_draws_it_in_light_and_dark(trained, tmp_path):
         flags += (
             f" --disable-component-update --disable-sync --hide-scrollbars --user-data-dir={tmp_path / words[0][2:6]}"
         )
-        url = f"file://{trained / 'report.html'}"
-        done = subprocess.run([CHROMIUM, *flags.split(), *words, url], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [CHROMIUM, *flags.split(), *words, f"file://{page}"], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0 and "Uncaught" not in done.stderr, done.stderr
         return done.stdout
 
-    # The script adds a box for the tooltip to every chart.
+    # The script adds a box for the tooltip to every chart, and shows it under the pointer.
+    page = tmp_path / "pointed.html"
+    point = "const s = document.querySelector('svg'), b = s.getBoundingClientRect(); s.dispatchEvent(new PointerEvent("
+    point += "'pointermove', {clientX: b.left + 300, clientY: b.top + 60}))"
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", f"<script>{point}</script></body>"), encoding="utf-8")
     dom = chromium("--dump-dom", "--enable-logging=stderr")
     assert dom.count('class="tip"') == dom.count('class="chart"') == 6
+    (tip,) = re.findall(r'class="tip" style="display: block; left: (\d\S*)px; top: (\d\S*)px;"', dom)
+    assert 250 < float(tip[0]) < 450 and float(tip[1]) < 100
+
+    page = trained / "report.html"
     brightness = {}
     for scheme, words in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
         shot = tmp_path / f"{scheme}.png"

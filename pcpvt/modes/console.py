@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from typing import Any, TextIO
+from typing import TextIO
 
 _ERASE = "\r\x1b[K"
 _REFRESH = 0.2  # seconds between two states of the live line: more often only costs
@@ -58,7 +58,15 @@ class Console:
             print(_ERASE, end="", file=self.stream, flush=True)
             self._shown = ""
 
-    def _show_warning(self, message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    def _show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         self.warn(f"{category.__name__}: {message} ({filename}:{lineno})")
 
 

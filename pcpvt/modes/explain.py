@@ -86,7 +86,7 @@ def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
     smooth = F.interpolate(field, (height, width), mode="bicubic")[0, 0].numpy()
     strength = np.clip(np.abs(smooth) / max(float(np.abs(heat).max()), 1e-12), 0, 1)[..., None] * 0.8
     grey = np.asarray(large.convert("L"), np.float32)[..., None].repeat(3, -1)
-    color = np.where(smooth[..., None] > 0, np.float32(FOR), np.float32(AGAINST))
+    color = np.where(smooth[..., None] > 0, np.array(FOR, np.float32), np.array(AGAINST, np.float32))
     overlay = Image.fromarray((grey * (1 - strength) + color * strength).round().astype(np.uint8))
     picture = Image.new("RGB", (2 * width + GAP, height), "white")
     picture.paste(large, (0, 0))

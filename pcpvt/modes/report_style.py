@@ -114,7 +114,7 @@ for (const chart of document.querySelectorAll('.chart')) {
     tip.style.display = 'block';
     const x = first[0] / scale, left = x + 14 + tip.offsetWidth > box.width ? x - tip.offsetWidth - 6 : x + 22;
     tip.style.left = `${Math.max(4, left)}px`;
-    tip.style.top = `${svg.offsetTop + 8}px`;
+    tip.style.top = `${box.top - chart.getBoundingClientRect().top + 8}px`;
   });
 }
 """
