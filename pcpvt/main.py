@@ -48,6 +48,9 @@ def entry() -> None:
         cli.define_flags()
         sys.modules["__main__"].__doc__ = f"{__doc__}\n{cli.field_help()}"
         app.run(main, flags_parser=cli.parse)
+    except SystemExit as ended:
+        asked = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
+        sys.exit(0 if asked and ended.code == 1 else ended.code)  # absl calls it a failure to have asked
     except UserError as error:  # of the command line: all processes of a host see it
         _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
     except RuntimeError as error:

@@ -70,7 +70,7 @@ def reference_logits(params: dict[str, torch.Tensor], folder, size: int) -> torc
 
 
 def evaluate(pcpvt, workdir, *words: str) -> dict:
-    pcpvt("--mode=eval", f"--workdir={workdir}", "--config.data.workers=0", *words)
+    pcpvt("--mode=eval", f"--workdir={workdir}", "--config.data.workers=0", "--config.precision=float32", *words)
     return json.loads((workdir / "result-eval.json").read_text())
 
 

@@ -40,10 +40,9 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
 def summarize(total: dict[str, float]) -> dict[str, float]:
     """Sums as numbers to `acc1` and `acc5` (percent), `loss` (mean) and `seen`."""
     seen = int(total["seen"])
-    scale = 100.0 / max(seen, 1)
     return {
-        "acc1": total["top1"] * scale,
-        "acc5": total["top5"] * scale,
+        "acc1": 100.0 * total["top1"] / max(seen, 1),
+        "acc5": 100.0 * total["top5"] / max(seen, 1),
         "loss": total["loss"] / max(seen, 1),
         "seen": seen,
     }

@@ -193,5 +193,5 @@ def depth_of(spec: Spec, name: str) -> int:
 
 
 def layer_decay(spec: Spec, decay: float) -> Callable[[str], float]:
-    """Parameter name to learning-rate factor: 1 at the head, times `decay` per block below it (BEiT, Bao et al. 2022)."""
+    """Parameter name to learning-rate factor: 1 at the head, times `decay` per block below (BEiT, Bao et al. 2022)."""
     return lambda name: decay ** (sum(spec.depths) - depth_of(spec, name))

@@ -1,0 +1,91 @@
+"""What the documents say is run: every command and every example, at miniature size; both languages say the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pcpvt.data import sources
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README.zh-CN.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks(text, "bash") for line in block.splitlines()]
+
+
+def test_both_languages_have_the_same_commands():
+    assert commands(README) == commands(CHINESE)
+    assert blocks(CHINESE, "python")[0] == blocks(README, "python")[0]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) < 200
+    for text in (README, CHINESE):
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert (ROOT / target).exists(), target
+        for path in re.findall(r"`((?:launch|configs|pcpvt|tests)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), path
+
+
+def test_every_field_that_the_readme_names_exists():
+    from pcpvt.config.fields import FIELDS
+
+    named = set(re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)?)(?==)", README))
+    assert named <= set(FIELDS), named - set(FIELDS)
+
+
+@pytest.fixture(scope="module")
+def place(trained, tmp_path_factory):
+    """A folder where the README's words mean something: runs/pcpvt_s, DIR, FILE, IMAGES, photo.jpg."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "runs").mkdir()
+    os.symlink(trained, place / "runs" / "pcpvt_s")
+    digits = sources.digits("val", (64, 64))
+    for split, start in (("train", 0), ("val", 100)):
+        for i in range(start, start + 40):
+            pixels, label = digits[i]
+            folder = place / "DIR" / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    Image.fromarray(digits[0][0]).save(place / "photo.jpg")
+    return place
+
+
+@pytest.mark.parametrize("line", [c for c in commands(README) if c.startswith("python -m pcpvt.main")])
+def test_every_command_of_the_readme_runs(line, place, trained):
+    """On this machine: the miniature for the model, CPU for the device, a few steps for epochs."""
+    best = sorted((trained / "checkpoints").glob("step-*.safetensors"))[-1]
+    line = line.replace("=DIR", f"={place / 'DIR'}").replace("=FILE", f"={best}").replace("=IMAGES", "=photo.jpg")
+    words = shlex.split(line)[1:]
+    mode = next((w.partition("=")[2] for w in words if w.startswith("--mode")), "train")
+    if mode in ("train", "bench") and "--help" not in words:
+        words = [re.sub(r":npu8", ":cpu", w) for w in words]
+        words += ["--config.image_size=32", "--config.batch_size=4", "--config.bench.steps=1"]
+        words += ["--config.eval.batch_size=4"]
+    if mode == "train" and "--help" not in words:
+        words += ["--config.model.name=pcpvt_nano", "--config.steps=2", f"--workdir={place / 'train'}-{len(line)}"]
+    if mode == "export":
+        words += [f"--config.export.output={place / 'exported.safetensors'}"]
+    done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
+def test_every_python_example_of_the_readme_runs(number, place):
+    code = blocks(README, "python")[number]
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
