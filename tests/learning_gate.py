@@ -1,0 +1,119 @@
+"""Does the trainer learn as well as a plain timm loop? By hand: `python tests/learning_gate.py DIR [SEEDS] [STEPS]`.
+
+DIR is an image folder of small images (CIFAR-like) with train/ and val/. Both sides train the same miniature of
+Twins-PCPVT with the same recipe and number of steps: padded random crops, flips, mixup and cutmix, label smoothing,
+AdamW, clipping, per-step cosine with warm-up, float32. Ours is the binary; the other is timm's model, transforms, Mixup
+and PyTorch's loader in a plain loop. Prints top-1 of every seed; exit code 0 when the means differ by less than the
+seeds do.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from pcpvt import torchvision_compat  # noqa: F401 - before timm
+from pcpvt.functional import optim, schedules
+from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
+from pcpvt.models.pcpvt import SPECS
+
+SIZE, BATCH, LR, WARMUP = 32, 64, 2e-3, 50
+
+
+def ours(data: Path, seed: int, steps: int) -> float:
+    with tempfile.TemporaryDirectory() as workdir:
+        fields = {
+            "data.path": data,
+            "model.name": "pcpvt_nano",
+            "model.drop_path": 0.0,
+            "image_size": SIZE,
+            "batch_size": BATCH,
+            "steps": steps,
+            "lr": LR,
+            "warmup_steps": WARMUP,
+            "seed": seed,
+            "precision": "float32",
+            "augment.crop_pad": 4,
+            "augment.randaugment": "",
+            "augment.erase": 0.0,
+            "eval.crop": 1.0,
+            "eval_every": f"{steps} steps",
+            "save_every": "0",
+            "data.workers": 1,
+        }
+        words = [f"--config.{name}={value}" for name, value in fields.items()]
+        command = [sys.executable, "-m", "pcpvt.main", "--config=configs/pcpvt_s.py:cpu,folder", *words]
+        subprocess.run([*command, f"--workdir={workdir}"], check=True, stdout=subprocess.DEVNULL)
+        return json.loads((Path(workdir) / "result.json").read_text())["acc1"]
+
+
+def plain(data: Path, seed: int, steps: int) -> float:
+    import timm.data
+    from timm.models.twins import Twins
+    from torchvision import datasets, transforms
+
+    torch.manual_seed(seed)
+    spec = SPECS["pcpvt_nano"]
+    norm = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    augment = [transforms.RandomCrop(SIZE, padding=4), transforms.RandomHorizontalFlip()]
+    train = datasets.ImageFolder(str(data / "train"), transforms.Compose([*augment, *norm]))
+    val = datasets.ImageFolder(str(data / "val"), transforms.Compose(norm))
+    model = Twins(
+        img_size=SIZE,
+        num_classes=len(train.classes),
+        embed_dims=spec.dims,
+        num_heads=spec.heads,
+        mlp_ratios=spec.mlp_ratios,
+        depths=spec.depths,
+        sr_ratios=spec.reductions,
+    )
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if not optim.no_decay(n, p.shape)]
+    bare = [p for n, p in named.items() if optim.no_decay(n, p.shape)]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": bare, "weight_decay": 0.0}], LR, weight_decay=0.05)
+    schedule = schedules.warmup_cosine(LR, steps, WARMUP)
+    mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=len(train.classes))
+    step, model = 0, model.train()
+    while step < steps:
+        for images, labels in torch.utils.data.DataLoader(train, BATCH, shuffle=True, drop_last=True, num_workers=1):
+            if step == steps:
+                break
+            images, targets = mixup(images, labels)
+            loss = -(targets * model(images).log_softmax(-1)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step)
+            optimizer.step()
+            step += 1
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(x).argmax(-1) == y).sum().item() for x, y in torch.utils.data.DataLoader(val, 250))
+    return 100 * right / len(val)
+
+
+def main(data: str, seeds: str = "3", steps: str = "1000") -> int:
+    torch.set_num_threads(2)
+    found: dict[str, list[float]] = {"ours": [], "timm": []}
+    for seed in range(int(seeds)):
+        found["ours"].append(ours(Path(data), seed, int(steps)))
+        found["timm"].append(plain(Path(data), seed, int(steps)))
+        print(f"seed {seed}: ours {found['ours'][-1]:.2f} %, timm {found['timm'][-1]:.2f} %", flush=True)
+    means = {side: statistics.mean(values) for side, values in found.items()}
+    spread = max(max(values) - min(values) for values in found.values())
+    difference = abs(means["ours"] - means["timm"])
+    print(
+        f"means: ours {means['ours']:.2f} %, timm {means['timm']:.2f} %; they differ by {difference:.2f}, seeds by {spread:.2f}"
+    )
+    return int(difference > spread)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
