@@ -164,6 +164,16 @@ def test_a_step_of_a_vision_transformer_runs_without_the_cpu():
         assert operators["npu::npu_fusion_attention"].where == "npu"
 
 
+@pytest.mark.parametrize(
+    ("soc", "attention"), [("Ascend910B2", "npu::npu_fusion_attention"), ("Ascend910A", "aten::_softmax")]
+)
+def test_our_own_step_runs_without_the_cpu(soc, attention):
+    ended = run(WHEEL / "our_step.py", soc=soc)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    assert soc in ended.stdout and attention in ended.stdout
+    assert ended.stdout.count("_fused_adamw_") == 2, "both ways of taking a gradient"
+
+
 @on_wheel
 def test_an_operator_without_a_kernel_is_found():
     import torch

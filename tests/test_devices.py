@@ -1,0 +1,155 @@
+"""What the shell may ask of a device, it can ask of each of the three; nothing outside knows which it is."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcpvt import devices
+from pcpvt.devices.base import Device, prefetch_through_stream
+from pcpvt.errors import UserError
+from pcpvt.models.layers import attend_plain
+
+PACKAGE = Path(devices.__file__).parent.parent
+NAMES = ("cpu", "cuda", "npu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_device_has_the_whole_interface_and_nothing_beside_it(name):
+    device = devices.get(name)
+    assert isinstance(device, Device) and device.name == name
+    public = {attribute for attribute in dir(type(device)) if not attribute.startswith("_")}
+    assert public == {attribute for attribute in dir(Device) if not attribute.startswith("_")}
+    assert "gloo" in device.backend  # host numbers are summed through it
+    assert device.default_compile in ("none", "inductor", "npugraphs")
+
+
+def test_only_the_npu_module_touches_the_npu():
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).as_posix() in ("devices/npu.py", "launcher.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+            assert named != "torch.npu" and named.split(".")[0] != "torch_npu", f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "cpu"),
+        (["/dev/davinci0", "/dev/davinci1", "/dev/davinci_manager", "/dev/nvidia0"], "npu2"),
+        (["/dev/nvidia0", "/dev/nvidia3", "/dev/nvidiactl", "/dev/nvidia-uvm"], "cuda2"),
+    ],
+)
+def test_the_machine_is_known_by_its_device_files(files, expected, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("glob.glob", lambda pattern: [file for file in files if file.startswith(pattern[:-1])])
+    assert devices.detect() == expected
+
+
+def test_the_cpu_gives_its_figures():
+    cpu = devices.get("cpu")
+    cpu.require(64)  # processes may share cores
+    assert cpu.bind(0) == torch.device("cpu") and "cores" in cpu.describe()
+    used, total = cpu.memory()
+    assert 50e6 < used < total
+    assert cpu.precision() in ("bfloat16", "float32")
+    elapsed = cpu.timer()
+    torch.ones(1000).sum()
+    assert 0 < elapsed() < 60
+    batches = [{"image": torch.full((2,), i)} for i in range(3)]
+    assert all(a is b for a, b in zip(cpu.prefetch(batches), batches, strict=True))
+
+
+def test_micro_batches_shrink_with_pixels_depth_and_width_of_numbers():
+    class Big(Device):
+        name = "cpu"
+
+        def memory(self):
+            return 0, 64 << 30
+
+    big = Big()
+    at = big.micro_batch((224, 224), torch.bfloat16, 16)
+    assert 256 <= at < 512  # 64 GB hold a few hundred images of Twins-PCPVT-S
+    assert big.micro_batch((448, 448), torch.bfloat16, 16) == at // 4
+    assert big.micro_batch((224, 224), torch.float32, 16) == at // 2
+    assert big.micro_batch((224, 224), torch.bfloat16, 38) < at / 2
+    assert devices.get("cpu").micro_batch((224, 224), torch.float32, 16) == 8
+    assert devices.get("cpu").micro_batch((4096, 4096), torch.float32, 16) == 1
+
+
+class Streams:
+    """A device's stream functions that write down what is asked of them."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.inside = False
+
+    def Stream(self):
+        return "side"
+
+    @contextlib.contextmanager
+    def stream(self, side):
+        self.log.append("copy")
+        yield
+
+    def current_stream(self):
+        return self
+
+    def wait_stream(self, side):
+        self.log.append("wait")
+
+
+class Value:
+    """A host tensor that becomes a device tensor."""
+
+    def __init__(self, number: int, streams: Streams, moved: bool = False):
+        self.number, self.streams, self.moved = number, streams, moved
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        return Value(self.number, self.streams, True)
+
+    def record_stream(self, stream):
+        assert self.moved and stream is self.streams
+        self.streams.log.append("record")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_the_next_batch_is_copied_before_this_one_is_used(count):
+    streams = Streams()
+    source = ({"image": Value(i, streams)} for i in range(count))
+    for i, batch in enumerate(prefetch_through_stream(source, torch.device("cpu"), streams)):
+        assert batch["image"].moved and batch["image"].number == i
+        assert streams.log.count("copy") == min(i + 2, count)  # one ahead
+        assert streams.log.count("wait") == streams.log.count("record") == i + 1  # and waited for before it is used
+    assert streams.log.count("copy") == count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said_with_the_remedy():
+    with pytest.raises(UserError, match=r"sees no GPU: use :cpu"):
+        devices.get("cuda").require(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_its_figures_and_attends_like_the_plain_kernel():
+    cuda = devices.get("cuda")
+    cuda.require(1)
+    with pytest.raises(UserError, match="GPUs are asked for"):
+        cuda.require(1000)
+    here = cuda.bind(0)
+    cuda.reset_memory()
+    kept = torch.ones(1 << 20, device=here)
+    used, total = cuda.memory()
+    assert kept.nbytes <= used < total and cuda.describe()
+    host = [{"image": torch.full((2,), i).pin_memory()} for i in range(3)]
+    assert [batch["image"].tolist() for batch in cuda.prefetch(host)] == [[0, 0], [1, 1], [2, 2]]
+    q, k, v = (torch.randn(2, 2, 49, 32, device=here) for _ in range(3))
+    torch.testing.assert_close(cuda.attend(torch.float32)(q, k, v), attend_plain(q, k, v), rtol=1e-4, atol=1e-4)
+    elapsed = cuda.timer()
+    assert elapsed() >= 0

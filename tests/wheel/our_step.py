@@ -1,0 +1,85 @@
+"""The operators of our own train and eval step on the real wheel's npu device; exit code 1 if one falls to the CPU.
+
+    python tests/wheel/real_torch_npu.py --soc Ascend910B2 tests/wheel/our_step.py
+
+All that a recipe can have is in it: mixing, erasing, drop path, smoothing, accumulation, clipping, EMA, a loss scale
+where the device needs one, and both ways of taking a gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from npu_trace import report, trace
+from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pcpvt import devices
+from pcpvt.functional import metrics, optim, precision, schedules, state
+from pcpvt.functional.objective import make_objective, make_predict
+from pcpvt.functional.step import autograd_value_and_grad, functional_value_and_grad, make_step
+from pcpvt.models import pcpvt
+
+N, SIZE, CLASSES = 8, 64, 1000
+
+
+def batch(branches: int) -> dict[str, torch.Tensor]:
+    return {
+        "image": torch.zeros(N, SIZE, SIZE, 3, dtype=torch.uint8, device="npu"),
+        "label": torch.zeros(N, dtype=torch.int64, device="npu"),
+        "lam": torch.ones(N, device="npu"),
+        "box": torch.zeros(N, 4, dtype=torch.int32, device="npu"),
+        "erase": torch.zeros(N, 4, dtype=torch.int32, device="npu"),
+        "keep": torch.ones(N, branches, device="npu"),
+    }
+
+
+def steps(device, seam) -> None:
+    """One train step and one evaluation batch."""
+    policy = precision.parse(device.precision())
+    model = pcpvt.build("pcpvt_nano", CLASSES)
+    params = {name: torch.zeros(shape, device="npu") for name, shape in pcpvt.shapes(model).items()}
+    adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
+    optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
+    scaler, attend = precision.loss_scale(policy), device.attend(policy.compute)
+    watch = device.overflow(policy.compute)
+    if watch is not None:  # its two operators have kernels and no shapes for fake tensors
+        assert all(has_kernel(f"npu::npu_{verb}_float_status", "PrivateUse1") for verb in ("get", "clear"))
+        watch = precision.Overflow(lambda: None, lambda: torch.zeros((), device="npu"))
+    step = make_step(
+        make_objective(model, smoothing=0.1, policy=policy, attend=attend),
+        optimizer,
+        global_batch=N,
+        accumulate=2,
+        policy=policy,
+        scaler=scaler,
+        ema_decay=0.9,
+        value_and_grad=seam,
+        overflow=watch,
+        wide_norms=device.wide_norms,
+    )
+    ts = state.create(params, optimizer.init(params), scaler.init("npu"), ema=True, device="npu")
+    given = batch(model.branches)
+    ts, _ = step(ts._replace(step=torch.tensor(0)), given)  # a constant: the host reads it
+    logits = make_predict(model, policy=policy, attend=attend)(
+        precision.cast(ts.ema, policy, device.wide_norms), given["image"]
+    )
+    metrics.sums(logits, given["label"], torch.ones(N, dtype=torch.bool, device="npu"))
+
+
+def main() -> int:
+    device = devices.get("npu")
+    device.require(1)
+    device.bind(0)
+    FakeTensor.tolist = lambda self: [0.0, 1.0]  # what the host reads once a step: no skip, divisor 1
+    failed = 0
+    for seam in (autograd_value_and_grad, functional_value_and_grad):
+        operators = trace(lambda seam=seam: steps(device, seam))
+        failed += sum(operator.where == "cpu" for operator in operators.values())
+        print(f"{device.describe()}, {device.precision()}, {seam.__name__}\n{report(operators)}\n")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
