@@ -201,7 +201,9 @@ def plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: in
             f"config.accumulate: {accumulate} does not cut a batch of {local} per process evenly"
             f"{' into pairs' if mixes else ''}: choose a divisor"
         )
-    unit, amount = _one_unit(config, "", UNITS, required=True)
+    length = _one_unit(config, "", UNITS, required=True)
+    assert length is not None  # required
+    unit, amount = length
     steps = max(1, in_steps(amount, unit, batch, examples))
     lr = config.lr if config.lr is not None else config.base_lr * batch / 512
     made = Plan(

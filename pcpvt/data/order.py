@@ -20,7 +20,7 @@ class Draw(NamedTuple):
     """One position of the stream: the sample and the keys of its random draws."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # it hides tuple.index, which nothing calls on a draw
     copy: int  # 0 .. repeats - 1
 
 

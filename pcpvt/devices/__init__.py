@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 def get(name: str) -> Device:
     """The device class instance for `cpu`, `cuda` or `npu`; does not touch the hardware."""
     if name == "npu":
-        from pcpvt.devices.npu import Npu as Kind
-    elif name == "cuda":
-        from pcpvt.devices.cuda import Cuda as Kind
-    else:
-        from pcpvt.devices.cpu import Cpu as Kind
-    return Kind()
+        from pcpvt.devices.npu import Npu
+
+        return Npu()
+    if name == "cuda":
+        from pcpvt.devices.cuda import Cuda
+
+        return Cuda()
+    from pcpvt.devices.cpu import Cpu
+
+    return Cpu()
 
 
 def detect() -> str:

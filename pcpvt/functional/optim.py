@@ -117,16 +117,18 @@ def adamw(
     def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
         lr, mu, nu, leaves = schedule(step), state["mu"], state["nu"], grads.leaves
         count = state["count"] + (1.0 - skip)
-        divisor, found_inf = grads.divisor, skip
+        divisor = grads.divisor
+        grad_scale: Tensor | None = divisor
+        found_inf: Tensor | None = skip
         if not kernel_skips:
             halt, number = torch.stack([skip, divisor.to(skip.dtype)]).tolist()
             if halt:
                 return params, {"count": state["count"], "mu": mu, "nu": nu}
             torch._foreach_div_(list(leaves.values()), number)
-            divisor = found_inf = None
+            grad_scale = found_inf = None
         elif divisor.dtype == torch.float64:  # the kernel's own divisor is float32: divide beforehand
             torch._foreach_div_(list(leaves.values()), [divisor] * len(leaves))
-            divisor = None
+            grad_scale = None
         for group in groups:
             names = group.names
             torch._fused_adamw_(
@@ -143,7 +145,7 @@ def adamw(
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
-                grad_scale=divisor,
+                grad_scale=grad_scale,
                 found_inf=found_inf,
             )
         return params, {"count": count, "mu": mu, "nu": nu}
@@ -153,11 +155,13 @@ def adamw(
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
     """Transforms in order, closed by one optimizer; its state is keyed by position and, last, the optimizer's own."""
-    *transforms, last = links
+    transforms = [link for link in links if isinstance(link, Transform)]
+    (optimizer,) = (link for link in links if isinstance(link, Optimizer))
+    assert optimizer is links[-1]
 
     def init(params: Params) -> Tree:
         states = {str(i): t.init(params) for i, t in enumerate(transforms)}
-        return {**{k: v for k, v in states.items() if v}, **last.init(params)}
+        return {**{k: v for k, v in states.items() if v}, **optimizer.init(params)}
 
     def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
         kept = {}
@@ -165,7 +169,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
             grads, new = transform.update(grads, state.get(str(i), {}), params)
             if new:
                 kept[str(i)] = new
-        params, new = last.update(grads, state, params, step, skip)
+        params, new = optimizer.update(grads, state, params, step, skip)
         return params, {**kept, **new}
 
     return Optimizer(init, update)

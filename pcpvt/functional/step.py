@@ -93,19 +93,19 @@ def make_step(
         if overflow is not None:
             overflow.clear()
 
-        loss, grads = None, {}
-        for part in split(batch, accumulate):
+        first, *others = split(batch, accumulate)
+        loss, new = differentiate(compute, first, factor)
+        leaves = {n: g.to(policy.params) for n, g in new.items()}
+        for part in others:
             value, new = differentiate(compute, part, factor)
-            if loss is None:
-                loss, grads = value, {n: g.to(policy.params) for n, g in new.items()}
-            else:
-                loss = loss + value
-                torch._foreach_add_(list(grads.values()), [new[n].to(policy.params) for n in grads])
+            loss = loss + value
+            torch._foreach_add_(list(leaves.values()), [new[n].to(policy.params) for n in leaves])
 
         overflowed = [] if overflow is None else [overflow.seen()]
-        sums = psum([loss, *grads.values(), *overflowed])
-        loss, leaves, overflowed = sums[0], sums[1 : 1 + len(grads)], sums[1 + len(grads) :]
-        grads = optim.gradients(dict(zip(grads, leaves, strict=True)), divisor)
+        sums = psum([loss, *leaves.values(), *overflowed])
+        loss, summed, overflowed = sums[0], sums[1 : 1 + len(leaves)], sums[1 + len(leaves) :]
+        leaves = dict(zip(leaves, summed, strict=True))
+        grads = optim.gradients(leaves, divisor)
         good = torch.isfinite(grads.norm)
         for flag in overflowed:
             good = good & (flag == 0)

@@ -41,7 +41,7 @@ def run(session: Session) -> int:
     bench = Bench(session)
     measured = {"train": bench.train(), "eval": bench.evaluation(), "latency": bench.latency()}
     images = {"train": bench.plan.local_batch, "eval": bench.plan.local_batch, "latency": 1}
-    sides = {
+    sides: dict[str, dict[str, Any]] = {
         side: {part: m[side].figures(images[part]) for part, m in measured.items()}
         for side in (["ours", "peer"] if against else ["ours"])
     }
@@ -127,9 +127,9 @@ class Bench:
 
     def _forward(self, batch: dict, rounds: int) -> dict[str, Measured]:
         session = self.session
-        attend = session.device.attend(session.policy.compute)
+        kernels = sessions.kernels(session)
         predict = compiled(
-            make_predict(self.model, policy=session.policy, attend=attend), session.device, session.config.compile
+            make_predict(self.model, policy=session.policy, kernels=kernels), session.device, session.config.compile
         )
         weights = session.compute(self.state.params)
         subjects: dict[str, Callable[[], object]] = {"ours": lambda: predict(weights, batch["image"])}
@@ -139,15 +139,15 @@ class Bench:
             subjects["peer"] = bench_peer.forward(session, self.plan.num_classes, batch, compiled=self.compile_peer)
         return interleave(session.device, subjects, rounds)
 
-    def input(self) -> tuple[dict[str, dict], dict | None]:
+    def input(self) -> tuple[dict[str, dict], dict[str, Any]]:
         """Images/s of the training and evaluation pipelines alone, with as many workers as training would use."""
         session, config = self.session, self.session.config
         if config.data.name not in ("folder", "digits"):
-            return {"ours": {"skipped": f"config.data.name is {config.data.name!r}: nothing is decoded"}}, None
+            return {"ours": {"skipped": f"config.data.name is {config.data.name!r}: nothing is decoded"}}, {}
         source = sessions.open_data(session, "train")
         workers = sessions.workers(session, source)
         figures: dict[str, dict] = {"ours": {"workers": workers}, "peer": {"workers": workers}}
-        ratios = None
+        ratios: dict[str, Any] = {}
         for split in ("train", "val"):
             subjects = {"ours": self._pull(self._ours(split, workers), workers)}
             if config.bench.against and config.data.name == "folder":
@@ -172,8 +172,8 @@ class Bench:
         session, config = self.session, self.session.config
         source = sessions.open_data(session, split)
         if split == "train":
-            batches = build.train_batches(session, self.model, source)
-            yield from Loader(batches, range(1 << 30), workers, start=session.device.worker_start)
+            training = build.train_batches(session, self.model, source)
+            yield from Loader(training, range(1 << 30), workers, start=session.device.worker_start)
         batches = EvalBatches(source, session.size, config.eval.crop, self.plan.local_batch, 0, 1, "error")
         full = range(max(1, len(source) // self.plan.local_batch))
         loader = Loader(batches, full, workers, start=session.device.worker_start)

@@ -6,7 +6,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pcpvt.devices.base import Device, cores
 
@@ -25,7 +25,7 @@ class Measured(NamedTuple):
         kept = [s for s, bad in zip(self.seconds, self.disturbed, strict=True) if not bad]
         return kept or self.seconds
 
-    def figures(self, images: int) -> dict[str, float]:
+    def figures(self, images: int) -> dict[str, Any]:
         """Median and interquartile range as images/s and milliseconds."""
         low, middle, high = quartiles(self.clean)
         return {
@@ -69,7 +69,7 @@ def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
     return seconds, seconds > 0.1 and others > OTHERS  # below 0.1 s a tick of 10 ms says too little
 
 
-def ratio(peer: Measured, ours: Measured) -> dict[str, float]:
+def ratio(peer: Measured, ours: Measured) -> dict[str, Any]:
     """Ours over the peer's speed, by rounds that were clean on both sides: median and quartiles."""
     pairs = [
         p / o

@@ -24,7 +24,9 @@ def model(session: Session, num_classes: int) -> torch.nn.Module:
     built = timm.create_model(
         TIMM_NAMES[config.model.name], num_classes=num_classes, drop_path_rate=config.model.drop_path
     ).to(session.device.torch)
-    return built.to(memory_format=torch.channels_last) if session.device.name == "cuda" else built
+    if session.device.name != "cuda":
+        return built
+    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
 
 
 def _autocast(session: Session) -> torch.autocast:
@@ -95,7 +97,7 @@ def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:
         scale=tuple(config.augment.scale),
         ratio=tuple(config.augment.ratio),
         hflip=config.augment.hflip,
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]  # timm's hint lacks its value for none
         auto_augment=(config.augment.randaugment or None) if training else None,
         interpolation="bicubic",
         crop_pct=config.eval.crop,

@@ -48,10 +48,10 @@ def _measure_memory(config_json: str, side: str, send) -> None:
     else:
         from pcpvt.modes import bench_peer
 
-        bench.state = None  # the peer holds its own parameters and moments
-        step = bench_peer.train_step(session, bench.plan, bench.batch, compiled=bench.compile_peer)
+        del bench.state  # the peer holds its own parameters and moments
+        peer_step = bench_peer.train_step(session, bench.plan, bench.batch, compiled=bench.compile_peer)
         for _ in range(2):
-            step()
+            peer_step()
     session.device.synchronize()
     send.send(session.device.memory()[0])
 
@@ -82,7 +82,8 @@ def _first_step(session: Session, workdir: Path, cache: Path) -> float:
             time.sleep(0.05)
         if any(r.get("kind") == "train" for r in records.read_metrics(workdir / "metrics.jsonl")):
             return time.perf_counter() - start
-        raise UserError(f"--mode=bench: the run to time the first step failed: {child.stderr.read().decode()[-300:]}")
+        said = child.communicate()[1].decode()
+        raise UserError(f"--mode=bench: the run to time the first step failed: {said[-300:]}")
     finally:
         child.kill()
         child.wait()

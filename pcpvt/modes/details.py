@@ -53,7 +53,7 @@ class Observer:
 
         A sample that was unreadable, or whose logits are not finite, is not `seen`.
         """
-        table = np.zeros((5, self.samples))
+        table: np.ndarray = np.zeros((5, self.samples))
         for whole, fractions in self._rows:
             ids, valid, *labels = whole.cpu().numpy()
             where, rows = ids[valid > 0], valid > 0

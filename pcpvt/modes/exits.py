@@ -96,10 +96,11 @@ def _watch(pipe: int) -> None:
             came = None
         elif numbers and came is None:
             came, _request.signal = now, numbers[0]
-        elif numbers and now - came >= ONE_SIGNAL:
+        elif numbers and came is not None and now - came >= ONE_SIGNAL:
             _end("a second signal ended it", 128 + numbers[0])
         elif came is not None and now - came >= _request.grace:
             if _request.deferred:
+                assert _request.signal is not None  # set with `came`
                 _end(f"no step ended within {_request.grace:g} s of a signal (config.grace)", 128 + _request.signal)
             _end("", PREEMPTED)
 

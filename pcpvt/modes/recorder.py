@@ -60,7 +60,8 @@ class Recorder:
         self._bad: list[BadStep] = []
         self._steps = 0  # of this part of the run
         self._began = time.perf_counter()
-        self._session, self._board, self._start = session, None, step
+        self._session, self._start = session, step
+        self._board: tensorboard.Board | None = None
         self._per_image = utilisation.multiply_adds(SPECS[session.config.model.name], plan.size, plan.num_classes)
         self._peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
         self._warned = False
@@ -159,7 +160,7 @@ class Recorder:
         """One record of the steps since the last."""
         self.drain()
         rate, n = self.progress.rate, self.window["steps"]
-        entry = {
+        entry: dict[str, Any] = {
             "kind": "train",
             "step": step,
             "epoch": self._epoch(step),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pcpvt.config.plan import Plan
 from pcpvt.config.plan import plan as make_plan
 from pcpvt.modes import report_charts, report_page
@@ -38,8 +36,9 @@ def run(session: Session) -> int:
     chart = report_charts.chart("Learning rate, by epoch", [curve], zero=True)
     title = f"{config.model.name}: learning rate"
     page = report_page.document(title, f'<h1>{title}</h1><div class="grid">{chart}</div>')
-    for name, text in (("schedule.csv", "step,epoch,lr\n" + "\n".join(rows) + "\n"), ("schedule.html", page)):
-        write_atomically(session.workdir / name, lambda temporary, text=text: Path(temporary).write_text(text))
+    table = "step,epoch,lr\n" + "\n".join(rows) + "\n"
+    write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
+    write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(page))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
     return 0
 
