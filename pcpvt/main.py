@@ -9,11 +9,13 @@ Fields of --config and their defaults (a recipe in the config's ARG may set othe
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+import threading
 
-from pcpvt.errors import UserError, show
+from pcpvt.errors import UserError, printable, show
 from pcpvt.modes import exits
 
 
@@ -40,7 +42,9 @@ def entry() -> None:
         exits.install()  # before anything slow is imported: a signal must find its handler
         if os.environ.get("TORCHELASTIC_RUN_ID"):
             exits.follow_parent()
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        threading.excepthook = _say_thread_failed
         from absl import app
 
         from pcpvt import cli
@@ -68,6 +72,16 @@ def entry() -> None:
     except OSError as error:
         where = error.filename if error.filename is not None else type(error).__name__
         _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
+
+
+def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """One line for a thread of a library that the disk or a pipe has failed; the program goes on without it."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+        return
+    name = failure.thread.name if failure.thread else "a thread"
+    # With its line break in one piece: another thread may be speaking too.
+    sys.stderr.write(f"pcpvt: warning: {printable(f'{name} ended: {failure.exc_value}')}\n")
 
 
 def _fail(message: str, code: int, speaks: bool = True) -> None:

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).parent / "faults"
 TIMINGS = ("images_per_sec", "waiting", "seconds", "mfu")
 RECIPE = {
-    "model.name": "pcpvt_nano", "steps": 12, "batch_size": 48, "lr": 2e-3, "warmup_epochs": 0.1, "model.drop_path": 0.1,
-    "mixup": 0.2, "eval_every": "8 steps", "save_every": "4 steps", "log_every": "3 steps",
+    "model.name": "pcpvt_nano", "precision": "float32", "steps": 12, "batch_size": 48, "lr": 2e-3,
+    "warmup_epochs": 0.1, "model.drop_path": 0.1, "mixup": 0.2, "eval_every": "8 steps", "save_every": "4 steps",
+    "log_every": "3 steps",
 }  # fmt: skip
 
 
@@ -35,10 +36,12 @@ class Ended(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that says why."""
-        lines = [line for line in self.err.splitlines() if line.startswith("pcpvt: error: ")]
-        assert len(lines) == 1 and "Traceback" not in self.err, self.err
-        return lines[0]
+        """The line that says why; among several processes the launcher may add one."""
+        lines = self.err.splitlines()
+        assert all(line.startswith("pcpvt: ") for line in lines), self.err
+        errors = [line for line in lines if line.startswith("pcpvt: error: ")]
+        assert 1 <= len(errors) <= 2, self.err
+        return "; ".join(errors)
 
 
 def words(workdir: Path, arg: str = "cpu", **fields: object) -> list[str]:
@@ -51,12 +54,12 @@ def words(workdir: Path, arg: str = "cpu", **fields: object) -> list[str]:
     ]
 
 
-def start(command: Sequence[str], *faults: dict, **env: str) -> subprocess.Popen:
-    """Starts the binary in a session of its own; see `faults/sitecustomize.py`."""
+def start(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> subprocess.Popen:
+    """Starts the binary in a session of its own; see `faults/sitecustomize.py`. `under` is a command that starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pcpvt.main", *command],
+        [*under, sys.executable, "-m", "pcpvt.main", *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,8 +79,8 @@ def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def run(command: Sequence[str], *faults: dict, **env: str) -> Ended:
-    return end(start(command, *faults, **env))
+def run(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> Ended:
+    return end(start(command, *faults, under=under))
 
 
 def members(session: int, patience: float = 10.0) -> list[str]:

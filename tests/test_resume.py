@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
+from pathlib import Path
 
 import miniature
 import pytest
@@ -172,3 +175,49 @@ def test_precision_may_change_and_brings_its_own_loss_scale():
     assert resume.restore(loaded, without).params["w"].tolist() == [1, 1, 1]
     loaded = checkpoint.Checkpoint(None, {}, {n: t.clone() for n, t in state.flatten(without).items()})
     assert resume.restore(loaded, with_scale).scale["factor"] == 8.0
+
+
+# Kills at random points, from a fixed seed.
+
+
+def random_kill(draw: random.Random, rank: int | None = None) -> dict:
+    at, most = draw.choice([("disk", 30), ("step", 6), ("inside step", 6), ("evaluation", 10), ("save", 4)])
+    return {"at": at, "n": draw.randint(1, most), "do": "SIGKILL", **({} if rank is None else {"rank": rank})}
+
+
+def survive(workdir: Path, kills: int, seed: int) -> None:
+    """Kills a run again and again, then lets it end."""
+    draw = random.Random(seed)
+    words = miniature.words(workdir, ema=0.9)
+    codes = []
+    for _ in range(kills):
+        codes.append(miniature.run(words, random_kill(draw)).code)
+        assert codes[-1] in (0, -signal.SIGKILL), codes
+    assert -signal.SIGKILL in codes
+    ended = miniature.run(words)
+    assert ended.code == 0, ended.err
+
+
+def test_three_random_kills_change_no_bit(whole, tmp_path):
+    survive(tmp_path, 3, seed=6)
+    miniature.assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(6))
+def test_many_random_kills_change_no_bit(whole, tmp_path, seed):
+    survive(tmp_path, 5, seed=100 + seed)
+    miniature.assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("world", [2, 3])
+def test_random_kills_of_any_rank_keep_the_samples(whole, tmp_path, world):
+    draw = random.Random(world)
+    words = miniature.words(tmp_path, f"cpu{world}", ema=0.9)
+    for _ in range(4):
+        ended = miniature.run(words, random_kill(draw, rank=draw.randrange(world)))
+        assert ended.code in (0, 128 + signal.SIGKILL), (ended.code, ended.err)
+    assert miniature.run(words).code == 0
+    for mine, other in zip(miniature.records(tmp_path), miniature.records(whole), strict=True):
+        assert (mine["step"], mine["loss"]) == (other["step"], pytest.approx(other["loss"], rel=2e-5))

@@ -6,8 +6,10 @@ the training stream has no end (see `order`).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -141,7 +143,7 @@ class _Failure(NamedTuple):
     message: str
 
 
-class _Guarded:
+class _Guarded(torch.utils.data.Dataset[Batch | _Failure]):
     def __init__(self, batches: TrainBatches | EvalBatches):
         self.batches = batches
 
@@ -193,8 +195,8 @@ class Loader:
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
-        except RuntimeError as error:
-            reason = _why_worker_died(str(error))
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            reason = _why_worker_died(error)
             if not reason:
                 raise
             raise UserError(
@@ -208,6 +210,7 @@ def _deaf_children() -> Iterator[None]:
 
     They end when this process tells them to, or is gone. The mask is inherited; a handler would come too late.
     """
+    _end_children_at_exit()
     resource_tracker.ensure_running()  # which unblocks signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:
@@ -237,9 +240,27 @@ def _runs(pid: int) -> bool:
     return not Path("/proc/self").exists()
 
 
-def _why_worker_died(message: str) -> str:
+@functools.cache
+def _end_children_at_exit() -> None:
+    """Arranges, once, that this process does not wait for loader processes that an error has left running.
+
+    multiprocessing would send them a SIGTERM, to which they are deaf, and wait. They only read: nothing is lost.
+    """
+
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a fault
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(end)  # after multiprocessing's own, and so called before it
+
+
+def _why_worker_died(error: Exception) -> str:
     """What befell a loader process, from PyTorch's message; empty for an ordinary error raised inside one."""
-    lines = message.strip().splitlines()
+    message = str(error)
+    lines = message.strip().splitlines() or [type(error).__name__]
+    if not isinstance(error, RuntimeError):  # the other end of the pipe is gone
+        return f"died ({lines[0]})"
     if "exited unexpectedly" in message or "is killed by signal" in message:
         return f"died ({lines[0]})"
     if "shared memory" in message or "unable to resize file" in message or "No space left on device" in message:

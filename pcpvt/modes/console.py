@@ -42,7 +42,8 @@ class Console:
         self._clear()
         # Another process may have a live line on this very terminal.
         erase = _ERASE if sys.stderr.isatty() else ""
-        print(f"{erase}pcpvt: warning: {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{erase}pcpvt: warning: {text}\n")  # in one piece: other threads speak too
+        sys.stderr.flush()
 
     def live(self, text: str) -> None:
         """Replaces the live line, cut to the terminal's width; refreshed a few times a second at most."""

@@ -220,17 +220,15 @@ class Trainer:
     def _report(self, error: Exception | None) -> None:
         if error is not None:
             self._saved = None
-            reason = getattr(error, "strerror", None) or error
-            self.console.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
+            self.console.warn(f"checkpoint not written ({_reason(error)}); training goes on with the earlier ones")
 
     def _settle(self, *, fatal: bool = False) -> None:
         """Waits for the writer; a checkpoint that failed is an error where nothing comes after it."""
         error = self.saver.wait()
         if error is not None and fatal:
-            last = self.saver.last_good
             raise UserError(
-                f"{self.session.checkpoints}: the checkpoint of step {self.now} was not written ({error}); the last "
-                f"good one is {last or 'none'}: free space, and start the same command again"
+                f"{self.session.checkpoints}: the checkpoint of step {self.now} was not written ({_reason(error)}); "
+                f"the last good one is {self.saver.last_good or 'none'}: free space, and start the same command again"
             )
         self._report(error)
 
@@ -238,3 +236,7 @@ class Trainer:
         """Ends what runs beside the loop."""
         self._settle()
         self.recorder.close()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

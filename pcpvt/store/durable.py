@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except SafetensorError as error:  # safetensors reports a full disk in its own exception
-        raise OSError(f"{path}: {error}") from error
+    except SafetensorError as error:  # what the system said is in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
