@@ -82,7 +82,7 @@ class PCPVT(nn.Module):
         x, index, outputs = images, 0, []
         for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
             x = embed(x)
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(blocks.children()):
                 here = attend if capture is None else _captured(attend, capture, f"blocks.{s}.{i}.attention")
                 x = block(x, here, None if keep is None else keep[:, index : index + 2])
                 index += 2
