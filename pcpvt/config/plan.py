@@ -118,7 +118,7 @@ def check(config: ConfigDict) -> None:
     _within(config, "data.workers", -1)
     for field in ("scale", "ratio"):
         value = config.augment[field]
-        if len(value) != 2 or not 0 < value[0] <= value[1]:
+        if len(value) != 2 or not all(isinstance(n, int | float) for n in value) or not 0 < value[0] <= value[1]:
             raise UserError(f"config.augment.{field}: {value} is no range: give (low, high) with 0 < low <= high")
     if config.augment.scale[1] > 1:
         raise UserError(f"config.augment.scale: {config.augment.scale} exceeds the image: give (low, high) up to 1")

@@ -98,7 +98,6 @@ def from_arg(arg: str | None, model: str, drop_path: float) -> ConfigDict:
     config.device, config.processes = device, count
     if not set(options) & set(DATA_RECIPES):
         options = ["digits" if device == "cpu" else "folder", *options]
-    options.sort(key=lambda option: option not in DATA_RECIPES)  # the others refine the data's recipe
-    for option in options:
+    for option in sorted(options, key=list(RECIPES).index):  # each refines those before it, in whatever order they came
         RECIPES[option](config, count)
     return config

@@ -8,6 +8,7 @@ when the file is read. The protocol: temporary name, fsync, read back, rename, f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -96,8 +97,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when the file is not a checkpoint of ours.
     """
-    meta = _header(path)
-    return _checked({**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}, path)
+    return _noted(_checked(_header(path), path), path)
 
 
 def read(path: Path) -> Checkpoint:
@@ -107,7 +107,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: when anything of it is damaged.
     """
     meta, tensors = _verified(path)
-    return Checkpoint(path, {**meta, **manifest.notes(path.parent, path.name, meta["digest"])}, tensors)
+    return Checkpoint(path, _noted(meta, path), tensors)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -165,6 +165,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "examples": lambda v: type(v) is int and v > 0,
     "metrics": _is_metrics,
     "best": _is_metrics,
+    "records": lambda v: type(v) is int and v >= 0,
 }
 
 
@@ -172,6 +173,13 @@ def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong = [name for name, fits in _FIELDS.items() if name in meta and not fits(meta[name])]
     if wrong or "step" not in meta:
         raise CheckpointError(f"{path}: damaged ({', '.join(wrong) or 'step'} in its header): use another checkpoint")
+    return meta
+
+
+def _noted(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The JSON with what the manifest adds to it; notes of the wrong types are none."""
+    with contextlib.suppress(CheckpointError):
+        return _checked({**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}, path)
     return meta
 
 

@@ -42,8 +42,9 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     """File name to entry; empty when there is no manifest or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         value = json.loads((folder / FILE).read_text())
-        if value["checksum"] == _checksum(value["checkpoints"]):
-            return {name: dict(entry) for name, entry in value["checkpoints"].items()}
+        entries = value["checkpoints"]
+        if value["checksum"] == _checksum(entries) and isinstance(entries, dict):
+            return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
     return {}
 
 

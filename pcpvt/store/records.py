@@ -67,6 +67,8 @@ def apply_config(config: ConfigDict, stored: dict[str, Any], where: str) -> None
             apply_config(config[name], value, where)
             continue
         try:
+            if isinstance(config[name], ConfigDict):
+                raise TypeError("it holds fields")
             config[name] = tuple(value) if isinstance(value, list) else value
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {name}: {value!r} has the wrong type ({error}): restore the file") from None
@@ -149,8 +151,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole records; a line that a crash cut short is left out."""
     found = []
     if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and "step" in line]
 

@@ -1,0 +1,227 @@
+"""What holds for all inputs: the order of samples, schedules, checkpoints and the parsing of configs."""
+
+from __future__ import annotations
+
+import math
+import string
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pcpvt.config import plan, recipes
+from pcpvt.config.fields import FIELDS, base
+from pcpvt.data import order
+from pcpvt.errors import UserError
+from pcpvt.functional import schedules, state
+from pcpvt.modes import resume
+from pcpvt.store import checkpoint, records
+
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SEEDS = st.integers(0, 2**32)
+
+
+# Order.
+
+
+@QUICK
+@given(seed=SEEDS, examples=st.integers(1, 60), batch=st.integers(1, 70), repeats=st.integers(1, 3))
+def test_stream_is_full_epochs_one_after_another_however_it_is_cut(seed, examples, batch, repeats):
+    epochs = 3
+    steps = -(-epochs * examples // batch)
+    stream = [draw for step in range(steps) for draw in order.global_batch(seed, step, batch, examples, repeats)]
+    assert len(stream) == steps * batch
+    for epoch in range(epochs):
+        part = stream[epoch * examples : (epoch + 1) * examples]
+        assert {draw.epoch for draw in part} == {epoch}
+        assert len(set(part)) == examples  # no draw twice
+        if repeats == 1:
+            assert sorted(draw.index for draw in part) == list(range(examples))
+    again = order.global_batch(seed, steps - 1, batch, examples, repeats)
+    assert again == stream[-batch:]
+
+
+@QUICK
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 10**6),
+    local=st.integers(1, 8),
+    world=st.integers(1, 6),
+    examples=st.integers(1, 99),
+)
+def test_ranks_share_a_batch_without_gap_or_overlap(seed, step, local, world, examples):
+    whole = order.global_batch(seed, step, local * world, examples)
+    assert [draw for rank in range(world) for draw in order.rank_slice(whole, rank, world)] == whole
+
+
+@QUICK
+@given(examples=st.integers(0, 200), local=st.integers(1, 20), world=st.integers(1, 7))
+def test_evaluation_sees_every_sample_once_in_equally_many_batches(examples, local, world):
+    parts = [order.evaluation_batches(examples, local, rank, world) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(batch) <= local for part in parts for batch in part)
+    assert sorted(i for part in parts for batch in part for i in batch) == list(range(examples))
+
+
+# Schedules.
+
+
+@QUICK
+@given(
+    lr=st.floats(1e-5, 1), steps=st.integers(1, 500), share=st.floats(0, 1), low=st.floats(0, 1e-6),
+    floor=st.floats(0, 1e-5),
+)  # fmt: skip
+def test_warmup_rises_and_cosine_falls_between_their_bounds(lr, steps, share, low, floor):
+    warmup = int(share * steps)
+    schedule = schedules.warmup_cosine(lr, steps, warmup, low, floor)
+    values = [schedule(step) for step in range(steps + 1)]
+    assert all(min(low, floor) * (1 - 1e-9) <= value <= lr * (1 + 1e-9) for value in values)
+    assert values[: warmup + 1] == sorted(values[: warmup + 1])
+    assert all(a >= b - 1e-15 for a, b in zip(values[warmup:], values[warmup + 1 :], strict=False))
+    if warmup < steps:
+        assert math.isclose(values[warmup], lr, rel_tol=1e-9)
+        assert math.isclose(values[-1], floor, rel_tol=1e-6, abs_tol=1e-12)
+
+
+@QUICK
+@given(lr=st.floats(1e-5, 1), epochs=st.integers(1, 50), warmup=st.integers(0, 10), per=st.integers(1, 20))
+def test_reference_schedule_is_constant_within_an_epoch_and_one_epoch_late(lr, epochs, warmup, per):
+    schedule = schedules.reference(lr, epochs, warmup, lambda step: step // per)
+    for epoch in range(epochs):
+        values = {schedule(step) for step in range(epoch * per, (epoch + 1) * per)}
+        assert len(values) == 1 and 0 < values.pop() <= lr * (1 + 1e-9)
+    assert schedule(0) == 1e-6
+
+
+# Checkpoints.
+
+NAMES = st.text(string.ascii_letters + "/._-0é", min_size=1, max_size=12)
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+)  # fmt: skip
+
+
+@st.composite
+def tensor(draw) -> torch.Tensor:
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    size = math.prod(shape)
+    dtype = draw(st.sampled_from(DTYPES))
+    if dtype == torch.bool:
+        return torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=dtype).reshape(shape)
+    width = torch.zeros((), dtype=dtype).element_size()
+    data = bytearray(draw(st.binary(min_size=size * width, max_size=size * width)))  # nan and inf among them
+    return torch.frombuffer(data, dtype=dtype).reshape(shape) if size else torch.zeros(shape, dtype=dtype)
+
+
+@QUICK
+@given(tensors=st.dictionaries(NAMES, tensor(), max_size=4), step=st.integers(0, 10**9), note=st.text(max_size=5))
+def test_checkpoint_comes_back_to_the_bit(tmp_path, tensors, step, note):
+    meta = {"step": step, "config": {"note": note, "scale": [0.1, 1 / 3]}, "metrics": None}
+    found = checkpoint.read(checkpoint.save(tmp_path, tensors, meta))
+    assert {name: found.meta[name] for name in meta} == meta
+    assert found.tensors.keys() == tensors.keys()
+    for name, value in tensors.items():
+        got = found.tensors[name]
+        assert (got.dtype, got.shape) == (value.dtype, value.shape)
+        assert got.contiguous().reshape(-1).view(torch.uint8).tolist() == value.reshape(-1).view(torch.uint8).tolist()
+
+
+@QUICK
+@given(
+    a=st.dictionaries(st.sampled_from("xyz"), tensor(), max_size=3), b=st.dictionaries(st.sampled_from("xyz"), tensor())
+)
+def test_checksum_tells_states_apart(a, b):
+    def content(tensors):
+        return {n: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for n, t in tensors.items()}
+
+    same = content(a) == content(b)
+    assert (checkpoint.digest({}, a) == checkpoint.digest({}, b)) == same
+
+
+@QUICK
+@given(params=st.dictionaries(st.sampled_from(["head.bias", "blocks.0.1.norm"]), tensor(), min_size=1))
+def test_state_is_restored_from_its_flat_form(params):
+    opt = {"count": torch.ones(()), "mu": {name: value.clone() for name, value in params.items()}}
+    made = state.create(params, opt, {"factor": torch.tensor(8.0)}, ema=True)
+    flat = {name: value.clone() for name, value in state.flatten(made).items()}
+    blank = state.unflatten(made, {name: torch.zeros_like(value) for name, value in flat.items()})
+    restored = resume.restore(checkpoint.Checkpoint("file", {}, flat), blank)
+    assert checkpoint.digest({}, state.flatten(restored)) == checkpoint.digest({}, flat)
+
+
+# Configs.
+
+
+@QUICK
+@given(
+    amount=st.floats(0.001, 1e4),
+    unit=st.sampled_from(plan.UNITS),
+    batch=st.integers(1, 999),
+    examples=st.integers(1, 9999),
+)
+def test_duration_is_done_in_full_and_no_step_more(amount, unit, batch, examples):
+    steps = plan.in_steps(amount, unit, batch, examples)
+    size = {"steps": batch, "epochs": examples, "examples": 1}[unit]
+    assert (steps - 1) * batch < amount * size * (1 + 1e-5) and steps * batch >= amount * size * (
+        1 - 1e-5
+    ) - 1e-5 * batch
+
+
+@QUICK
+@given(
+    st.one_of(
+        st.text(max_size=12),
+        st.from_regex(r"(cpu|npu|cuda|gpu)\d{0,3}(,(perf|paper|finetune|digit)s?){0,3}", fullmatch=True),
+    )
+)
+def test_any_arg_is_a_config_or_one_line(arg):
+    if not arg.partition(",")[0]:
+        return  # the devices of this host
+    try:
+        config = recipes.from_arg(arg, "pcpvt_s", 0.2)
+    except UserError as error:
+        assert "ARG" in str(error)
+    else:
+        plan.check(config)
+        assert (config.device, config.processes) == recipes.parse_arg(arg)[:2]
+
+
+@QUICK
+@given(st.text("0123456789. epochstp-", max_size=12))
+def test_any_text_is_a_duration_or_one_line(text):
+    config = base()
+    config.epochs, config.eval_every = 1.0, text
+    try:
+        plan.check(config)
+    except UserError as error:
+        assert "config.eval_every" in str(error) and "\n" not in str(error)
+
+
+@QUICK
+@given(data=st.data())
+def test_config_comes_back_from_its_file(tmp_path, data):
+    config = base()
+    config.epochs = 1.0
+    for name, (default, _) in FIELDS.items():
+        if isinstance(default, float) and data.draw(st.booleans()):
+            config.update_from_flattened_dict({name: data.draw(st.floats(0, 1))})
+    records.write_json(tmp_path / "config.json", config.to_dict())
+    other = base()
+    records.apply_config(other, records.read_config(tmp_path / "config.json"), "config.json")
+    assert other.to_dict() == config.to_dict()
+    third = base()
+    records.apply_config(third, records.nested(resume.flat(config)), "checkpoint")
+    assert third.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("name", [name for name, (default, _) in FIELDS.items() if not isinstance(default, type)])
+def test_field_that_has_a_default_is_not_unset(name):
+    config = base()
+    config.epochs = 1.0
+    config.update_from_flattened_dict({name: None})
+    if name in plan.UNSET:
+        plan.check(config)
+        return
+    with pytest.raises(UserError, match=f"config.{name}"):
+        plan.check(config)
