@@ -1,12 +1,14 @@
 """Ascend NPUs through torch_npu, which `import torch` loads by itself where it is installed.
 
-Facts behind the choices were checked against the torch_npu 2.13 wheel (tests/wheel).
+Facts behind the choices were checked against the torch_npu 2.13 wheel (tests/wheel), and so is every `torch.npu.NAME`
+below: it is written out, where that check can see it.
 """
+
+# mypy: disable-error-code="attr-defined"
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +23,6 @@ def attend_primitive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`models.layers.attend_plain` without `softmax`, which torch.func cannot differentiate on NPUs."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return torch.ops.aten._softmax(scores, -1, False) @ v
-
-
-def _npu() -> Any:
-    """`torch.npu`, which torch_npu adds to torch; no type checker knows it."""
-    return torch.npu  # type: ignore[attr-defined]
 
 
 class Npu(Device):
@@ -50,45 +47,45 @@ class Npu(Device):
             raise UserError(
                 "config.device: 'npu' but torch_npu is not installed: pip install 'pcpvt[npu]' beside CANN, or use :cpu"
             )
-        if (have := _npu().device_count()) < count:
+        if (have := torch.npu.device_count()) < count:
             raise UserError(
                 f"config.processes: {count} NPUs are asked for on this host and it has {have}: use :npu{have or 1}, "
                 "or launch/npu_pod.sh for several hosts"
             )
 
     def bind(self, index: int) -> torch.device:
-        _npu().set_compile_mode(jit_compile=False)  # kernels from the binary library: shapes need no recompilation
-        _npu().config.allow_internal_format = False
-        _npu().set_device(index)
+        torch.npu.set_compile_mode(jit_compile=False)  # kernels from the binary library: shapes need no recompilation
+        torch.npu.config.allow_internal_format = False
+        torch.npu.set_device(index)
         self.torch = torch.device("npu", index)
         return self.torch
 
     def describe(self) -> str:
-        return _npu().get_device_name(self.torch)
+        return torch.npu.get_device_name(self.torch)
 
     def precision(self) -> str:
-        return "bfloat16" if _npu().is_bf16_supported() else "float16"
+        return "bfloat16" if torch.npu.is_bf16_supported() else "float16"
 
     def check_precision(self, compute: torch.dtype) -> None:
         if compute == torch.float64:
             raise UserError(f"config.precision: float64 has no kernels on NPUs: use {self.precision()} or float32")
-        if compute == torch.bfloat16 and not _npu().is_bf16_supported():
+        if compute == torch.bfloat16 and not torch.npu.is_bf16_supported():
             raise UserError(f"config.precision: bfloat16: {self.describe()} has none: use float16 or float32")
 
     def overflow(self, compute: torch.dtype) -> Overflow | None:
         # On the 910A float16 saturates (inf becomes 65504, nan becomes 0), so a test for finiteness never fires; the
         # device's status register tells, as it does for torch_npu's own GradScaler.
-        if compute != torch.float16 or _npu().utils.is_support_inf_nan():
+        if compute != torch.float16 or torch.npu.utils.is_support_inf_nan():
             return None
         from torch_npu import npu_get_float_status
 
         def seen() -> Tensor:
             return (npu_get_float_status(torch.zeros(8, device=self.torch))[0] != 0).to(torch.float32)
 
-        return Overflow(_npu().clear_npu_overflow_flag, seen)
+        return Overflow(torch.npu.clear_npu_overflow_flag, seen)
 
     def attend(self, dtype: torch.dtype) -> Attend:
-        if not _npu().is_bf16_supported():  # the 910A has no fused attention either
+        if not torch.npu.is_bf16_supported():  # the 910A has no fused attention either
             return attend_primitive
         from torch_npu import npu_fusion_attention
 
@@ -98,13 +95,13 @@ class Npu(Device):
         return fused
 
     def memory(self) -> tuple[int, int]:
-        return _npu().max_memory_allocated(self.torch), _npu().mem_get_info(self.torch)[1]
+        return torch.npu.max_memory_allocated(self.torch), torch.npu.mem_get_info(self.torch)[1]
 
     def reset_memory(self) -> None:
-        _npu().reset_peak_memory_stats(self.torch)
+        torch.npu.reset_peak_memory_stats(self.torch)
 
     def synchronize(self) -> None:
-        _npu().synchronize()
+        torch.npu.synchronize()
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch_through_stream(batches, self.torch, _npu())
+        return prefetch_through_stream(batches, self.torch, torch.npu)
