@@ -94,7 +94,7 @@ def test_evaluation_compiles_once_and_its_padded_last_batch_too():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_agrees_with_eager():
-    from pcpvt.models.layers import Block, attend_plain
+    from pcpvt.models.layers import PLAIN, Block
 
     with torch.device("meta"):
         block = Block(8, 2, 2, 2)
@@ -103,7 +103,7 @@ def test_inductor_agrees_with_eager():
     batch = {"x": torch.randn(2, 4, 4, 8, generator=draws), "keep": torch.tensor([[2.0, 0.0], [0.0, 2.0]])}
 
     def objective(params, batch, factor):
-        x = torch.func.functional_call(block, params, (batch["x"], attend_plain, batch["keep"]))
+        x = torch.func.functional_call(block, params, (batch["x"], PLAIN, batch["keep"]))
         return x.square().sum() * factor
 
     factor = torch.tensor(0.5)

@@ -74,7 +74,7 @@ def test_finetune_is_shorter_weaker_and_layer_wise():
 
 
 def test_cpu_trains_the_digits_and_an_image_folder_when_asked():
-    c, p = planned("cpu", 1433, 10)
+    c, _ = planned("cpu", 1433, 10)
     assert (c.data.name, c.image_size, c.batch_size) == ("digits", 32, 64)
     assert c.mixup == c.augment.hflip == 0
     assert config("cpu,folder").data.name == "folder" and config("cpu,folder").image_size == 224
@@ -128,11 +128,11 @@ def test_a_bad_value_is_one_line_with_field_value_and_remedy(changes, words):
 
 
 def test_an_indivisible_batch_names_a_batch_that_divides():
-    with pytest.raises(UserError, match="config.batch_size: 100 cannot be cut evenly over 8 processes: use 96"):
+    with pytest.raises(UserError, match=r"config\.batch_size: 100 cannot be cut evenly over 8 processes: use 96"):
         planned("npu8", batch_size=100)
     with pytest.raises(UserError, match="mixing pairs samples"):
         planned("npu8", batch_size=8 * 3)
-    with pytest.raises(UserError, match="config.accumulate: 3"):
+    with pytest.raises(UserError, match=r"config\.accumulate: 3"):
         planned("npu8", accumulate=3)
 
 

@@ -154,7 +154,7 @@ def test_drop_path_is_applied_once_per_branch_and_per_sample():
     x = images(3, 64, 64, 3, dtype=torch.float64)
     ones = torch.ones(3, model.branches)
     assert torch.equal(pcpvt.apply(model, params, x, ones), pcpvt.apply(model, params, x))
-    silent = {n: torch.zeros_like(v) if ".proj." in n and "attn" in n or "fc2" in n else v for n, v in params.items()}
+    silent = {n: torch.zeros_like(v) if (".proj." in n and "attn" in n) or "fc2" in n else v for n, v in params.items()}
     dropped = ones.clone()
     dropped[1] = 0
     mixed = pcpvt.apply(model, params, x, dropped)

@@ -118,7 +118,7 @@ def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
     adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), adamw)
     step = make_step(
-        make_objective(model, smoothing=0.1, attend=device.attend(torch.float32)),
+        make_objective(model, smoothing=0.1, kernels=device.kernels(torch.float32)),
         optimizer,
         global_batch=8,
         accumulate=2,
@@ -189,7 +189,7 @@ def poisoned_fp16(device, watched: bool):
     assert policy.compute == torch.float16
     model, params = nano_state(torch.float32)
     params = {name: value.to(device.torch) for name, value in params.items()}
-    objective = make_objective(model, policy=policy, attend=device.attend(policy.compute))
+    objective = make_objective(model, policy=policy, kernels=device.kernels(policy.compute))
     adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
     now = {"factor": 1.0}
     scaler = precision.DynamicScale(initial=2.0**10)

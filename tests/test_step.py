@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -223,7 +224,7 @@ def test_per_step_schedule_warms_up_linearly_and_ends_at_the_floor():
     assert lr(0) == 1e-6 and lr(5) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2) and lr(10) == pytest.approx(1e-3)
     assert lr(55) == pytest.approx(1e-5 + 0.5 * (1e-3 - 1e-5)) and lr(100) == pytest.approx(1e-5)
     values = [lr(i) for i in range(10, 101)]
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def test_reference_schedule_is_timms_stepped_after_each_epoch():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend, attend_plain
+from pcpvt.models.layers import Attend, Kernels, attend_plain
 
 Batch = dict[str, Tensor]
 
@@ -56,6 +56,10 @@ class Device:
     def attend(self, dtype: torch.dtype) -> Attend:
         """The attention kernel for this dtype."""
         return attend_plain
+
+    def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
+        """This device's kernels for the model; a compiler fuses the plain operators itself."""
+        return Kernels(self.attend(dtype))
 
     def memory(self) -> tuple[int, int]:
         """(peak bytes used by this process so far, bytes that exist)."""

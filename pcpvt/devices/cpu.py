@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from pcpvt.devices import cpu_kernels
 from pcpvt.devices.base import Device, cores
-from pcpvt.models.layers import Attend, attend_plain
+from pcpvt.models.layers import Attend, Kernels, attend_plain
 
 
 class Cpu(Device):
@@ -42,9 +44,19 @@ class Cpu(Device):
         # For the 49 keys of 224 px the fused kernel is slow in bfloat16 (12 ms a call), and a little faster otherwise.
         return attend_plain if dtype == torch.bfloat16 else F.scaled_dot_product_attention
 
+    def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
+        if compiled or not cpu_kernels.usable(dtype):
+            return super().kernels(dtype, compiled=compiled)
+        return Kernels(self.attend(dtype), cpu_kernels.linear, cpu_kernels.gelu_linear)
+
     def memory(self) -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, total
+        try:
+            # Not ru_maxrss: a process inherits its parent's.
+            peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM:"))
+            return int(peak.split()[1]) * 1024, total
+        except (OSError, StopIteration):  # not Linux
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, total
 
     def micro_batch(self, size: tuple[int, int], compute: torch.dtype, blocks: int) -> int:
         # Not memory but page faults decide: glibc maps every tensor above 32 MB afresh, and at 8 images of 224 px the

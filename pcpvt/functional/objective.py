@@ -10,7 +10,7 @@ from torch import Tensor
 from pcpvt.functional import losses, mixing
 from pcpvt.functional.precision import FLOAT32, Policy
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import Attend, attend_plain
+from pcpvt.models.layers import PLAIN, Kernels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,7 +23,7 @@ def make_objective(
     *,
     smoothing: float = 0.0,
     policy: Policy = FLOAT32,
-    attend: Attend = attend_plain,
+    kernels: Kernels = PLAIN,
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params already in the compute dtype.
 
@@ -36,7 +36,7 @@ def make_objective(
         if "lam" in batch:
             x = mixing.mix_images(x, batch["lam"], batch["box"])
         targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
-        logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("keep"), attend=attend)
+        logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("keep"), kernels=kernels)
         return losses.soft_cross_entropy(logits.to(policy.output), targets).sum() * factor
 
     return objective
@@ -46,13 +46,13 @@ def make_predict(
     model: pcpvt.PCPVT,
     *,
     policy: Policy = FLOAT32,
-    attend: Attend = attend_plain,
+    kernels: Kernels = PLAIN,
 ) -> Callable[[pcpvt.Params, Tensor], Tensor]:
     """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params already in the compute dtype."""
 
     def predict(params: pcpvt.Params, images: Tensor) -> Tensor:
         x = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)
         with torch.no_grad():
-            return pcpvt.apply(model, params, x.to(policy.compute), attend=attend).to(policy.output)
+            return pcpvt.apply(model, params, x.to(policy.compute), kernels=kernels).to(policy.output)
 
     return predict

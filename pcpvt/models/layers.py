@@ -1,7 +1,7 @@
 """The layers of the pyramid as pure modules: tokens stay `b h w c` throughout, einops patterns carry the shapes.
 
 A module here holds names and shapes only. There are no buffers, no train/eval switch and no random numbers: whatever a
-layer needs beyond its parameters (drop-path factors, the attention kernel) arrives as an argument. Parameter names and
+layer needs beyond its parameters (drop-path factors, the device's kernels) arrives as an argument. Parameter names and
 shapes are those of the Twins reference checkpoints, so a convolution whose kernel equals its stride keeps the
 convolution's weight `[out, in, k, k]` although it is computed as a linear map over patches.
 """
@@ -9,6 +9,7 @@ convolution's weight `[out, in, k, k]` although it is computed as a linear map o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,6 +33,22 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return scores.softmax(-1) @ v
+
+
+def gelu_linear_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Exact GELU of a linear map: `[..., in], [out, in], [out] -> [..., out]`."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+class Kernels(NamedTuple):
+    """What a device may compute faster than the plain operators; each is held to its plain version by a test."""
+
+    attend: Attend = attend_plain
+    linear: Linear = F.linear
+    gelu_linear: Linear = gelu_linear_plain
+
+
+PLAIN = Kernels()
 
 
 class PatchLinear(nn.Module):
@@ -48,12 +66,12 @@ class PatchLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(c_out, c_in, patch, patch))
         self.bias = nn.Parameter(torch.empty(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         pad_h, pad_w = -x.shape[1] % self.patch, -x.shape[2] % self.patch
         if pad_h or pad_w:
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
-        return F.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
+        return kernels.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -71,8 +89,8 @@ class PatchEmbed(nn.Module):
         self.proj = PatchLinear(c_in, c_out, patch)
         self.norm = LayerNorm(c_out, eps=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        return self.norm(self.proj(x, kernels))
 
 
 class Attention(nn.Module):
@@ -89,12 +107,14 @@ class Attention(nn.Module):
             self.sr = PatchLinear(dim, dim, reduction)
             self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        source = self.norm(self.sr(x)) if self.reduces else x
-        q = rearrange(self.q(x), "b h w (n d) -> b n (h w) d", n=self.heads)
-        k, v = rearrange(self.kv(source), "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
-        out = rearrange(attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
-        return self.proj(out)
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        source = self.norm(self.sr(x, kernels)) if self.reduces else x
+        queries = kernels.linear(x, self.q.weight, self.q.bias)
+        pairs = kernels.linear(source, self.kv.weight, self.kv.bias)
+        q = rearrange(queries, "b h w (n d) -> b n (h w) d", n=self.heads)
+        k, v = rearrange(pairs, "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
+        out = rearrange(kernels.attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
+        return kernels.linear(out, self.proj.weight, self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -105,8 +125,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        hidden = kernels.gelu_linear(x, self.fc1.weight, self.fc1.bias)
+        return kernels.linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -119,11 +140,11 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio * dim)
 
-    def forward(self, x: Tensor, attend: Attend, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN, keep: Tensor | None = None) -> Tensor:
         """`x` is `[b, h, w, c]`; `keep` is `[b, 2]`, 0 where the branch is dropped and 1/keep_prob elsewhere."""
-        attn = self.attn(self.norm1(x), attend)
+        attn = self.attn(self.norm1(x), kernels)
         x = x + (attn if keep is None else attn * _per_sample(keep[:, 0], attn))
-        mlp = self.mlp(self.norm2(x))
+        mlp = self.mlp(self.norm2(x), kernels)
         return x + (mlp if keep is None else mlp * _per_sample(keep[:, 1], mlp))
 
 

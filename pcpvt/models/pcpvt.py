@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pcpvt.models.layers import Attend, Block, Capture, LayerNorm, PatchEmbed, Peg, attend_plain
+from pcpvt.models.layers import PLAIN, Block, Capture, Kernels, LayerNorm, PatchEmbed, Peg
 
 Params = dict[str, Tensor]
 
@@ -74,16 +74,16 @@ class PCPVT(nn.Module):
         return 2 * sum(self.spec.depths)
 
     def stages(
-        self, images: Tensor, keep: Tensor | None = None, attend: Attend = attend_plain, capture: Capture | None = None
+        self, images: Tensor, keep: Tensor | None = None, kernels: Kernels = PLAIN, capture: Capture | None = None
     ) -> list[Tensor]:
         """The four stage outputs `[b, h, w, c]` of images `[b, H, W, 3]`, before the final norm."""
         if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
             raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
         x, index, outputs = images, 0, []
         for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
-            x = embed(x)
+            x = embed(x, kernels)
             for i, block in enumerate(blocks.children()):
-                here = attend if capture is None else _captured(attend, capture, f"blocks.{s}.{i}.attention")
+                here = kernels if capture is None else _captured(kernels, capture, f"blocks.{s}.{i}.attention")
                 x = block(x, here, None if keep is None else keep[:, index : index + 2])
                 index += 2
                 if i == 0:
@@ -99,7 +99,7 @@ class PCPVT(nn.Module):
         self,
         images: Tensor,
         keep: Tensor | None = None,
-        attend: Attend = attend_plain,
+        kernels: Kernels = PLAIN,
         capture: Capture | None = None,
         dense: bool = False,
     ) -> Tensor | list[Tensor]:
@@ -108,12 +108,12 @@ class PCPVT(nn.Module):
         Args:
             images: NHWC, any height and width.
             keep: drop-path factors `[b, branches]` (see `draw_keep`), or None for none.
-            attend: the attention kernel.
+            kernels: the device's own kernels.
             capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `blocks.{s}.{i}.attention`
                 (the attention matrix), `pooled` and `logits`; None costs nothing.
             dense: return the four stage outputs `[b, h, w, c]` instead of logits.
         """
-        stages = self.stages(images, keep, attend, capture)
+        stages = self.stages(images, keep, kernels, capture)
         if dense:
             return stages
         pooled = reduce(self.norm(stages[-1]), "b h w c -> b c", "mean")
@@ -124,12 +124,12 @@ class PCPVT(nn.Module):
         return logits
 
 
-def _captured(attend: Attend, capture: Capture, name: str) -> Attend:
-    def wrapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _captured(kernels: Kernels, capture: Capture, name: str) -> Kernels:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         capture(name, ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1))
-        return attend(q, k, v)
+        return kernels.attend(q, k, v)
 
-    return wrapped
+    return kernels._replace(attend=attend)
 
 
 def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:

@@ -18,6 +18,7 @@ from pcpvt.functional.objective import make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
 from pcpvt.modes import chosen
+from pcpvt.modes import session as sessions
 from pcpvt.modes.session import Session
 from pcpvt.store import weights
 
@@ -88,7 +89,7 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
     """The pure step with this device's kernels, compilation and sums put in."""
     config, policy = session.config, session.policy
     objective = make_objective(
-        model, smoothing=config.label_smoothing, policy=policy, attend=session.device.attend(policy.compute)
+        model, smoothing=config.label_smoothing, policy=policy, kernels=sessions.kernels(session)
     )
     names = list(pcpvt.shapes(model))
     return step.make_step(

@@ -25,7 +25,6 @@ from pcpvt.devices.compilation import compiled
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import make_predict
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import attend_plain
 from pcpvt.modes import chosen, evaluate
 from pcpvt.modes import session as sessions
 from pcpvt.modes.console import Console
@@ -67,12 +66,12 @@ def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params
     device, policy = session.device, session.policy
     each = [session.compute(p) for p in params]
     if not device.vmaps:
-        predict = make_predict(model, policy=policy, attend=device.attend(policy.compute))
+        predict = make_predict(model, policy=policy, kernels=device.kernels(policy.compute))
         one = compiled(predict, device, session.config.compile)
         return lambda images: [one(p, images) for p in each]
     # What torch.func.stack_module_state does to modules. The CPU's fused attention has no batching rule: written out.
     stacked = {name: torch.stack([p[name] for p in each]) for name in each[0]}
-    predict = torch.func.vmap(make_predict(model, policy=policy, attend=attend_plain), (0, None))
+    predict = torch.func.vmap(make_predict(model, policy=policy), (0, None))
     fast = compiled(predict, device, session.config.compile)
     return lambda images: list(fast(stacked, images))
 

@@ -41,7 +41,7 @@ class Evaluator:
             start=session.device.worker_start,
             pin=session.device.pins,
         )
-        predict = make_predict(model, policy=session.policy, attend=session.device.attend(session.policy.compute))
+        predict = make_predict(model, policy=session.policy, kernels=sessions.kernels(session))
         self.predict = compiled(predict, session.device, config.compile)
 
     def __call__(self, params: dict[str, Tensor], observe: Observe | None = None) -> dict[str, float]:

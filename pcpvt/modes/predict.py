@@ -124,10 +124,10 @@ def classify(
         start=session.device.worker_start,
         pin=session.device.pins,
     )
-    attend = session.device.attend(session.policy.compute)
+    kernels = sessions.kernels(session)
     # Not by default: compiling takes longer than a few thousand images.
     choice = "none" if config.compile == "auto" else config.compile
-    predict = compiled(make_predict(picked.model, policy=session.policy, attend=attend), session.device, choice)
+    predict = compiled(make_predict(picked.model, policy=session.policy, kernels=kernels), session.device, choice)
     weights = session.compute(picked.params)
     exact = {name: value.to(session.device.torch) for name, value in picked.params.items()}
     names = unique_names(source.paths)

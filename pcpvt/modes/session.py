@@ -14,10 +14,12 @@ from pcpvt.data import sources
 from pcpvt.data.loader import default_workers
 from pcpvt.devices import base, collectives
 from pcpvt.devices.collectives import World
+from pcpvt.devices.compilation import backend
 from pcpvt.errors import UserError
 from pcpvt.functional import precision
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
+from pcpvt.models.layers import Kernels
 
 
 class Session(NamedTuple):
@@ -72,6 +74,13 @@ def count_classes(config: ConfigDict, source: sources.Source) -> int:
     if config.num_classes < found:
         raise UserError(f"config.num_classes: {config.num_classes} but the data have {found} classes: leave it unset")
     return config.num_classes
+
+
+def kernels(session: Session) -> Kernels:
+    """The device's kernels for the model, in the compute dtype."""
+    return session.device.kernels(
+        session.policy.compute, compiled=backend(session.device, session.config.compile) != "none"
+    )
 
 
 def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:

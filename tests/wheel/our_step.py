@@ -42,13 +42,13 @@ def steps(device, seam) -> None:
     params = {name: torch.zeros(shape, device="npu") for name, shape in pcpvt.shapes(model).items()}
     adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
     optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
-    scaler, attend = precision.loss_scale(policy), device.attend(policy.compute)
+    scaler, kernels = precision.loss_scale(policy), device.kernels(policy.compute)
     watch = device.overflow(policy.compute)
     if watch is not None:  # its two operators have kernels and no shapes for fake tensors
         assert all(has_kernel(f"npu::npu_{verb}_float_status", "PrivateUse1") for verb in ("get", "clear"))
         watch = precision.Overflow(lambda: None, lambda: torch.zeros((), device="npu"))
     step = make_step(
-        make_objective(model, smoothing=0.1, policy=policy, attend=attend),
+        make_objective(model, smoothing=0.1, policy=policy, kernels=kernels),
         optimizer,
         global_batch=N,
         accumulate=2,
@@ -62,7 +62,7 @@ def steps(device, seam) -> None:
     ts = state.create(params, optimizer.init(params), scaler.init("npu"), ema=True, device="npu")
     given = batch(model.branches)
     ts, _ = step(ts._replace(step=torch.tensor(0)), given)  # a constant: the host reads it
-    logits = make_predict(model, policy=policy, attend=attend)(
+    logits = make_predict(model, policy=policy, kernels=kernels)(
         precision.cast(ts.ema, policy, device.wide_norms), given["image"]
     )
     metrics.sums(logits, given["label"], torch.ones(N, dtype=torch.bool, device="npu"))
