@@ -72,8 +72,8 @@ def parse_arg(arg: str) -> tuple[str, int, list[str]]:
         UserError: for a device or a recipe that does not exist.
     """
     device, *options = arg.split(",")
-    match = re.fullmatch(r"([a-z]+)(\d*)", device)
-    if not match or match[1] not in DEVICES or match[2] in ("0",):
+    match = re.fullmatch(r"([a-z]+)([1-9][0-9]*)?", device)
+    if not match or match[1] not in DEVICES:
         raise UserError(f"--config ARG: {device!r} is no device: write cpu, cudaN or npuN, e.g. npu8 or npu8,perf")
     for option in options:
         if option not in RECIPES:
