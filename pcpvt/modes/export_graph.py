@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from pcpvt.errors import UserError
 from pcpvt.functional import rng
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import PatchLinear
+from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
 from pcpvt.store.quiet import quietly
 
 OPSET = 18  # the highest that ATC reads
@@ -47,12 +47,12 @@ Size = tuple[int, int]  # height, width
 class AnySize(PatchLinear):
     """PatchLinear without a branch on the size, so that one graph holds for all of them; equal results."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         p = self.patch
         rows, columns = (x.shape[1] + p - 1) // p, (x.shape[2] + p - 1) // p
         x = F.pad(x, (0, 0, 0, columns * p - x.shape[2], 0, rows * p - x.shape[1]))
         x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", h=rows, w=columns, p=p, q=p)
-        return F.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
+        return kernels.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
 
 
 class Deployed(nn.Module):
