@@ -112,9 +112,7 @@ def test_rank_0_hosts_the_rendezvous_and_arguments_win_over_a_scheduler(fake: di
     [("n3,b", "n3"), ("n[03-10,12]", "n03"), ("n[03,7],z", "n03"), ("r[1-2]n[3-4],z", "r1n3")],
 )
 def test_first_host_of_a_slurm_node_list(nodes: str, first: str, fake: dict[str, str]) -> None:
-    _, command = plan(
-        f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake
-    )
+    _, command = plan(f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake)
     assert option(command, "rdzv_endpoint") == f"{first}:29500"
 
 
@@ -170,9 +168,7 @@ def test_launcher_becomes_what_it_starts_so_that_signals_reach_it(
 ) -> None:
     executable(tmp_path / "bin/python", "#!/bin/sh\necho $$\n")
     script, *args = shlex.split(line)
-    with subprocess.Popen(
-        [str(LAUNCH / script), *args], env=fake, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([str(LAUNCH / script), *args], env=fake, stdout=subprocess.PIPE, text=True) as process:
         assert process.communicate(timeout=60)[0] == f"{process.pid}\n"
 
 
@@ -239,9 +235,7 @@ def test_allocator_is_preloaded_before_what_was_there(tmp_path: Path, fake: dict
     assert "LD_PRELOAD" not in kept and "MALLOC_CONF" in kept
 
 
-def test_each_physical_core_counts_once_and_shares_keep_to_a_numa_node(
-    tmp_path: Path, fake: dict[str, str]
-) -> None:
+def test_each_physical_core_counts_once_and_shares_keep_to_a_numa_node(tmp_path: Path, fake: dict[str, str]) -> None:
     # 2 sockets of 2 cores of 2 threads: siblings adjacent, nodes interleaved; CPU 7 is not allowed.
     rows = "\\n".join(f"{cpu // 2 % 2},{cpu // 2 % 2},{cpu // 2},{cpu}" for cpu in range(8))
     executable(tmp_path / "bin/lscpu", f"#!/bin/sh\nprintf '# NODE,SOCKET,CORE,CPU\\n{rows}\\n'\n")

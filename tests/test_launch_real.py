@@ -76,9 +76,7 @@ def test_two_nodes_of_two_cpu_processes_meet(tmp_path: Path, real: dict[str, str
     assert [node.returncode for node in nodes] == [0, 0]
     seen = [ranks(output) for output in outputs]
     assert [len(node) for node in seen] == [2, 2]
-    assert {rank: words for rank, (words, _) in (seen[0] | seen[1]).items()} == dict.fromkeys(
-        "0123", "of 4 sum 10"
-    )
+    assert {rank: words for rank, (words, _) in (seen[0] | seen[1]).items()} == dict.fromkeys("0123", "of 4 sum 10")
 
 
 def test_cpu_processes_meet_and_each_has_its_own_cores(tmp_path: Path, real: dict[str, str]) -> None:
@@ -99,9 +97,7 @@ def test_a_failed_cpu_process_fails_the_launch(tmp_path: Path, real: dict[str, s
     assert run.returncode == 1
 
 
-def test_one_cpu_process_gets_signals_itself_and_gives_its_status(
-    tmp_path: Path, real: dict[str, str]
-) -> None:
+def test_one_cpu_process_gets_signals_itself_and_gives_its_status(tmp_path: Path, real: dict[str, str]) -> None:
     (tmp_path / "pcpvt/main.py").write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(41))\n"
         "print('up', flush=True)\ntime.sleep(60)\n"
