@@ -193,3 +193,23 @@ def test_float64_weights_are_evaluated_as_they_are(tmp_path):
     params = {name: value.double() + 1e-12 for name, value in nano_params().items()}
     torch.save(params, tmp_path / "a.pth")
     torch.testing.assert_close(chosen.load(tmp_path / "a.pth").params, params, rtol=0, atol=0)
+
+
+def test_evaluation_is_exact_at_any_world_and_batch_size(pcpvt, trained, tmp_path):
+    """The counts are the same integers and every image is seen once; losses differ by float32 sums in another order."""
+    checkpoints = sorted((trained / "checkpoints").glob("step-*.safetensors"))
+    words = ["--mode=eval", f"--config.checkpoint={checkpoints[-1]}", "--config.precision=float32"]
+    found = []
+    for arg, batch in (("cpu", 64), ("cpu", 7), ("cpu2", 64), ("cpu3", 10)):
+        workdir = tmp_path / f"{arg}-{batch}"
+        words_here = [
+            f"--config=configs/pcpvt_s.py:{arg}",
+            f"--config.eval.batch_size={batch}",
+            "--config.batch_size=66",
+        ]
+        pcpvt(*words, *words_here, f"--workdir={workdir}")
+        found.append(json.loads((workdir / "result-eval.json").read_text()))
+    for other in found:
+        assert other["seen"] == 364
+        assert (other["acc1"], other["acc5"]) == (found[0]["acc1"], found[0]["acc5"])
+        assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
