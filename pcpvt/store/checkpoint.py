@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from pcpvt.errors import UserError
-from pcpvt.store import manifest
+from pcpvt.store import manifest, tensorfile
 from pcpvt.store.durable import remove_leftovers, sync, write_atomically
 
 KEY = "pcpvt"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
-_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 class CheckpointError(UserError):
@@ -47,12 +46,15 @@ def name_of(step: int) -> str:
 
 def digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Hex BLAKE2b over the canonical JSON of `meta` (without `digest`) and all tensors in order of their names."""
+    return _digest(meta, sorted(tensors.items()))
+
+
+def _digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.blake2b(digest_size=16)
     total.update(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
+    for name, value in tensors:
         total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -83,7 +85,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
         sync(temporary)
         try:
-            _verified(temporary)
+            _verify(temporary)
         except CheckpointError as error:
             raise OSError(f"{path}: what was written does not read back ({error})") from error
 
@@ -106,18 +108,15 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when anything of it is damaged.
     """
-    meta, tensors = _verified(path)
+    tensors: dict[str, Tensor] = {}
+    meta = _verify(path, tensors.__setitem__)
     return Checkpoint(path, _noted(meta, path), tensors)
 
 
 def _header(path: Path) -> dict[str, Any]:
     """Our JSON, as it stands in the file."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER, path.stat().st_size):
-                raise ValueError("its length is not that of a header")
-            meta = json.loads(json.loads(file.read(length))["__metadata__"][KEY])
+        meta = json.loads(tensorfile.metadata(path)[KEY])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint: check the path") from None
     except KeyError:
@@ -131,15 +130,21 @@ def _header(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON and tensors whose digest is right, in memory of their own.
+def _verify(path: Path, keep: Callable[[str, Tensor], None] = lambda name, value: None) -> dict[str, Any]:
+    """The JSON of a checkpoint whose digest is right; `keep` is called with each tensor before that is known.
 
-    The file is read, not mapped: a disk that fails, or a file cut short meanwhile, is an error and not a SIGBUS.
+    Raises:
+        CheckpointError: when anything of it is damaged.
     """
     meta = _checked(_header(path), path)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name, value in tensorfile.tensors(path):
+            keep(name, value)
+            yield name, value
+
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
-        found = digest(meta, tensors)
+        found = _digest(meta, read())
     except Exception as error:  # hostile bytes raise almost anything
         raise CheckpointError(f"{path}: damaged ({error}): use another checkpoint") from None
     if found != meta.get("digest"):
@@ -147,7 +152,7 @@ def _verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != meta["step"]:
         raise CheckpointError(f"{path}: holds step {meta['step']}, not what its name says: rename it, or use another")
-    return meta, tensors
+    return meta
 
 
 def _is_metrics(value: object) -> bool:
@@ -194,7 +199,7 @@ def steps(folder: Path) -> dict[int, Path]:
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint verifies."""
     try:
-        return bool(_verified(path))
+        return bool(_verify(path))
     except CheckpointError:
         return False
 
