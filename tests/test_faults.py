@@ -196,6 +196,7 @@ def test_rank_that_dies_is_named_and_nothing_is_lost(tmp_path):
     assert steps(tmp_path) == [6]
 
 
+@pytest.mark.nightly
 def test_rank_that_hangs_is_named_in_bounded_time(tmp_path):
     words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0", timeout=3, grace=2)
     process = miniature.start(words, {"at": "step", "n": 6, "do": "hold:600", "rank": 1})

@@ -92,12 +92,6 @@ def test_other_numbers_of_processes_and_micro_batches_see_the_same_samples(whole
         assert mine["loss"] == pytest.approx(other["loss"], rel=2e-5)
 
 
-def test_run_without_checkpoints_starts_its_records_anew(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kind": "tra')
-    assert miniature.run(miniature.words(tmp_path, steps=3, eval_every="0")).code == 0
-    assert [r["step"] for r in miniature.records(tmp_path)] == [3]
-
-
 # Changed configs.
 
 

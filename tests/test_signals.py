@@ -17,9 +17,8 @@ def saved(workdir) -> list[int]:
     return list(checkpoint.steps(workdir / "checkpoints"))
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_before_the_first_step_there_is_nothing_to_save(number, tmp_path):
-    ended = miniature.run(miniature.words(tmp_path), {"at": "start", "n": 1, "do": number})
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    ended = miniature.run(miniature.words(tmp_path), {"at": "start", "n": 1, "do": "SIGHUP"})
     assert ended.code == PREEMPTED, ended.err
     assert ended.err == "pcpvt: stopped by a signal with nothing new to save; the same command starts again\n"
     assert saved(tmp_path) == [] and (tmp_path / "lock").read_text() == ""
@@ -64,15 +63,14 @@ def test_to_the_whole_group_with_loader_processes(tmp_path):
     assert f"at step {saved(tmp_path / 'run')[-1]}; saved" in ended.out
 
 
-@pytest.mark.parametrize("stuck", ["sleep:60", "hold:60"])
-def test_second_signal_ends_at_once(stuck, tmp_path):
+def test_second_signal_ends_at_once(tmp_path):
     """Also in C code, where no handler of Python's gets a turn, and with all processes below."""
     data = miniature.image_folder(tmp_path / "data", 8)
     words = miniature.words(
         tmp_path / "run", "cpu,folder", data__path=data, image_size=32, batch_size=8, augment__randaugment="",
         data__workers=1, eval_every="4 steps",
     )  # fmt: skip
-    process = miniature.start(words, {"at": "evaluation", "n": 1, "do": stuck})
+    process = miniature.start(words, {"at": "evaluation", "n": 1, "do": "hold:60"})
     miniature.await_line(process, "fault:")
     process.send_signal(signal.SIGTERM)
     time.sleep(ONE_SIGNAL + 0.3)
@@ -97,14 +95,12 @@ def test_grace_bounds_the_wait_for_a_step(tmp_path):
     assert 1.5 < time.monotonic() - began < 8 and saved(tmp_path) == [4]
 
 
-@pytest.mark.parametrize("whom", ["launcher", "rank", "group"])
+@pytest.mark.parametrize("whom", ["launcher", "group"])  # to one rank: see test_resume.py
 def test_processes_agree_on_the_step_to_stop_at(whom, tmp_path):
     words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0", log_every="1 step")
-    faults = [{"at": "step", "n": 3, "do": "SIGTERM", "rank": 1}] if whom == "rank" else []
-    process = miniature.start(words, *faults)
-    if whom != "rank":
-        miniature.await_line(process, "step 3/")
-        (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGTERM)
+    process = miniature.start(words)
+    miniature.await_line(process, "step 3/")
+    (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGTERM)
     ended = miniature.end(process)
     assert ended.code == PREEMPTED and ended.err == "", ended.err
     assert f"at step {saved(tmp_path)[-1]}; saved" in ended.out
