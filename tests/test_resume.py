@@ -26,8 +26,28 @@ def whole(tmp_path_factory):
     """An uninterrupted run with everything that could be forgotten: averages, mixing, drop path, a changing best."""
     workdir = tmp_path_factory.mktemp("whole")
     ended = miniature.run(miniature.words(workdir, ema=0.9))
-    assert ended.code == 0, ended.err
+    assert ended.code == 0 and ended.err == "", ended.err
+    (workdir / "stdout.txt").write_text(ended.out)
     return workdir
+
+
+def test_preflight_says_in_a_few_lines_what_the_run_will_be(whole):
+    lines = (whole / "stdout.txt").read_text().splitlines()
+    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("epoch "))]
+    assert len(lines) <= 12 and all(len(line) <= 200 for line in lines)
+    size = sum(t.numel() * t.element_size() for t in miniature.newest(whole).tensors.values()) / 1e6
+    for part in (
+        "model: pcpvt_nano, 136,498 parameters, 10 classes, 32x32 px, params=float32",
+        "data: digits : 1433 training, 364 validation images",
+        "batch: 48 = 1 processes x 48 (1 x 48); 12 steps = 0.402 epochs; peak lr 0.002",
+        "model.name=pcpvt_nano",
+        f"disk: 4 checkpoints of {size:.3g} MB need {4 * size:.3g} MB of ",
+        "trial save ",
+        "first step ",
+        "memory ",
+        "expected duration: ",
+    ):
+        assert any(part in line for line in lines), part
 
 
 def test_two_stops_within_one_epoch_and_other_workers_change_no_bit(whole, tmp_path):

@@ -78,11 +78,11 @@ def check(trainer: Trainer) -> None:
     if have + free < files * size:
         raise UserError(
             f"--workdir: {session.workdir}: {files} checkpoints of {amount(size)} need {amount(files * size)} and "
-            f"{amount(have + free)} are there: free space, lower config.keep, or choose another --workdir"
+            f"{amount(have + free)} are free: make room, lower config.keep, or choose another --workdir"
         )
     seconds = trial(session.checkpoints, build.to_host(tensors))
     trainer.console.say(
-        f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)}, {amount(have + free)} are there; "
+        f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(have + free)} free; "
         f"trial save {seconds:.2f} s"
     )
 
