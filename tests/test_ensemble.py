@@ -37,6 +37,7 @@ def session(tmp_path, monkeypatch):
     meta = {"step": 1, "config": {"batch_size": 64}, "model": "pcpvt_nano", "classes": [str(d) for d in range(10)]}
     checkpoint.save(tmp_path / "checkpoints", tensors, {**meta, "metrics": {"acc1": 1.0}, "examples": 1433})
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.0)
+    config.precision = "float32"
     return sessions.start(config, tmp_path)
 
 
