@@ -1,7 +1,7 @@
 """Twins-PCPVT-S, 24.1 M parameters. ARG is `<device><n>`, then recipes by comma (see pcpvt/config/recipes.py).
 
 python -m pcpvt.main --config=configs/pcpvt_s.py:cpu
-    the embedded digits at 32 px; about 2 minutes on two CPU cores, 98 % top-1
+    the embedded digits at 32 px; 1 to 2 minutes on two CPU cores, 98 % top-1
 python -m pcpvt.main --config=configs/pcpvt_s.py:cpu --config.data.path=DIR
     an image folder with train/<class>/* and val/<class>/*, at 224 px, the recipe of npu8
 python -m pcpvt.main --config=configs/pcpvt_s.py:npu8 --config.data.path=DIR
