@@ -13,10 +13,9 @@ import torch
 from pcpvt.models.pcpvt import Spec
 
 # Dense 16-bit tensor throughput in TFLOP/s, by a part of the device's name, from the makers' data sheets. CPUs are
-# missing because no data sheet gives theirs.
+# missing because no data sheet gives theirs, Ascend's because none was at hand.
 _PEAK_16_BIT = (
     ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100", 125), ("T4", 65),
-    ("Ascend910B3", 313), ("Ascend910B4", 280),
 )  # fmt: skip
 _TF32 = ("H200", "H100", "A100")  # float32 products run at half the 16-bit rate there
 
