@@ -78,8 +78,8 @@ def make_step(
 
     Returns:
         The step. Its metrics are 0-d tensors on the device: `loss`, `grad_norm` (before clipping), `skipped`
-        (consecutive skipped updates), all equal on every replica. A non-finite gradient leaves parameters, moments and
-        averages unchanged to the bit.
+        (consecutive skipped updates), all equal on every replica. A non-finite loss or gradient leaves
+        parameters, moments and averages unchanged to the bit.
     """
     differentiate = value_and_grad(objective, trainable)
 
@@ -106,7 +106,7 @@ def make_step(
         loss, summed, overflowed = sums[0], sums[1 : 1 + len(leaves)], sums[1 + len(leaves) :]
         leaves = dict(zip(leaves, summed, strict=True))
         grads = optim.gradients(leaves, divisor)
-        good = torch.isfinite(grads.norm)
+        good = torch.isfinite(grads.norm) & torch.isfinite(loss)
         for flag in overflowed:
             good = good & (flag == 0)
         skip = 1.0 - good.to(torch.float32)
