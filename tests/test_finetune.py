@@ -114,6 +114,17 @@ def test_head_is_kept_for_as_many_classes_and_the_log_says_that_they_are_others(
     assert all(torch.equal(value, tuned[name]) for name, value in params_of(digits).items())
 
 
+def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, digits, nano, tmp_path):
+    words = [*nano, "--config.eval_every=0", "--config.warmup_epochs=0"]
+    pcpvt(*words, "--config.steps=1", f"--config.finetune={digits}")
+    assert "resumed: step 1 of 2" in pcpvt(*words, "--config.steps=2").stdout
+    done = pcpvt(*words, "--config.steps=3", f"--config.finetune={tmp_path}", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "config.finetune" in done.stderr and "--workdir=DIR" in done.stderr
+    kept = pcpvt(*words, "--config.steps=3", f"--config.finetune={digits}")  # its own may still be named
+    assert "resumed: step 2 of 3" in kept.stdout
+
+
 def test_wrong_model_is_one_line(pcpvt, digits, tmp_path):
     done = pcpvt("--config=configs/pcpvt_s.py:cpu", f"--config.finetune={digits}", f"--workdir={tmp_path}", check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

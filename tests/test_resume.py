@@ -154,6 +154,14 @@ def test_incompatible_change_names_the_field_and_both_values(field, value):
     assert message.startswith(f"config.{field}: {shown!r} ") and repr(before) in message and "--workdir" in message
 
 
+def test_weights_given_to_a_run_that_began_without_are_refused_not_ignored():
+    with pytest.raises(UserError, match=r"config\.finetune: 'a\.pth' but runs/x was trained with ''.*--workdir=DIR"):
+        resume.check_compatible(Session(finetune="a.pth"), meta(), ["a", "b"], 7)
+    with pytest.raises(UserError, match=r"config\.weights: 'params' but .* 'ema'"):
+        resume.check_compatible(Session(weights="params"), meta(finetune="a.pth", weights="ema"), ["a", "b"], 7)
+    assert resume.check_compatible(Session(), meta(finetune="a.pth", weights="ema"), ["a", "b"], 7) == []
+
+
 def test_other_data_are_refused():
     for classes, examples in ((["a", "c"], 7), (["a", "b"], 8)):
         with pytest.raises(UserError, match=r"config\.data\.path"):

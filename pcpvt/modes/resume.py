@@ -19,10 +19,11 @@ from pcpvt.store import checkpoint
 # Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
 # A longer or shorter run changes the learning rates still to come, which is what asking for it means.
 HARMLESS = (
-    "device", "processes", "timeout", "grace", "compile", "precision", "accumulate", "checkpoint", "finetune",
-    "weights", "epochs", "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped",
-    "tensorboard", "data.path", "data.workers", "data.on_error",
+    "device", "processes", "timeout", "grace", "compile", "precision", "accumulate", "checkpoint", "epochs",
+    "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "tensorboard", "data.path",
+    "data.workers", "data.on_error",
 )  # fmt: skip
+ORIGIN = ("finetune", "weights")  # read at step 0 only: the parts of a run that go on from there may leave them out
 HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
 
 
@@ -79,7 +80,7 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
     for name in sorted(now.keys() | then.keys()):
         # A field that another version added had its default.
         before, after = then.get(name, default.get(name)), now.get(name, default.get(name))
-        if before == after:
+        if before == after or (name in ORIGIN and after == default[name]):
             continue
         if name in HARMLESS or name.startswith(HARMLESS_ROOMS):
             notes.append(f"config.{name}: {before} -> {after}")
@@ -98,6 +99,12 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
             "restore them, or start anew with --workdir=DIR"
         )
     return notes
+
+
+def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
+    """What a run began with, for its next checkpoint: this part of it may not have named it again."""
+    stored = resumed.meta["config"] if resumed else {}
+    return {name: stored[name] for name in ORIGIN if name in stored}
 
 
 def check_agreement(step: int) -> None:

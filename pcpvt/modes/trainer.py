@@ -204,7 +204,7 @@ class Trainer:
             return
         meta = {
             "step": self.now,
-            "config": resume.flat(self.config),
+            "config": resume.flat(self.config) | resume.origin(self.resumed),
             "model": self.config.model.name,
             "pad": self.config.model.pad,
             "classes": list(self.train_source.classes),
