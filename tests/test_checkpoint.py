@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from pcpvt.modes import build, resume
 from pcpvt.modes.console import Console
 from pcpvt.store import checkpoint, manifest
 from pcpvt.store.durable import remove_leftovers, write_atomically
-from pcpvt.store.records import MetricsFile, read_metrics
 from pcpvt.store.saver import Saver
 
 
@@ -227,6 +225,32 @@ def test_note_belongs_to_the_very_file(tmp_path):
     assert checkpoint.read(path).meta["metrics"] is None
 
 
+def test_checkpoint_written_again_for_a_step_does_not_inherit_what_was_noted_on_the_former(tmp_path):
+    path = save(tmp_path, 3)
+    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
+    save(tmp_path, 3)
+    assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0}  # the very same content
+    checkpoint.save(tmp_path, {**tensors(3), "params/w": torch.ones(4, 5)}, meta(3))
+    assert checkpoint.read(path).meta["metrics"] is None is checkpoint.read(path).meta["best"]
+
+
+def test_note_is_written_after_the_records_that_it_refers_to_and_not_without_them(tmp_path):
+    noted = []
+
+    def sync():
+        noted.append("metrics" in manifest.load(tmp_path).get(checkpoint.name_of(3), {}))
+        if len(noted) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    saver = Saver(tmp_path, keep=1, before=sync)
+    saver.save(tensors(3), meta(3))
+    saver.note(3, metrics={"acc1": 7.0})
+    assert saver.wait().errno == errno.ENOSPC and "metrics" not in manifest.load(tmp_path)[checkpoint.name_of(3)]
+    saver.note(3, metrics={"acc1": 7.0})
+    assert saver.wait() is None and noted == [False, False, False]
+    assert manifest.load(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"checkpoints": 3, "checksum": "x"}', "[" * 100_000])
 def test_damaged_manifest_counts_as_empty(tmp_path, text):
     path = save(tmp_path, 3)
@@ -242,44 +266,3 @@ def test_changed_number_in_the_manifest_is_noticed(tmp_path):
     file = tmp_path / manifest.FILE
     file.write_text(file.read_text().replace('"acc1": 7.0', '"acc1": 9.0'))
     assert checkpoint.read(path).meta["metrics"] is None
-
-
-# Records.
-
-
-def test_records_of_steps_to_be_done_again_are_dropped_and_a_cut_line_too(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    file = MetricsFile(path, 2)
-    assert file.count == 2
-    file.write({"step": 3, "loss": float("nan"), "x": float("inf")})
-    file.close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null, "x": null}\n'
-    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
-
-
-def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
-    file.write({"step": 1})
-    write = os.write
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))  # a part, then nothing
-        assert file.write({"step": 2}).errno == errno.ENOSPC
-        with pytest.raises(OSError):
-            file.sync()
-    assert path.read_text() == '{"step": 1}\n'
-    assert file.write({"step": 3}) is None and file.count == 3
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    file.sync()
-    file.close()
-
-
-def test_symbolic_link_for_the_metrics_file_is_not_followed(tmp_path):
-    outside = tmp_path / "outside"
-    outside.write_text('{"step": 1}\n')
-    (tmp_path / "metrics.jsonl").symlink_to(outside)
-    file = MetricsFile(tmp_path / "metrics.jsonl", 1)
-    file.write({"step": 2})
-    file.close()
-    assert outside.read_text() == '{"step": 1}\n'

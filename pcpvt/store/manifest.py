@@ -20,13 +20,16 @@ NOTES = ("metrics", "best", "records")
 
 
 def put(folder: Path, name: str, **entry: Any) -> None:
-    """Adds to the entry of the checkpoint `name`; entries of files that are gone are dropped.
+    """Adds to the entry of the checkpoint `name`, which a new digest starts anew; entries of files that are gone go.
 
     Raises:
         OSError: when it cannot be written; the former manifest then stays.
     """
     entries = {known: value for known, value in load(folder).items() if (folder / known).exists()}
-    entries[name] = {**entries.get(name, {}), **entry}
+    former = entries.get(name, {})
+    if entry.get("digest", former.get("digest")) != former.get("digest"):
+        former = {}  # what was noted is about another file
+    entries[name] = {**former, **entry}
     value = {"checkpoints": entries, "checksum": _checksum(entries)}
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(folder / FILE, lambda temporary: temporary.write_text(text))

@@ -33,8 +33,17 @@ def open_workdir(path: Path) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """One JSON object, replaced as a whole."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for numbers that are not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def apply_config(config: ConfigDict, stored: dict[str, Any], where: str) -> None
     """
     for name, value in stored.items():
         if name not in config:
-            raise UserError(f"{where}: unknown field {name!r}: it was written by another version of pcpvt")
+            raise UserError(f"{where}: unknown field {name!r}: use the version of pcpvt that wrote it")
         if isinstance(config[name], ConfigDict) and isinstance(value, dict):
             apply_config(config[name], value, where)
             continue
@@ -110,9 +119,8 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> OSError | None:
         """Appends a record, numbers that are not finite as null; returns the error that keeps it waiting, if any."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._lock:
-            self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+            self._waiting += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
             self.count += 1
             return self._flush()
 
@@ -147,16 +155,11 @@ class MetricsFile:
         return None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole records; a line that a crash cut short is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order; a line that a crash cut short is left out."""
     found = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and "step" in line]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order."""
-    return _lines(path)

@@ -20,7 +20,7 @@ class Saver:
     Args:
         folder: of the checkpoints.
         keep: newest checkpoints to keep beside the best one.
-        before: called before each checkpoint is written; what the checkpoint refers to is made durable there.
+        before: called before each checkpoint or note is written; what that refers to is made durable there.
     """
 
     def __init__(self, folder: Path, keep: int, before: Callable[[], None] = lambda: None):
@@ -65,6 +65,7 @@ class Saver:
         checkpoint.prune(self.folder, self.keep, meta["step"], self._is_whole)
 
     def _note(self, step: int, notes: dict[str, Any]) -> None:
+        self.before()
         manifest.put(self.folder, checkpoint.name_of(step), **notes)
         checkpoint.prune(self.folder, self.keep, step, self._is_whole)
 
