@@ -16,11 +16,12 @@ import contextlib
 import io
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pcpvt.errors import UserError
@@ -77,7 +78,7 @@ class Picture:
             assert form == (np.uint8, 3, 3), f"{self.name}: {source.dtype} {source.shape}"
             self._pixels = source
         else:
-            with _naming(self.name):
+            with naming(self.name):
                 self._open(source)
         if self._jpeg is None:
             self.height, self.width = self._pixels.shape[:2]
@@ -93,11 +94,11 @@ class Picture:
         if not self._data or not isinstance(image, JpegImageFile):
             # Pillow turns some formats (TIFF) upright while loading: the orientation is asked for afterwards.
             image.load()
-            self._pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+            turn = _TURNS.get(_orientation(image))
+            self._pixels = np.asarray(to_rgb(image if turn is None else image.transpose(turn)))
             return
         self._jpeg = image
-        tag = image.getexif().get(_ORIENTATION) if "exif" in image.info else 1
-        self._orientation = tag if tag in _TURNS else 1
+        self._orientation = _orientation(image)
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def crop(self, box: tuple[int, int, int, int] | None = None, at_least: tuple[int, int] | None = None) -> np.ndarray:
@@ -118,7 +119,7 @@ class Picture:
         if self._jpeg is None:
             return self._pixels[top : top + height, left : left + width]
         factor = scale_factor((height, width), at_least) if at_least else 1
-        with _naming(self.name):
+        with naming(self.name):
             # Cut in the stored orientation: a side that the factor does not divide has its excess at the end.
             stored = self._stored((left, top, left + width, top + height))
             pixels = self._decode(stored, factor)
@@ -184,6 +185,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _orientation(image: Image.Image) -> int:
+    """A key of `_TURNS`, or 1: upright, also where the EXIF data are broken and only they."""
+    with contextlib.suppress(Exception):  # Pillow raises SyntaxError, struct.error, ...
+        tag = image.getexif().get(_ORIENTATION)
+        return tag if tag in _TURNS else 1
+    return 1
+
+
 def check_pixels(height: int, width: int, name: str) -> None:
     """Raises DecodeError for an image, or a resized image, that is absurdly large."""
     if height * width > MAX_PIXELS:
@@ -217,10 +226,15 @@ def _name(source: Source) -> str:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Turns whatever decoders raise (OSError, SyntaxError, struct.error, ...) into one DecodeError."""
+def naming(name: str) -> Iterator[None]:
+    """Turns whatever decoders raise (OSError, SyntaxError, struct.error, ...) into one DecodeError that has a name.
+
+    Their warnings name no file, and what is wrong enough becomes an error: they are not shown.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
