@@ -1,8 +1,10 @@
-"""The exceptions that the program shows to its user, as a single line and a non-zero exit."""
+"""The exceptions that the program shows to its user, as a single line and a non-zero exit; how lines reach a user."""
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -19,7 +21,28 @@ class PeerError(UserError):
 
 def show(message: str) -> None:
     """The line that an ending run leaves on standard error."""
-    print(f"pcpvt: error: {printable(message)}", file=sys.stderr, flush=True)
+    put(f"pcpvt: error: {printable(message)}\n", sys.stderr)
+
+
+def put(text: str, stream: TextIO) -> None:
+    """Writes to a standard stream, in one piece: other threads speak too.
+
+    A stream that takes no more (a full disk, `| head`) is silenced: no run ends for want of a reader.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        silence(stream)
+        if stream is not sys.stderr:
+            put(f"pcpvt: warning: standard output is lost from here on ({error.strerror or error})\n", sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Leads a stream to nowhere, and what waits in its buffer too: the flush at exit would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 
-from pcpvt.errors import UserError, printable, show
+from pcpvt.errors import UserError, printable, put, show
 from pcpvt.modes import exits
 
 
@@ -67,7 +67,7 @@ def entry() -> None:
     except exits.Stopped:
         exits.ignore()
         if os.environ.get("RANK", "0") == "0":
-            print("pcpvt: stopped by a signal with nothing new to save; the same command starts again", file=sys.stderr)
+            put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
         sys.exit(exits.PREEMPTED)
     except OSError as error:
         where = error.filename if error.filename is not None else type(error).__name__
@@ -80,8 +80,7 @@ def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
         return
     name = failure.thread.name if failure.thread else "a thread"
-    # With its line break in one piece: another thread may be speaking too.
-    sys.stderr.write(f"pcpvt: warning: {printable(f'{name} ended: {failure.exc_value}')}\n")
+    put(f"pcpvt: warning: {printable(f'{name} ended: {failure.exc_value}')}\n", sys.stderr)
 
 
 def _fail(message: str, code: int, speaks: bool = True) -> None:

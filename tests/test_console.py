@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 
 import pytest
@@ -68,6 +69,21 @@ def test_other_processes_are_silent_but_for_warnings(capsys):
     console.warn("disk full")
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == "pcpvt: warning: disk full\n"
+
+
+def test_warnings_are_one_line_of_printable_text(capsys):
+    Console().warn("a\x1b[31m folder\nand its file")
+    assert capsys.readouterr().err == "pcpvt: warning: a?[31m folder and its file\n"
+
+
+def test_stream_that_takes_no_more_is_silenced_and_said_once(capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:  # whose flush at the end would fail too
+        console = Console(stream=out)
+        console.say("one")
+        console.say("two")
+    assert capsys.readouterr().err == "pcpvt: warning: standard output is lost from here on (Broken pipe)\n"
 
 
 def test_python_warnings_are_kept_beside_a_live_line(terminal, capsys):

@@ -153,6 +153,19 @@ def test_unexpected_error_of_the_system_is_one_line(tmp_path):
     assert ended.code == 2 and "config.json" in ended.error
 
 
+@pytest.mark.parametrize("shell", ['exec "$@" > /dev/full', '"$@" | head -n 3; exit ${PIPESTATUS[0]}'])
+def test_training_outlives_the_reader_of_its_output(shell, tmp_path):
+    ended = miniature.run(miniature.words(tmp_path), under=["bash", "-c", shell, "bash"])
+    assert ended.code == 0, ended.err
+    assert re.fullmatch(r"pcpvt: warning: standard output is lost from here on \(.*\)\n", ended.err)
+    assert steps(tmp_path) == [8, 12] and json.loads((tmp_path / "result.json").read_text())["steps"] == 12
+
+
+def test_error_keeps_its_exit_code_where_it_cannot_be_said(tmp_path):
+    ended = miniature.run(miniature.words(tmp_path, seed=-1), under=["bash", "-c", 'exec "$@" 2> /dev/full', "bash"])
+    assert ended.code == 2
+
+
 # Data and loader processes.
 
 

@@ -12,6 +12,8 @@ import warnings
 from collections import deque
 from typing import TextIO
 
+from pcpvt.errors import printable, put
+
 _ERASE = "\r\x1b[K"
 _REFRESH = 0.2  # seconds between two states of the live line: more often only costs
 _BAR = 16  # characters
@@ -35,15 +37,14 @@ class Console:
     def say(self, text: str) -> None:
         if self.speaks:
             self._clear()
-            print(text, file=self.stream, flush=True)
+            put(f"{text}\n", self.stream)
 
     def warn(self, text: str) -> None:
         """A warning, on standard error, from whichever process met it."""
         self._clear()
         # Another process may have a live line on this very terminal.
         erase = _ERASE if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{erase}pcpvt: warning: {text}\n")  # in one piece: other threads speak too
-        sys.stderr.flush()
+        put(f"{erase}pcpvt: warning: {printable(text)}\n", sys.stderr)
 
     def live(self, text: str) -> None:
         """Replaces the live line, cut to the terminal's width; refreshed a few times a second at most."""
@@ -52,11 +53,11 @@ class Console:
             warnings.showwarning = self._show_warning  # Python's own would be written into the live line
             width = shutil.get_terminal_size().columns - 1
             self._shown, self._refreshed = text[:width], now
-            print(f"{_ERASE}{self._shown}", end="", file=self.stream, flush=True)
+            put(f"{_ERASE}{self._shown}", self.stream)
 
     def _clear(self) -> None:
         if self._shown:
-            print(_ERASE, end="", file=self.stream, flush=True)
+            put(_ERASE, self.stream)
             self._shown = ""
 
     def _show_warning(
