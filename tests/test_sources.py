@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from pcpvt.data import sources
+from pcpvt.data.augment import AugmentSpec
 from pcpvt.data.decode import Picture
-from pcpvt.data.loader import EvalBatches, Loader
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches
 from pcpvt.errors import UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -75,6 +76,77 @@ def test_a_torchvision_set_through_timm_gives_its_images(tmp_path):
     image, label = source[1]
     expected = pixels[1].reshape(3, 32, 32).transpose(1, 2, 0)
     assert label == 1 and np.array_equal(Picture(image).crop(), expected)
+    assert source.name(1) == "torch/cifar10/validation[1]"  # CIFAR10 has a `filename` of its own, a text
+
+
+@pytest.fixture
+def timm_opens(monkeypatch):
+    """Replaces what timm makes of a name by a data set of the test's own."""
+    import pcpvt.torchvision_compat  # noqa: F401 - before timm
+    import timm.data  # isort: skip
+
+    return lambda make: monkeypatch.setattr(timm.data, "create_dataset", make)
+
+
+class DecodesItself:
+    """As torchvision's sets are: sample 2 raises what Pillow raises, where it is looked up."""
+
+    class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise OSError("image file is truncated")
+        return Image.new("RGB", (16, 16), (index, 0, 0)), index % 2
+
+
+def test_on_error_holds_for_sets_that_decode_when_they_are_indexed(timm_opens):
+    timm_opens(lambda *_, **__: DecodesItself())
+    source = sources.open_split("torch/pets", "", "val", (16, 16))
+    named = r"torch/pets/validation\[2\]: cannot be read as an image \(OSError: image file is truncated\)"
+    spec = AugmentSpec((16, 16), scale=(), hflip=0.0)
+    for batches in (
+        EvalBatches(source, (16, 16), 1.0, 4, 0, 1, "error"),
+        TrainBatches(source, spec, None, np.zeros(2), seed=0, batch=4),
+    ):
+        with pytest.raises(UserError, match=named):
+            batches[0]
+        batches.on_error = "skip"
+    found = EvalBatches(source, (16, 16), 1.0, 4, 0, 1, "skip")[0]
+    assert found["valid"].tolist() == [True, True, False, True] and found["id"].tolist() == [0, 1, 2, 3]
+    assert found["label"].tolist() == [0, 1, 0, 1]
+    assert sorted(batches[0]["id"].tolist()) == [0, 1, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["hfids/pets", "wds/pets", "tfds/pets"])
+def test_a_stream_is_refused_in_one_line(timm_opens, name):
+    from timm.data.dataset import IterableImageDataset
+
+    timm_opens(lambda *_, **__: IterableImageDataset("", reader=[(b"", 0)]))
+    with pytest.raises(UserError, match=rf"config\.data\.name: '{name}' is a stream: use a reader") as caught:
+        sources.open_split(name, "", "train", (16, 16))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_val_split_may_have_another_name(timm_opens):
+    asked = []
+    timm_opens(lambda *_, split, **__: asked.append(split) or DecodesItself())
+    for split, more in (("train", ()), ("val", ()), ("val", (None, "test"))):
+        sources.open_split("hfds/pets", "", split, (16, 16), *more)
+    assert asked == ["train", "validation", "test"]
+
+
+def test_a_package_that_a_reader_needs_is_named_and_nothing_else_is_said(timm_opens, capsys):
+    def needs(*_, **__):
+        print("Please install Hugging Face datasets package `pip install datasets`.")
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    timm_opens(needs)
+    with pytest.raises(UserError, match=r"config\.data\.name: 'hfds/pets': .*: pip install datasets$"):
+        sources.open_split("hfds/pets", "", "train", (16, 16))
+    assert capsys.readouterr().out == ""
 
 
 def test_the_digits_are_split_evenly_by_class_and_without_overlap():
@@ -101,7 +173,7 @@ def test_synthetic_images_have_the_asked_size_and_classes():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda root: None, "train is no folder"),
+        (lambda root: None, "train is no folder: give the one that holds train/ and val/"),
         (lambda root: (root / "train").mkdir(), "holds no class folders"),
         (lambda root: (root / "train" / "cat").mkdir(parents=True), "cat: no images in this class folder"),
     ],

@@ -89,8 +89,8 @@ class TrainBatches:
         """The sample, or under `skip` the next readable one; `id` tells the reader which it was."""
         for tries in range(len(self.source)):
             chosen = (index + tries) % len(self.source)
-            image, label = self.source[chosen]
             try:
+                image, label = self.source[chosen]
                 pixels, box = augment.train_sample(image, self.spec, generator, self.source.name(chosen))
             except DecodeError:
                 if self.on_error == "error":
@@ -126,9 +126,9 @@ class EvalBatches:
         pixels = batch["image"].numpy()
         resize = augment.short_side(self.size, self.crop)
         for row, sample in enumerate(self.batches[index]):
-            image, label = self.source[sample]
-            batch["label"][row], batch["id"][row] = label, sample
+            batch["id"][row] = sample
             try:
+                image, batch["label"][row] = self.source[sample]
                 pixels[row] = augment.eval_sample(image, self.size, resize, self.source.name(sample))
                 batch["valid"][row] = True
             except DecodeError:

@@ -6,12 +6,15 @@ uint8 array `[h, w, 3]`; decoding and augmenting are the loader's business.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from pcpvt.data.decode import naming
 from pcpvt.errors import UserError
 from pcpvt.functional import rng
 
@@ -84,6 +87,9 @@ class Folder:
 class TimmReader:
     """A dataset that timm reads by index: `tar` (PATH/train.tar, PATH/val.tar), `hfds/NAME`, `torch/NAME`.
 
+    Args:
+        split: as timm or the data set calls it.
+
     Raises:
         UserError: when timm cannot open it, or only as a stream: the order of samples is a function of the seed here.
     """
@@ -99,14 +105,17 @@ class TimmReader:
                 file = os.path.join(root, f"{split}.tar")
                 data = timm.data.create_dataset("", root=file if os.path.exists(file) else os.path.join(root, split))
             else:
-                wanted = "validation" if split == "val" else split
-                data = timm.data.create_dataset(name, root=root or None, split=wanted, is_training=False)
+                with contextlib.redirect_stdout(None):  # some readers print what they raise
+                    data = timm.data.create_dataset(name, root=root or None, split=split, is_training=False)
         except (Exception, SystemExit) as error:  # whatever the reader, its package or the network raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            remedy = "check name, path and config.data.val_split"
+            if isinstance(error, ModuleNotFoundError):
+                remedy = f"pip install {error.name}"
             raise UserError(
-                f"config.data.name: {name!r}: timm could not open its {split} split ({reason}): check name and path"
+                f"config.data.name: {name!r}: timm could not open its {split} split ({reason}): {remedy}"
             ) from None
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        if isinstance(data, torch.utils.data.IterableDataset):
             raise UserError(
                 f"config.data.name: {name!r} is a stream: use a reader with random access, such as hfds/..."
             )
@@ -120,7 +129,7 @@ class TimmReader:
         if known:
             self.classes = sorted(known, key=known.get)
         else:
-            self.classes = [str(i) for i in range(1 + max(int(self.samples[i][1]) for i in range(count)))]
+            self.classes = [str(i) for i in range(1 + max(self[i][1] for i in range(count)))]
 
     def __reduce__(self) -> tuple:
         return TimmReader, self.opened  # an open archive cannot travel to a loader process: each opens its own
@@ -129,14 +138,16 @@ class TimmReader:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label, *_ = self.samples[index]
-        return image, int(label)
+        with naming(self.name(index)):  # torchvision's sets decode here
+            image, label, *_ = self.samples[index]
+            return image, int(label)
 
     def name(self, index: int) -> str:
-        try:
-            return self.samples.filename(index, absolute=True)
-        except (AttributeError, NotImplementedError, AssertionError):
-            return f"sample {index}"
+        name, _, split = self.opened
+        # hfds/... would read the whole sample for a path that is seldom there, and CIFAR10's `filename` is a text.
+        if name.lower().startswith(("hfds/", "torch/")):
+            return f"{name}/{split}[{index}]"
+        return self.samples.filename(index, absolute=True)
 
 
 def digits(split: str, size: tuple[int, int]) -> Arrays:
@@ -163,13 +174,21 @@ def synthetic(split: str, size: tuple[int, int], num_classes: int, count: int = 
     return Arrays(images, labels, [str(i) for i in range(num_classes)], f"synthetic/{split}")
 
 
-def open_split(name: str, path: str, split: str, size: tuple[int, int], num_classes: int | None = None) -> Source:
+def open_split(
+    name: str,
+    path: str,
+    split: str,
+    size: tuple[int, int],
+    num_classes: int | None = None,
+    val_split: str = "validation",
+) -> Source:
     """One split of a data set.
 
     Args:
         name: `digits`, `folder`, `synthetic`, or a timm dataset name.
         path: the folder that holds `train/` and `val/`, or timm's root.
         split: `train` or `val`.
+        val_split: what a timm dataset calls its `val`.
 
     Raises:
         UserError: for a missing or empty folder, or a name that timm cannot open.
@@ -179,12 +198,12 @@ def open_split(name: str, path: str, split: str, size: tuple[int, int], num_clas
     if name == "synthetic":
         return synthetic(split, size, num_classes or 1000)
     if name != "folder":
-        return TimmReader(name, path, split)
+        return TimmReader(name, path, val_split if split == "val" and name != "tar" else split)
     if not path:
         raise UserError("config.data.path: not set: give the folder that holds train/<class>/* and val/<class>/*")
     root = os.path.join(path, split)
     if not os.path.isdir(root):
-        raise UserError(f"config.data.path: {root} is no folder: it must hold one folder per class")
+        raise UserError(f"config.data.path: {root} is no folder: give the one that holds train/ and val/")
     try:
         source = Folder(root)
     except OSError as error:

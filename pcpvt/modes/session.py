@@ -63,7 +63,7 @@ def open_data(session: Session, split: str) -> sources.Source:
     """One split of the configured data set."""
     config = session.config
     name = config.data.name or "folder"
-    return sources.open_split(name, config.data.path, split, session.size, config.num_classes)
+    return sources.open_split(name, config.data.path, split, session.size, config.num_classes, config.data.val_split)
 
 
 def count_classes(config: ConfigDict, source: sources.Source) -> int:
