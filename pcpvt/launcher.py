@@ -11,12 +11,11 @@ import os
 import signal
 import sys
 import uuid
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from pcpvt import devices
-from pcpvt.errors import printable
+from pcpvt.errors import show
 from pcpvt.modes import exits
 
 FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; nothing is left to save then
@@ -32,6 +31,7 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     """
     device = devices.get(config.device)
     device.require(config.processes)
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -48,6 +48,7 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=config.processes,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # by default a folder in /tmp, which nobody removes
         run_id=uuid.uuid4().hex,
         role="pcpvt",
         rdzv_backend="c10d",
@@ -81,17 +82,11 @@ def _adopt_orphans() -> None:
 
 def _pass_on(number: int, frame: object) -> None:
     """Sends a signal to every rank: each leads a session of its own, where no terminal and no scheduler reaches it."""
-    ranks = children()
+    ranks = exits.children()
     if not ranks:
         raise exits.Stopped
     for pid in ranks:
         exits.kill(pid, number)
-
-
-def children() -> list[int]:
-    """Direct child processes of this one (Linux)."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
 
 def _exit_code(failures: dict) -> int:
@@ -102,6 +97,5 @@ def _exit_code(failures: dict) -> int:
     code = first.exitcode
     if code not in QUIET:
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        line = f"pcpvt: error: rank {rank} {what}; the others were stopped"
-        print(printable(line), file=sys.stderr, flush=True)
+        show(f"rank {rank} {what}; the others were stopped")
     return 128 - code if code < 0 else code

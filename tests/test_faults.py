@@ -17,6 +17,7 @@ import miniature
 import pytest
 
 from pcpvt.errors import UserError
+from pcpvt.modes.exits import ONE_SIGNAL
 from pcpvt.store import checkpoint, lock, records
 from pcpvt.store.checkpoint import CheckpointError
 
@@ -164,6 +165,18 @@ def test_training_outlives_the_reader_of_its_output(shell, tmp_path):
 def test_error_keeps_its_exit_code_where_it_cannot_be_said(tmp_path):
     ended = miniature.run(miniature.words(tmp_path, seed=-1), under=["bash", "-c", 'exec "$@" 2> /dev/full', "bash"])
     assert ended.code == 2
+
+
+def test_second_signal_ends_a_run_that_cannot_say_so(tmp_path):
+    words = miniature.words(tmp_path)
+    hold = {"at": "evaluation", "n": 1, "do": "hold:60"}
+    process = miniature.start(words, hold, under=["bash", "-c", 'exec "$@" 2> /dev/full', "bash"])
+    miniature.await_line(process, "fault:")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(ONE_SIGNAL + 0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    miniature.end(process)
 
 
 # Data and loader processes.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -84,6 +86,41 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
     absent = {"at": "join", "n": 1, "do": "sleep:60", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), absent)
     assert ended.code == exits.PEER_LOST and "rank 1 gave no answer" in ended.error
+
+
+def test_a_run_of_several_processes_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    words = miniature.words(tmp_path / "run", "cpu2", steps=2, eval_every="0")
+    ended = miniature.run(words, under=["env", f"TMPDIR={tmp_path / 'tmp'}"])
+    assert ended.code == 0 and list((tmp_path / "tmp").iterdir()) == [], ended.err
+
+
+def test_child_processes_are_found_while_threads_end(monkeypatch):
+    """Each thread has a list of its own, which vanishes with it."""
+    read, own = Path.read_text, f"/proc/self/task/{threading.get_native_id()}/children"
+
+    def vanished(path):
+        if str(path) == own:
+            raise FileNotFoundError
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", vanished)
+    started, done = queue.Queue(), threading.Event()
+
+    def start():
+        started.put(subprocess.Popen(["sleep", "60"]))
+        done.wait()  # its children are another thread's once it ends
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    child = started.get()
+    try:
+        assert child.pid in exits.children() and child.pid in exits.descendants()
+    finally:
+        child.kill()
+        child.wait()
+        done.set()
+        thread.join()
 
 
 # ---- under torchrun

@@ -109,7 +109,8 @@ def _end(why: str, code: int) -> None:
     """Ends this process and all below it, from any thread."""
     if why:
         line = f"pcpvt: error: {why}: what was not saved is lost; the same command goes on from the last checkpoint\n"
-        os.write(sys.stderr.fileno(), line.encode())
+        with contextlib.suppress(OSError):  # the end must come, said or not
+            os.write(sys.stderr.fileno(), line.encode())
     for pid in reversed(descendants()):
         kill(pid, signal.SIGKILL)
     os._exit(code)
@@ -121,14 +122,19 @@ def kill(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def descendants(pid: int | None = None) -> list[int]:
-    """Processes below this one (Linux), parents before their children; a child's own process group does not matter."""
+def children(pid: int | str = "self") -> list[int]:
+    """Processes that a process, by default this one, has started and that live (Linux)."""
     found: list[int] = []
     with contextlib.suppress(OSError):  # it has just ended
-        for task in Path(f"/proc/{pid or 'self'}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *descendants(child)]
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # this thread has
+                found += map(int, (task / "children").read_text().split())
     return found
+
+
+def descendants(pid: int | str = "self") -> list[int]:
+    """Processes below a process (Linux), parents before their children; their process groups do not matter."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 def follow_parent() -> None:
