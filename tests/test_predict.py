@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import miniature
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,36 @@ def test_nothing_readable_is_an_error_and_leaves_no_file(pcpvt, trained, picture
     words = ["--mode=predict", f"--workdir={trained}", f"--config.predict.output={out}"]
     done = pcpvt(*words, f"--config.predict.images={pictures}/broken.png", check=False)
     assert done.returncode == 2 and not out.exists() and "none of the 1 files can be read" in done.stderr
+
+
+@pytest.fixture
+def words(trained, pictures, tmp_path):
+    given = {"checkpoint": trained, "predict.images": f"{pictures}/digit*.png"}
+    return ["--mode=predict", f"--workdir={tmp_path / 'run'}", *(f"--config.{n}={v}" for n, v in given.items())]
+
+
+def test_reader_that_has_seen_enough_ends_it_well(words):
+    ended = miniature.run(words, under=["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash"])
+    assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[-1] == "the reader closed the output; the rest was not written"
+
+
+def test_output_that_cannot_be_written_is_one_line_that_names_it(words, tmp_path):
+    full = miniature.run(words, under=["bash", "-c", 'exec "$@" > /dev/full', "bash"])
+    assert full.code == 2, full.err
+    assert "config.predict.output: standard output: cannot be written (No space left on device)" in full.err
+    assert full.err.splitlines()[-1].startswith("pcpvt: error: ")
+    for path in (tmp_path, tmp_path / "none" / "out.csv"):
+        with pytest.raises(UserError, match=rf"config\.predict\.output: {path}: cannot be written .*: name a file"):
+            predict._written(str(path), lambda out: 1)
+
+
+def test_heat_maps_that_cannot_be_written_are_not_blamed_on_the_output(pcpvt, words, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "explain").write_text("a file where the folder should be")
+    done = pcpvt(*words, "--config.predict.explain=true", f"--config.predict.output={tmp_path / 'a'}", check=False)
+    assert done.returncode == 2 and f"--workdir: {tmp_path / 'run' / 'explain'}: heat maps" in done.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_files_folders_and_patterns_are_found(pictures):

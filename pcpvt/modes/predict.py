@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from pcpvt.data.decode import DecodeError
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.data.sources import EXTENSIONS
 from pcpvt.devices.compilation import compiled
-from pcpvt.errors import UserError
+from pcpvt.errors import UserError, silence
 from pcpvt.functional.objective import make_predict
 from pcpvt.modes import chosen, explain, predict_output
 from pcpvt.modes import session as sessions
@@ -98,7 +98,12 @@ def run(session: Session) -> int:
         out.flush()
         return read
 
-    read = _written(config.predict.output, write)
+    try:
+        read = _written(config.predict.output, write)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        console.say("the reader closed the output; the rest was not written")
+        return 0
     if not read:
         raise UserError(f"config.predict.images: none of the {len(source)} files can be read: see the warnings above")
     skipped = f", {len(source) - read} unreadable and skipped" if read < len(source) else ""
@@ -140,15 +145,19 @@ def classify(
         if config.predict.explain and good:
             rows = batch["valid"]
             called = [names[i] for i in good]
-            explain.write(
-                session.workdir / "explain",
-                called,
-                picked.model,
-                exact,
-                batch["image"][rows],
-                probabilities[rows].argmax(-1),
-            )
+            _explain(session, called, picked.model, exact, batch["image"][rows], probabilities[rows].argmax(-1))
         yield [source.paths[i] for i in good], probabilities[batch["valid"]].cpu()
+
+
+def _explain(session: Session, *args: Any) -> None:
+    folder = session.workdir / "explain"
+    try:
+        explain.write(folder, *args)
+    except OSError as error:
+        raise UserError(
+            f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose another "
+            "--workdir, or leave out config.predict.explain"
+        ) from None
 
 
 def unique_names(paths: list[str]) -> list[str]:
@@ -176,16 +185,32 @@ def _reason(path: str, size: tuple[int, int]) -> str:
 
 
 def _written(path: str, write: Callable[[TextIO], int]) -> int:
-    """Calls `write` with standard output, or with a file that appears whole or not at all."""
-    if not path:
-        try:
+    """Calls `write` with standard output, or with a file.
+
+    Raises:
+        UserError: when it cannot be written.
+        BrokenPipeError: when the reader of the output, `head` for one, has seen enough.
+    """
+    try:
+        if not path:
             return write(sys.stdout)
-        except BrokenPipeError:  # the reader, `head` for one, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is written to, never replaced
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            return write(file)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is written to, never replaced
+            with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                return write(file)
+        return _whole(Path(path), write)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if not path:
+            silence(sys.stdout)
+        raise UserError(
+            f"config.predict.output: {path or 'standard output'}: cannot be written ({error.strerror or error}): "
+            "name a file in a folder that exists and has space"
+        ) from None
+
+
+def _whole(path: Path, write: Callable[[TextIO], int]) -> int:
+    """Calls `write` with a file that appears whole or not at all, and not without content."""
     counted = []
 
     def into(temporary: Path) -> None:
@@ -194,11 +219,8 @@ def _written(path: str, write: Callable[[TextIO], int]) -> int:
         if not counted[0]:
             raise _Nothing
 
-    try:
-        with contextlib.suppress(_Nothing):
-            write_atomically(Path(path), into)
-    except OSError as error:
-        raise UserError(f"config.predict.output: {path}: cannot be written ({error.strerror or error})") from None
+    with contextlib.suppress(_Nothing):
+        write_atomically(path, into)
     return counted[0]
 
 
