@@ -25,12 +25,26 @@ from pcpvt.store import records
 Observe = Callable[[dict[str, Tensor], Tensor], None]
 
 
+class Unreadable:
+    """Names the samples of a source that cannot be read: each once, by the first process that meets it."""
+
+    def __init__(self, source: sources.Source, console: Console):
+        self._source, self._console, self._named = source, console, set[int]()
+
+    def name(self, index: int, consequence: str) -> None:
+        text = f"{self._source.name(index)}: unreadable; {consequence}"
+        if index not in self._named and collectives.first_to_say(text):
+            self._console.warn(text)
+        self._named.add(index)
+
+
 class Evaluator:
     """Called with parameters, evaluates them on one split; loader processes and compiled code live as long as this."""
 
     def __init__(self, session: Session, model: pcpvt.PCPVT, source: sources.Source, local_batch: int):
         config, world = session.config, session.world
         self.session, self.source = session, source
+        self.unreadable = Unreadable(source, Console(world.is_main))
         batches = EvalBatches(
             source, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
         )
@@ -74,7 +88,10 @@ class Evaluator:
             for total, logits in zip(totals, outputs(batch), strict=True):
                 for name, value in metrics.sums(logits, batch["label"], batch["valid"]).items():
                     total[name] += value.item()
-            skipped += float(((batch["id"] >= 0) & ~batch["valid"]).sum())
+            for index, valid in zip(batch["id"].tolist(), batch["valid"].tolist(), strict=True):
+                if index >= 0 and not valid:
+                    self.unreadable.name(index, "left out of the evaluation")
+                    skipped += 1
         unreadable = int(collectives.sum_numbers([skipped])[0])
         summaries = []
         for total in totals:

@@ -53,6 +53,7 @@ class Recorder:
         memory = memory or {"window": _window(), "clock": {"steps": 0, "seconds": 0.0, "elapsed": 0.0}, "records": 0}
         self.window: dict[str, float] = dict(memory["window"])  # since the last record
         self.clock: dict[str, float] = dict(memory["clock"])  # of the whole run, over all its parts
+        self.replaced: int = memory.get("replaced", 0)  # draws of unreadable images, of the whole run
         self._records = memory["records"]
         self._path = session.workdir / "metrics.jsonl" if session.world.is_main else None
         self._file: records.MetricsFile | None = None
@@ -98,7 +99,8 @@ class Recorder:
         """What a resumed run needs to write the same records."""
         self.drain()
         clock = {**self.clock, "elapsed": self.elapsed}
-        return {"window": dict(self.window), "clock": clock, "records": self._file.count if self._file else 0}
+        written = self._file.count if self._file else 0
+        return {"window": dict(self.window), "clock": clock, "records": written, "replaced": self.replaced}
 
     @property
     def elapsed(self) -> float:
@@ -171,6 +173,8 @@ class Recorder:
             "images_per_sec": round(rate.images_per_sec, 2),
             "waiting": round(rate.waiting, 4),
         }
+        if self.replaced:
+            entry["replaced"] = self.replaced
         share = utilisation.mfu(rate.images_per_sec, self._per_image, self._peak, self._session.world.size)
         if share is not None:
             entry["mfu"] = round(share, 4)

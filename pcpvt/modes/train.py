@@ -58,6 +58,8 @@ def summarize(trainer: Trainer) -> None:
 def _result(trainer: Trainer) -> dict[str, Any]:
     session, plan, best = trainer.session, trainer.plan, trainer.best or {}
     step = best.get("step", trainer.now)
+    # Validation images that count nowhere, and draws of training images that others took the place of.
+    skipped = {"unreadable": best.get("unreadable"), "replaced": trainer.recorder.replaced}
     return {
         "mode": "train",
         "acc1": best.get("acc1"),
@@ -74,6 +76,7 @@ def _result(trainer: Trainer) -> dict[str, Any]:
         "last": trainer.metrics,
         "device": session.device.describe(),
         "processes": session.world.size,
+        **{name: count for name, count in skipped.items() if count},
     }
 
 

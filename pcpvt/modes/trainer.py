@@ -68,6 +68,7 @@ class Trainer:
         # What works on it.
         self.step = build.train_step(session, self.model, self.plan, optimizer)
         self.batches = build.train_batches(session, self.model, self.train_source)
+        self.unreadable = evaluate.Unreadable(self.train_source, console)
         self.evaluator = evaluate.Evaluator(session, self.model, self.val_source, self.plan.eval_batch)
         self.recorder = Recorder(session, self.plan, console, self.now, memory if self.resumed else None)
         self.saver = Saver(session.checkpoints, self.config.keep, before=self.recorder.sync)
@@ -139,8 +140,9 @@ class Trainer:
             waited = time.perf_counter() - began
             if self.now == 0:
                 self.recorder.images(batch)
-            self._name_substitutes(batch)
+            replaced = self._replaced(batch)
             self.state, metrics = self.step(self.state, batch)
+            self.recorder.replaced += replaced
             self.metrics = None
             ends = self.now == plan.steps
             records = ends or self.due(plan.log_every)
@@ -167,12 +169,15 @@ class Trainer:
         )
         return iter(device.prefetch(loader))
 
-    def _name_substitutes(self, batch: dict[str, Tensor]) -> None:
-        if self.config.data.on_error == "skip":
-            wanted = [draw.index for draw in self.batches.draws(self.now)]
-            for index, used in zip(wanted, batch["id"].tolist(), strict=True):
-                if index != used:
-                    self.console.warn(f"{self.train_source.name(index)}: unreadable; sample {used} is used instead")
+    def _replaced(self, batch: dict[str, Tensor]) -> int:
+        """Names the unreadable images that others took the place of in a batch, and counts them over all processes."""
+        if self.config.data.on_error != "skip":
+            return 0
+        wanted = [draw.index for draw in self.batches.draws(self.now)]
+        replaced = [(i, used) for i, used in zip(wanted, batch["id"].tolist(), strict=True) if i != used]
+        for index, used in replaced:
+            self.unreadable.name(index, f"sample {used} is used instead")
+        return int(collectives.sum_numbers([float(len(replaced))])[0])
 
     def _evaluate(self) -> None:
         """Evaluates the present parameters, whose checkpoint is being written meanwhile, and notes the result on it."""
