@@ -6,6 +6,7 @@ import importlib.util
 import json
 import zipfile
 
+import miniature
 import pytest
 import torch
 
@@ -161,6 +162,17 @@ def test_file_that_differs_from_the_model_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="differs from the model by 0"):
         export.run(session(tmp_path, **{"export.format": "pt2"}))
     assert list((tmp_path / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["timm", "pt2"])
+def test_full_disk_is_one_line(form, tmp_path):
+    torch.save(params(), tmp_path / "weights.pth")
+    words = [f"--config.checkpoint={tmp_path / 'weights.pth'}", f"--config.export.format={form}"]
+    words += ["--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", f"--workdir={tmp_path / 'run'}"]
+    small = 'ulimit -f 100; exec "$@"'  # of a file, in kB
+    ended = miniature.run(["--mode=export", *words], under=["bash", "-c", small, "bash"])
+    assert ended.code == 2 and "cannot be written (File too large)" in ended.error and ended.err.count("\n") == 1
+    assert list((tmp_path / "run" / "export").iterdir()) == []
 
 
 @pytest.mark.parametrize(
