@@ -127,11 +127,18 @@ def test_multiply_adds_are_those_that_pytorch_counts(size):
 def test_mfu_is_known_for_known_devices_only():
     h200 = utilisation.peak_flops("NVIDIA H200", torch.bfloat16)
     assert h200 == 989e12 and utilisation.mfu(1000, 4 * 10**9, h200, 2) == pytest.approx(6 * 4e12 / (2 * 989e12))
-    assert utilisation.peak_flops("NVIDIA H200", torch.float32) == h200 / 2
     assert utilisation.peak_flops("NVIDIA H100 PCIe", torch.float16) == 756e12
-    assert utilisation.peak_flops("Tesla T4", torch.bfloat16) is None
-    assert utilisation.peak_flops("AMD EPYC, 2 cores", torch.bfloat16) is None
+    assert utilisation.peak_flops("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
+    for older in ("Tesla T4", "Tesla V100-SXM2-16GB", "Tesla V100-PCIE-16GB"):
+        assert utilisation.peak_flops(older, torch.float16) and utilisation.peak_flops(older, torch.bfloat16) is None
+    for other in ("AMD EPYC, 2 cores", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "Tesla T40", "NVIDIA GH200 480GB"):
+        assert utilisation.peak_flops(other, torch.float16) is None
     assert utilisation.mfu(1000, 4 * 10**9, None, 1) is None
+
+
+def test_mfu_of_float32_is_not_known_because_tf32_is_never_on():
+    for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Tesla T4"):
+        assert utilisation.peak_flops(name, torch.float32) is None
 
 
 def test_images_are_shown_as_the_network_sees_them():

@@ -7,17 +7,18 @@ those that recomputation or padding add (Chowdhery et al. 2022, PaLM, appendix B
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 
 from pcpvt.models.pcpvt import Spec
 
-# Dense 16-bit tensor throughput in TFLOP/s, by a part of the device's name, from the makers' data sheets. CPUs are
-# missing because no data sheet gives theirs, Ascend's because none was at hand.
+# Dense 16-bit tensor throughput in TFLOP/s, by the model number in the device's name, from the makers' data sheets. CPUs
+# are missing because no data sheet gives theirs, Ascend's because none was at hand.
 _PEAK_16_BIT = (
-    ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100", 125), ("T4", 65),
+    ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100-PCIE", 112),
+    ("V100", 125), ("T4", 65),
 )  # fmt: skip
-_TF32 = ("H200", "H100", "A100")  # float32 products run at half the 16-bit rate there
 
 
 def multiply_adds(spec: Spec, size: tuple[int, int], num_classes: int) -> int:
@@ -37,13 +38,11 @@ def multiply_adds(spec: Spec, size: tuple[int, int], num_classes: int) -> int:
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The data sheet's floating-point operations per second of a device for products in `dtype`, or None."""
-    for part, tera in _PEAK_16_BIT:
-        if part in name:
-            if dtype in (torch.float16, torch.bfloat16):
-                # The V100 and the T4 have no bfloat16.
-                return None if dtype == torch.bfloat16 and part in ("V100", "T4") else tera * 1e12
-            return tera * 0.5e12 if dtype == torch.float32 and part.split()[0] in _TF32 else None
+    """The data sheet's floating-point operations per second of a device for products in 16-bit `dtype`, or None."""
+    for model, tera in _PEAK_16_BIT:
+        if re.search(rf"\b{model}\b", name):  # the A1000 is no A100
+            older = model.startswith(("V100", "T4"))  # have no bfloat16
+            return tera * 1e12 if dtype == torch.float16 or (dtype == torch.bfloat16 and not older) else None
     return None
 
 
