@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pcpvt.data import sources
-from pcpvt.data.loader import EvalBatches
-from pcpvt.modes import details, report, report_charts, report_classes, report_data
+from pcpvt.errors import UserError
+from pcpvt.modes import report, report_charts, report_data
 from pcpvt.modes.console import Console
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -92,81 +91,13 @@ def test_report_needs_nothing_but_itself_and_is_light(trained):
     assert len(text) < 300_000
 
 
-def test_details_agree_with_the_best_evaluation(trained):
-    found = json.loads((trained / "details.json").read_text())
-    result = json.loads((trained / "result.json").read_text())
-    assert found["step"] == result["best_step"] and sum(found["images"]) == 364
-    assert 100 * sum(found["right"]) / 364 == pytest.approx(result["acc1"])
-    assert sum(c for _, _, c in found["confusions"]) == 364 - sum(found["right"])
-    confidence = [m["confidence"] for m in found["mistakes"]]
-    assert confidence == sorted(confidence, reverse=True) and all(
-        m["label"] != m["predicted"] for m in found["mistakes"]
-    )
-
-
-def observed(source, logits, world, rank):
-    """An observer that has seen one process's part of the data."""
-    observer = details.Observer(len(source))
-    for batch in EvalBatches(source, (32, 32), 1.0, 7, rank, world, "error"):
-        observer(batch, logits[batch["id"].clamp(min=0)])
-    return observer
-
-
-def test_details_are_the_same_at_any_number_of_processes(monkeypatch):
-    source = sources.digits("val", (32, 32))
-    logits = torch.randn(len(source), 10, generator=torch.Generator().manual_seed(0)) * 3
-    alone = observed(source, logits, 1, 0).table()
-    assert alone["seen"].all() and (alone["predicted"] == logits.argmax(-1).numpy()).all()
-    np.testing.assert_array_equal(alone["confidence"], logits.softmax(-1).max(-1).values.numpy())
-
-    parts = []
-    monkeypatch.setattr(details.collectives, "sum_numbers", lambda values: parts.append(values) or values)
-    for rank in range(3):
-        observed(source, logits, 3, rank).table()
-    monkeypatch.setattr(details.collectives, "sum_numbers", lambda values: np.sum(parts, axis=0).tolist())
-    together = details.Observer(len(source)).table()
-    for name, values in alone.items():
-        np.testing.assert_array_equal(values, together[name], err_msg=name)
-
-
-def test_unreadable_samples_are_not_counted(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        Image.new("RGB", (40, 40), "red").save(tmp_path / "val" / name / "good.png")
-    (tmp_path / "val" / "b" / "bad.png").write_bytes(b"nothing")
-    source = sources.open_split("folder", str(tmp_path), "val", (32, 32))
-    observer = details.Observer(3)
-    for batch in EvalBatches(source, (32, 32), 1.0, 2, 0, 1, "skip"):
-        observer(batch, torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
-    found = details.summarize(observer.table(), source, (32, 32), 1.0)
-    assert found["images"] == [1, 1] and found["right"] == [1, 0] and found["confusions"] == [[1, 0, 1]]
-    assert [m["name"] for m in found["mistakes"]] == [str(tmp_path / "val" / "b" / "good.png")]
-    assert found["mistakes"][0]["picture"].startswith("data:image/jpeg;base64,")
-
-
-def test_a_thousand_classes_stay_light(tmp_path):
-    rng = np.random.default_rng(0)
-    label = np.arange(50_000) % 1000
-    predicted = np.where(rng.random(50_000) < 0.25, rng.integers(0, 1000, 50_000), label)
-    table = {"seen": np.ones(50_000, bool), "label": label, "predicted": predicted}
-    table |= {"confidence": rng.random(50_000), "own": rng.random(50_000)}
-    image = np.full((320, 480, 3), 90, np.uint8)
-    source = sources.Arrays(
-        np.broadcast_to(image, (50_000, *image.shape)), label, [f"class {i}" for i in range(1000)], "x"
-    )
-    found = details.summarize(table, source, (224, 224), 0.875)
-    counts = [c for _, _, c in found["confusions"]]
-    assert len(found["mistakes"]) == 24 and len(counts) == 10_000 and counts == sorted(counts, reverse=True)
-    page = report_classes.sections(found)
-    assert len(json.dumps(found)) < 500_000 and len(page) < 200_000
-    assert "Most frequent confusions" in page and "the 25 lowest of 1000" in page.lower()
-
-
 def test_names_cannot_break_the_page(copied):
     found = json.loads((copied / "details.json").read_text())
     found["classes"][0] = "<script>alert(1)</script>"
     found["classes"][1] = "\"'><b>\udcff\u202e&amp;"
     found["mistakes"][0]["name"] = '/x/" onload="y/<img>.png'
+    found["mistakes"][0]["picture"] = 'x" onload="z'
+    found["step"] = "<script>alert(2)</script>"
     (copied / "details.json").write_text(json.dumps(found))
     report.write(copied)
     text = (copied / "report.html").read_text(encoding="utf-8")
@@ -184,6 +115,30 @@ def test_runs_are_compared(trained, copied, pcpvt, tmp_path):
     assert [s["n"] for s in page.charts[1]] == [f"{tmp_path.name}/run", f"{trained.parent.name}/run"]
     text = " ".join(page.texts)
     assert "0.125" in text and "0.003" in text and "fields are equal" in text
+
+
+def test_runs_get_as_much_of_their_paths_as_tells_them_apart(trained, tmp_path):
+    for folder in "ab":
+        shutil.copytree(trained, tmp_path / folder / "x" / "run")
+    others = [tmp_path / "a" / ".." / "b" / "x" / "run", tmp_path / "a" / "x" / "run"]  # its own once more
+    page = read(report.write(tmp_path / "a" / "x" / "run", others))
+    assert [s["n"] for s in page.charts[1]] == ["a/x/run", "b/x/run"]
+
+
+def test_run_to_compare_with_that_is_none_is_named_by_its_field(trained, copied, tmp_path):
+    with pytest.raises(UserError, match=rf"config\.report\.compare: {tmp_path / 'typo'} holds no run"):
+        report.write(copied, [trained, tmp_path / "typo"])
+
+
+@pytest.mark.parametrize("change", [{"mode": "eval"}, {"steps": 7}])
+def test_result_of_an_evaluation_or_of_a_run_extended_since_is_not_the_trainings(copied, change):
+    result = json.loads((copied / "result.json").read_text())
+    (copied / "result.json").write_text(json.dumps(result | change))
+    text = " ".join(read(report.write(copied)).texts)
+    assert "not finished" in text and "duration" not in text
+    (copied / "result.json").write_text(json.dumps(result))
+    text = " ".join(read(report.write(copied)).texts)
+    assert "not finished" not in text and "duration" in text
 
 
 @pytest.mark.parametrize("missing", ["details.json", "result.json", "environment.json", "metrics.jsonl", "config.json"])
@@ -221,6 +176,7 @@ def test_a_report_that_fails_is_a_warning(copied, capsys, monkeypatch):
         (60.4, 97.6, {}, [60, 70, 80, 90]),
         (5, 5, {}, [0, 2, 4]),
         (0, 0, {}, [-1, -0.5, 0, 0.5, 1]),
+        (0, 0, {"zero": True}, [0, 0.5, 1]),
         (3, 1900, {"zero": True}, [0, 500, 1000, 1500, 2000]),
         (0.02, 700, {"log": True}, [0.1, 1, 10, 100]),
     ],

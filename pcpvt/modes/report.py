@@ -20,15 +20,21 @@ def write(workdir: Path, others: Sequence[Path] = ()) -> Path:
         UserError: for a folder that holds no run.
         OSError: when the file cannot be written.
     """
-    folders = [folder.resolve() for folder in (workdir, *others)]
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):  # then their parents tell them apart
-        names = [str(Path(*folder.parts[-2:])) for folder in folders]
-    text = report_page.page([report_data.load(folder, name) for folder, name in zip(folders, names, strict=True)])
+    folders = list(dict.fromkeys(folder.resolve() for folder in (workdir, *others)))
+    asked = ["--workdir", *["config.report.compare"] * (len(folders) - 1)]
+    text = report_page.page(list(map(report_data.load, folders, names(folders), asked)))
     path = workdir / FILE
     # A file name of the user's may hold bytes that are no text.
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", errors="replace"))
     return path
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """As much of the ends of different paths as tells them apart."""
+    parts = 1
+    while len(set(found := [str(Path(*folder.parts[-parts:])) for folder in folders])) < len(folders):
+        parts += 1
+    return found
 
 
 def at_end(session: Session, console: Console) -> None:

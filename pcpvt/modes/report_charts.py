@@ -83,7 +83,7 @@ def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> 
     if zero:
         low = min(low, 0.0)
     if low == high:
-        low, high = (0.0, high * 1.1) if high > 0 else (low - 1.0, high + 1.0)
+        low, high = (0.0, high * 1.1) if high > 0 else (low if zero else low - 1.0, high + 1.0)
     room = 0.06 * (high - low)
     return Axis(low if zero and low == 0 else low - room, high + room)
 

@@ -12,13 +12,18 @@ LISTED = 25  # rows of a list
 
 
 def sections(details: dict[str, Any], run: str = "") -> str:
-    """HTML; empty without details. `run` names the run where the page has several."""
-    if not details.get("classes"):
+    """HTML; empty without details, or with damaged ones. `run` names the run where the page has several."""
+    try:
+        return _sections(details, run) if details.get("classes") else ""
+    except (LookupError, TypeError, ValueError, AttributeError):  # a file that is JSON, and yet not ours
         return ""
+
+
+def _sections(details: dict[str, Any], run: str) -> str:
     of = f" of {html.escape(run)}" if run else ""
     about = f"{sum(details['images']):,} validation images, {len(details['classes'])} classes"
     if details.get("step") is not None:
-        about += f", the checkpoint of step {details['step']}"
+        about += f", the checkpoint of step {html.escape(str(details['step']))}"
     if len(details["classes"]) <= MATRIX:
         pairs = f'<h2>Confusion matrix{of}</h2><p class="soft">{about}; rows are labels, columns predictions.</p>'
         pairs += _matrix(details)
@@ -100,7 +105,7 @@ def _mistakes(details: dict[str, Any], of: str) -> str:
     names, figures = details["classes"], []
     for one in details["mistakes"]:
         label, predicted = html.escape(names[one["label"]]), html.escape(names[one["predicted"]])
-        picture = f'<img src="{one["picture"]}" alt="{label}" loading="lazy">' if one["picture"] else ""
+        picture = f'<img src={_quoted(one["picture"])} alt="{label}" loading="lazy">' if one["picture"] else ""
         figures.append(
             f'<figure class="card">{picture}<figcaption><div>predicted <span class="is">{predicted}</span> '
             f'<span class="soft">{100 * one["confidence"]:.1f} %</span></div>'

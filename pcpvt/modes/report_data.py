@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from pcpvt.config import fields
 from pcpvt.errors import UserError
 from pcpvt.modes import details, environment
@@ -43,45 +41,39 @@ class RunData(NamedTuple):
         return [_mean(points[i : i + size]) for i in range(0, len(points), max(size, 1))]
 
 
-def load(workdir: Path, name: str) -> RunData:
+def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
     """Reads one workdir, which the report calls `name`.
 
     Raises:
-        UserError: when it holds no run.
+        UserError: when it holds no run; `field` is what named it.
     """
     metrics = records.read_metrics(workdir / "metrics.jsonl")
     config = _object(workdir / "config.json")
     if not metrics and not config:
-        raise UserError(f"--workdir: {workdir} holds no run (neither config.json nor metrics.jsonl): train first")
+        raise UserError(f"{field}: {workdir} holds no run (neither config.json nor metrics.jsonl): name another folder")
+    result = _object(workdir / "result.json")
+    # It may be that of an evaluation, or of a training that was extended since.
+    ended = result.get("mode") == "train" and (not metrics or result.get("steps") == metrics[-1]["step"])
     return RunData(
         name=name,
-        config=flat(config),
+        config=records.flat(config),
         metrics=metrics,
-        result=_object(workdir / "result.json"),
+        result=result if ended else {},
         environment=_object(workdir / environment.FILE),
         details=_object(workdir / details.FILE),
     )
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"name": v}}` to `{"model.name": v}`."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return out
-
-
 def defaults() -> dict[str, Any]:
     """The fields at their defaults, as a config file has them."""
-    config: ConfigDict = fields.base()
-    return flat(json.loads(json.dumps(config.to_dict())))
+    return records.flat(fields.base())
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one for a file that is missing or damaged."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

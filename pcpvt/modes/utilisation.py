@@ -13,8 +13,8 @@ import torch
 
 from pcpvt.models.pcpvt import Spec
 
-# Dense 16-bit tensor throughput in TFLOP/s, by the model number in the device's name, from the makers' data sheets. CPUs
-# are missing because no data sheet gives theirs, Ascend's because none was at hand.
+# Dense 16-bit tensor throughput in TFLOP/s, by the model number in the device's name, from the makers' data sheets.
+# CPUs are missing because no data sheet gives theirs, Ascend's because none was at hand.
 _PEAK_16_BIT = (
     ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100-PCIE", 112),
     ("V100", 125), ("T4", 65),

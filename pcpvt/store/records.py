@@ -83,10 +83,21 @@ def apply_config(config: ConfigDict, stored: dict[str, Any], where: str) -> None
             raise UserError(f"{where}: {name}: {value!r} has the wrong type ({error}): restore the file") from None
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"name": v}}`, also as ConfigDict, to `{"model.name": v}`, values as JSON gives them back."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict | ConfigDict):
+            out.update(flat(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def nested(fields: dict[str, Any]) -> dict[str, Any]:
     """`{"model.name": v}` to `{"model": {"name": v}}`; where two names claim one place, the later one has it."""
     out: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, value in fields.items():
         *parents, leaf = name.split(".")
         node = out
         for parent in parents:
