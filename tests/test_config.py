@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from pcpvt.config import fields, plan, recipes
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules
+from pcpvt.modes import resume
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -30,35 +33,40 @@ def planned(arg: str, examples: int = 1_281_167, classes: int = 1000, name: str 
 
 
 @pytest.mark.parametrize(
-    ("arg", "processes", "batch", "epochs", "lr", "drop_path", "schedule"),
+    ("name", "arg", "processes", "batch", "epochs", "lr", "drop_path", "schedule"),
     [
-        ("npu8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
-        ("npu1", 1, 128, 100, 2.5e-4, 0.3, "cosine"),
-        ("cuda8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
-        ("npu8,paper", 8, 1024, 300, 1e-3, 0.2, "reference"),
-        ("cuda1,paper", 1, 1024, 300, 1e-3, 0.2, "reference"),
-        ("npu64,paper", 64, 1024, 300, 1e-3, 0.2, "reference"),
+        ("pcpvt_s", "npu8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
+        ("pcpvt_s", "npu1", 1, 128, 100, 2.5e-4, 0.3, "cosine"),
+        ("pcpvt_s", "cuda8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
+        ("pcpvt_b", "npu8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
+        ("pcpvt_l", "npu8", 8, 1024, 100, 2e-3, 0.5, "cosine"),
+        ("pcpvt_s", "npu8,paper", 8, 1024, 300, 1e-3, 0.2, "reference"),
+        ("pcpvt_b", "npu8,paper", 8, 1024, 300, 1e-3, 0.3, "reference"),
+        ("pcpvt_l", "npu8,paper", 8, 1024, 300, 1e-3, 0.5, "reference"),
+        ("pcpvt_s", "cuda1,paper", 1, 1024, 300, 1e-3, 0.2, "reference"),
+        ("pcpvt_s", "npu64,paper", 64, 1024, 300, 1e-3, 0.2, "reference"),
     ],
 )
 def test_the_imagenet_recipes_are_those_of_the_port_and_of_the_paper(
-    arg, processes, batch, epochs, lr, drop_path, schedule
+    name, arg, processes, batch, epochs, lr, drop_path, schedule
 ):
-    c, p = planned(arg)
+    c, p = planned(arg, name=name)
+    assert c.model.name == name
     assert (c.processes, c.batch_size, c.epochs, c.schedule) == (processes, batch, epochs, schedule)
     assert c.model.drop_path == drop_path and p.lr == pytest.approx(lr)
     assert (c.weight_decay, c.beta1, c.beta2, c.eps, c.clip_norm) == (0.05, 0.9, 0.999, 1e-8, 5.0)
     assert (c.warmup_epochs, c.warmup_lr, c.min_lr, c.label_smoothing) == (5, 1e-6, 1e-5, 0.1)
     assert (c.mixup, c.cutmix, c.mix_prob, c.mix_switch, c.mix_mode) == (0.8, 1.0, 1.0, 0.5, "batch")
     assert (c.augment.randaugment, c.augment.erase, c.augment.hflip) == ("rand-m9-mstd0.5-inc1", 0.25, 0.5)
-    assert (c.augment.scale, c.augment.repeats, c.ema, c.layer_decay) == ((0.08, 1.0), 1, 0.0, 1.0)
+    assert (c.augment.scale, c.augment.ratio, c.augment.repeats) == ((0.08, 1.0), (3 / 4, 4 / 3), 1)
+    assert c.augment.color_jitter == c.augment.crop_pad == c.ema == 0 and c.layer_decay == 1 and c.frozen == ""
     assert (c.image_size, c.eval.crop, c.data.name) == (224, 0.875, "folder")
     assert p.steps == -(-1_281_167 * epochs // batch)
 
 
-@pytest.mark.parametrize(("name", "drop_path"), [("pcpvt_s", 0.2), ("pcpvt_b", 0.3), ("pcpvt_l", 0.5)])
-def test_each_size_has_the_papers_drop_path(name, drop_path):
-    c = config("npu8,paper", name)
-    assert c.model.name == name and c.model.drop_path == drop_path
+@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+def test_paper_is_the_papers_recipe_whatever_was_named_before_it(name):
+    assert config("npu8,folder,paper", name).to_dict() == config("npu8,paper", name).to_dict()
 
 
 def test_perf_is_a_fixed_number_of_steps_without_evaluation():
@@ -67,10 +75,16 @@ def test_perf_is_a_fixed_number_of_steps_without_evaluation():
     assert c.batch_size == 128 and c.augment.randaugment
 
 
-def test_finetune_is_shorter_weaker_and_layer_wise():
-    c, p = planned("npu1,finetune")
-    assert c.epochs == 10 and c.mixup == c.cutmix == 0 and c.layer_decay < 1 and c.augment.erase == 0
-    assert p.lr < planned("npu1")[1].lr
+@pytest.mark.parametrize(("name", "decay"), [("pcpvt_s", 0.83), ("pcpvt_b", 0.9), ("pcpvt_l", 0.93)])
+@pytest.mark.parametrize("arg", ["npu1", "cpu"])
+def test_finetune_changes_these_fields_of_the_recipe_before_it_and_no_other(arg, name, decay):
+    before, after = (resume.flat(config(words, name)) for words in (arg, f"{arg},finetune"))
+    tuned = {
+        "epochs": 10, "warmup_epochs": 1, "lr": None, "base_lr": 5e-4, "min_lr": 1e-6, "layer_decay": decay,
+        "model.drop_path": 0.1, "mixup": 0, "cutmix": 0, "augment.scale": [0.35, 1], "augment.erase": 0,
+        "augment.randaugment": "rand-m5-mstd0.5-inc1" if arg == "npu1" else "",
+    }  # fmt: skip
+    assert after == {**before, **tuned}
 
 
 def test_cpu_trains_the_digits_and_an_image_folder_when_asked():
@@ -112,6 +126,15 @@ BAD = [
     ({"label_smoothing": -0.1}, "config.label_smoothing"),
     ({"augment.scale": (0.5,)}, "config.augment.scale"),
     ({"augment.scale": (0.5, 2.0)}, "config.augment.scale"),
+    ({"augment.ratio": (0.5, float("inf"))}, r"config.augment.ratio: \(0.5, inf\) is no range"),
+    ({"eval_every": "9" * 400 + " steps"}, "config.eval_every: '999"),
+    ({"augment.randaugment": "rand-q7"}, "config.augment.randaugment: 'rand-q7' is not timm's notation: try"),
+    ({"augment.randaugment": "rand-mfoo"}, "is not timm's notation: try rand-m9-mstd0.5-inc1"),
+    ({"augment.randaugment": "nonsense"}, "is not timm's notation"),
+    ({"augment.randaugment": "rand-m9-"}, "is not timm's notation"),
+    ({"augment.randaugment": "rand-tunknown"}, "is not timm's notation"),
+    ({"augment.randaugment": "rand-m9-n16-tweights"}, "draws 16 of 15 operations without replacement: .* n15"),
+    ({"augment.randaugment": "rand-n15-t3aw"}, "draws 15 of 14 operations"),
     ({"frozen": "("}, "config.frozen: '\\(' is no regular expression"),
     ({"model.pad": "error", "image_size": 50}, "config.image_size: 50x50 is not divisible by 32"),
     ({"data.on_error": "ignore"}, "config.data.on_error: 'ignore'"),
@@ -125,6 +148,34 @@ def test_a_bad_value_is_one_line_with_field_value_and_remedy(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         plan.check(config("cpu", **changes))
     assert "\n" not in str(caught.value) and str(caught.value).count(":") >= 1
+
+
+NUMBERS = {
+    name: int if default is int or type(default) is int else float
+    for name, (default, _) in fields.FIELDS.items()
+    if default in (int, float) or type(default) in (int, float)
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds_within_which_nothing_overflows(name):
+    for value in [10**400] if NUMBERS[name] is int else [float("inf"), float("nan"), 1e300]:
+        changes = {"epochs": None, name: value} if name in ("steps", "examples") else {name: value}
+        with pytest.raises(UserError, match=re.escape(f"config.{name}: {value} is out of range: give at least")):
+            plan.check(config("cpu", **changes))
+
+
+def test_the_longest_runs_can_be_planned():
+    for unit, value in (("epochs", plan.LARGEST), ("steps", int(plan.LARGEST)), ("examples", 2**53)):
+        made = config("cpu", **{"epochs": None, unit: value, "eval_every": "1000000000 epochs"})
+        plan.check(made)
+        p = plan.plan(made, examples=10**7, num_classes=10, micro_batch=64)
+        assert len(range(p.steps)) == p.steps and 0 <= p.schedule(p.steps - 1) <= p.lr
+
+
+@pytest.mark.parametrize("policy", ["", "rand-m9-mstd0.5-inc1", "rand-n15-tweights", "rand-m9-n99", "rand-m7-p0.3-t3a"])
+def test_policies_that_timm_can_draw_pass(policy):
+    plan.check(config("cpu", **{"augment.randaugment": policy}))
 
 
 def test_an_indivisible_batch_names_a_batch_that_divides():
@@ -189,6 +240,30 @@ def test_lr_is_a_pure_function_of_the_step_for_every_recipe():
         assert values == [p.schedule(s) for s in range(0, p.steps, max(1, p.steps // 50))]
         assert 0 < max(values) <= p.lr * (1 + 1e-12)
     assert schedules.constant(0.5)(10**9) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "epochs", "warmup"),
+    [(146, 64, 30, 5), (146, 64, 30, 0), (999, 10, 7, 3), (50_000, 1024, 300, 5)],
+)
+def test_the_reference_schedule_is_timms_over_a_whole_run(examples, batch, epochs, warmup):
+    """The reference code steps timm's scheduler after each epoch, with that epoch's number."""
+    from pcpvt import torchvision_compat  # noqa: F401 - before timm
+    from timm.scheduler import CosineLRScheduler  # isort: skip
+
+    made, p = planned("npu1,paper", examples, batch_size=batch, epochs=float(epochs), warmup_epochs=float(warmup))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=p.lr)
+    theirs = CosineLRScheduler(
+        optimizer, t_initial=epochs, lr_min=made.min_lr, warmup_t=warmup, warmup_lr_init=made.warmup_lr
+    )
+    rates = []
+    for epoch in range(epochs + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        theirs.step(epoch)
+    assert [p.schedule(step) for step in range(p.steps)] == pytest.approx(
+        [rates[step * batch // examples] for step in range(p.steps)], rel=1e-12
+    )
+    assert p.steps * batch >= epochs * examples > (p.steps - 1) * batch
 
 
 def test_recipes_write_only_fields_that_exist():

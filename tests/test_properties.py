@@ -91,7 +91,7 @@ def test_reference_schedule_is_constant_within_an_epoch_and_one_epoch_late(lr, e
     for epoch in range(epochs):
         values = {schedule(step) for step in range(epoch * per, (epoch + 1) * per)}
         assert len(values) == 1 and 0 < values.pop() <= lr * (1 + 1e-9)
-    assert schedule(0) == 1e-6
+    assert schedule(0) == (1e-6 if warmup else lr)
 
 
 # Checkpoints.

@@ -14,6 +14,10 @@ from pcpvt.errors import UserError
 from pcpvt.functional import precision, schedules
 from pcpvt.models.pcpvt import SPECS, STRIDE
 
+LARGEST = 1e9  # of most numbers in a config, so that nothing that is computed from them overflows
+# Stricter than timm, which skips sections that it does not know.
+RANDAUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d{1,3}|-(p|mstd)\d{1,3}(\.\d+)?|-t(weights|3a|3aw))*")
+WEIGHTED = {"weights": 15, "3aw": 14}  # timm's operations that are drawn by weight, each once
 UNITS = ("epochs", "steps", "examples")
 UNSET = ("warmup_epochs", *(name for name, (default, _) in FIELDS.items() if isinstance(default, type)))  # may be None
 
@@ -51,14 +55,14 @@ def check_choice(field: str, value: str, choices) -> None:
         raise UserError(f"config.{field}: {value!r} is not known: {hint}")
 
 
-def _within(config: ConfigDict, field: str, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
+def _within(config: ConfigDict, field: str, low: float, high: float = LARGEST, *, open_end: bool = False) -> None:
     node = config
     for part in field.split("."):
         node = node[part]
     if node is None:
         return
     if not (low <= node < high if open_end else low <= node <= high):
-        upper = "" if high == math.inf else f" and {'below' if open_end else 'at most'} {high:g}"
+        upper = "" if node < low and high >= LARGEST else f" and {'below' if open_end else 'at most'} {high:g}"
         raise UserError(f"config.{field}: {node} is out of range: give at least {low:g}{upper}")
 
 
@@ -106,9 +110,12 @@ def check(config: ConfigDict) -> None:
         "augment.crop_pad",
         "augment.color_jitter",
         "eval.batch_size",
-        "seed",
+        "epochs",
+        "steps",
     ):
         _within(config, field, 0)
+    for field in ("seed", "examples"):
+        _within(config, field, 0, 2**53)
     for field in ("model.drop_path", "ema", "label_smoothing", "beta1", "beta2"):
         _within(config, field, 0, 1, open_end=True)
     for field in ("mix_prob", "mix_switch", "augment.hflip", "augment.erase"):
@@ -118,10 +125,13 @@ def check(config: ConfigDict) -> None:
     _within(config, "data.workers", -1)
     for field in ("scale", "ratio"):
         value = config.augment[field]
-        if len(value) != 2 or not all(isinstance(n, int | float) for n in value) or not 0 < value[0] <= value[1]:
-            raise UserError(f"config.augment.{field}: {value} is no range: give (low, high) with 0 < low <= high")
+        numbers = len(value) == 2 and all(isinstance(n, int | float) for n in value)
+        if not numbers or not 1 / LARGEST <= value[0] <= value[1] <= LARGEST:
+            limits = f"{1 / LARGEST:g} <= low <= high <= {LARGEST:g}"
+            raise UserError(f"config.augment.{field}: {value} is no range: give (low, high) with {limits}")
     if config.augment.scale[1] > 1:
         raise UserError(f"config.augment.scale: {config.augment.scale} exceeds the image: give (low, high) up to 1")
+    _check_randaugment(config.augment.randaugment)
     try:
         re.compile(config.frozen)
     except re.error as error:
@@ -142,6 +152,18 @@ def check(config: ConfigDict) -> None:
         _duration(config, field, 1, 1)
     _one_unit(config, "", UNITS, required=True)
     _one_unit(config, "warmup_", ("epochs", "steps"), required=False)
+
+
+def _check_randaugment(policy: str) -> None:
+    if policy and not RANDAUGMENT.fullmatch(policy):
+        raise UserError(f"config.augment.randaugment: {policy!r} is not timm's notation: try rand-m9-mstd0.5-inc1")
+    layers, chosen = re.findall(r"-n(\d+)", policy), re.findall(r"-t(\w+)", policy)
+    most = WEIGHTED.get(chosen[0], LARGEST) if chosen else LARGEST
+    if layers and int(layers[-1]) > most:
+        raise UserError(
+            f"config.augment.randaugment: {policy!r} draws {layers[-1]} of {most} operations without replacement: "
+            f"give at most n{most}"
+        )
 
 
 def _one_unit(config: ConfigDict, prefix: str, units, *, required: bool) -> tuple[str, float] | None:
@@ -170,7 +192,7 @@ def _duration(config: ConfigDict, field: str, batch: int, examples: int) -> int:
     if text == "0":
         return 0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(epoch|step|example)s?", text)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) <= LARGEST:
         raise UserError(f"config.{field}: {config[field]!r} is no duration: write like '1 epoch', '500 steps' or '0'")
     return max(1, in_steps(float(match[1]), match[2] + "s", batch, examples))
 
@@ -236,7 +258,9 @@ def _schedule(config: ConfigDict, made: Plan) -> schedules.Schedule:
         return schedules.constant(made.lr)
     if config.schedule == "reference":
         warm_epochs = warm[1] if warm[0] == "epochs" else warm[1] * made.batch / made.examples
-        return schedules.reference(made.lr, made.epochs, warm_epochs, made.epoch, config.warmup_lr, config.min_lr)
+        # Of steps rounded up to hold the last epoch in full, made.epochs is more than was asked for.
+        epochs = config.epochs or made.epochs
+        return schedules.reference(made.lr, epochs, warm_epochs, made.epoch, config.warmup_lr, config.min_lr)
     warm_steps = min(in_steps(warm[1], warm[0], made.batch, made.examples), made.steps)
     return schedules.warmup_cosine(made.lr, made.steps, warm_steps, config.warmup_lr, config.min_lr)
 

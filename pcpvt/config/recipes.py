@@ -37,6 +37,7 @@ def paper(c: ConfigDict, devices: int) -> None:
     """The authors' 300 epochs with their schedule: global batch 1024 on any number of devices, lr 5e-4 x batch/512."""
     c.data.name = "folder"
     c.batch_size, c.base_lr, c.epochs, c.schedule = 1024, 5e-4, 300.0, "reference"
+    c.model.drop_path = {"pcpvt_b": 0.3, "pcpvt_l": 0.5}.get(c.model.name, 0.2)
 
 
 def perf(c: ConfigDict, devices: int) -> None:

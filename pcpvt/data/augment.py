@@ -172,9 +172,9 @@ def random_crop_box(
             return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
     w, h = width, height
     if width < ratio[0] * height:
-        h = round(width / ratio[0])
+        h = max(1, round(width / ratio[0]))
     elif width > ratio[1] * height:
-        w = round(height * ratio[1])
+        w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 import threading
 from typing import Any
 
@@ -19,10 +18,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from pcpvt.errors import UserError
-
-# Stricter than timm, which skips sections that it does not know.
-_NOTATION = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3a|3aw))*")
 _GLOBAL_RANDOM = threading.Lock()
 
 
@@ -33,12 +28,10 @@ def rand_augment(
 
     Args:
         pixels: uint8 `[height, width, 3]`; not written to.
-        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`.
+        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`; timm skips sections that it does not know, which
+            `config.plan.check` refuses.
         interpolation: `bicubic` or `bilinear`, of the geometric operations.
         fill: the colour that comes in from outside; timm takes the data set's mean.
-
-    Raises:
-        UserError: the policy is not in timm's notation.
     """
     transform = _policy(policy, min(pixels.shape[:2]), interpolation, fill)
     weights = transform.choice_weights
@@ -51,8 +44,6 @@ def rand_augment(
 
 @functools.lru_cache(maxsize=16)
 def _policy(policy: str, side: int, interpolation: str, fill: tuple[int, int, int]) -> Any:
-    if not _NOTATION.fullmatch(policy):
-        raise UserError(f"config.augment.randaugment: {policy!r} is not timm's notation: try rand-m9-mstd0.5-inc1")
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     from timm.data.auto_augment import rand_augment_transform  # isort: skip
 

@@ -35,8 +35,8 @@ def reference(
 ) -> Schedule:
     """The Twins reference code's schedule: constant within an epoch and one epoch late.
 
-    It is stepped after each epoch with that epoch's number, so epochs 0 and 1 both run at `warmup_lr`, and the cosine,
-    which counts from epoch 0, is entered where the warm-up ends.
+    It is stepped after each epoch with that epoch's number, so epochs 0 and 1 both run at `warmup_lr` (at `lr` without
+    warm-up), and the cosine, which counts from epoch 0, is entered where the warm-up ends.
 
     Args:
         epoch_of: step to epoch number.
@@ -45,7 +45,7 @@ def reference(
     def schedule(step: int) -> float:
         t = epoch_of(step) - 1
         if t < 0:
-            return warmup_lr
+            return warmup_lr if warmup_epochs else lr
         if t < warmup_epochs:
             return warmup_lr + (lr - warmup_lr) * t / warmup_epochs
         if t >= epochs:
