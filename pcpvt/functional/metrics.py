@@ -19,15 +19,16 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
         valid: bool `[b]`; padding rows are False and count nowhere.
 
     Returns:
-        float64 or int64 0-d tensors: `seen`, `top1`, `top5`, `loss` (sum of cross-entropy). A label is in the top k
-        when fewer than k classes score higher; ties are broken by class index, lower first, on every device alike.
+        0-d tensors: `seen`, `top1`, `top5` in int64, `loss` (sum of cross-entropy) in the dtype of the logits. A label
+        is in the top k when fewer than k classes score higher; ties are broken by class index, lower first, on every
+        device alike.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)[None, :]
     ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
     rank = ahead.sum(1)
     # A non-finite row has no meaningful order: it counts as wrong.
-    usable = valid & torch.isfinite(own[:, 0])
+    usable = valid & torch.isfinite(logits).all(1)
     loss = torch.where(valid, cross_entropy(logits, labels), torch.zeros_like(own[:, 0]))
     return {
         "seen": valid.sum(),
