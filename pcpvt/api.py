@@ -7,8 +7,8 @@
     maps = api.features(net.model, net.params, image)                        # four maps [1, c, h, w], strides 4 to 32
     state, metrics = api.train_step(net.model)(api.train_state(net.params), dict(image=image, label=torch.tensor([3])))
 
-Images are uint8 and NHWC everywhere; the functions normalise. More is in `pcpvt.models.pcpvt` (`intermediates`,
-`apply`) and `pcpvt.functional`.
+Images are uint8 and NHWC everywhere; the functions normalise. More is in `pcpvt.models.pcpvt` (`apply`, and
+`intermediates`, with attention maps on request) and `pcpvt.functional`.
 """
 
 from __future__ import annotations

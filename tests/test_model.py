@@ -204,15 +204,15 @@ def test_intermediates_are_named_and_change_no_number():
     x = images(2, 64, 64, 3, dtype=torch.float64)
     logits, out = pcpvt.intermediates(model, params, x)
     assert torch.equal(logits, pcpvt.apply(model, params, x)) and torch.equal(logits, out["logits"])
-    blocks = [(s, i) for s, depth in enumerate(model.spec.depths) for i in range(depth)]
-    assert set(out) == {
-        "pooled", "logits", *(f"stages.{s}" for s in range(4)),
-        *(f"blocks.{s}.{i}" for s, i in blocks), *(f"blocks.{s}.{i}.attention" for s, i in blocks),
-    }  # fmt: skip
-    assert out["blocks.0.0.attention"].shape == (2, 1, 256, 4)  # heads, 16x16 tokens, 2x2 keys
-    for name, value in out.items():
-        if name.endswith("attention"):
-            torch.testing.assert_close(value.sum(-1), torch.ones_like(value.sum(-1)))
+    blocks = {f"blocks.{s}.{i}" for s, depth in enumerate(model.spec.depths) for i in range(depth)}
+    assert set(out) == {"pooled", "logits", *(f"stages.{s}" for s in range(4)), *blocks}
+
+    logits, more = pcpvt.intermediates(model, params, x, attention=True)
+    assert torch.equal(logits, out["logits"]) and set(more) == set(out) | {f"{name}.attention" for name in blocks}
+    assert more["blocks.0.0.attention"].shape == (2, 1, 256, 4)  # heads, 16x16 tokens, 2x2 keys
+    for name in blocks:
+        rows = more[f"{name}.attention"].sum(-1)
+        torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
 def test_every_device_s_plain_attention_is_softmax_attention():

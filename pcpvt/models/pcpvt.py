@@ -74,7 +74,12 @@ class PCPVT(nn.Module):
         return 2 * sum(self.spec.depths)
 
     def stages(
-        self, images: Tensor, keep: Tensor | None = None, kernels: Kernels = PLAIN, capture: Capture | None = None
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        kernels: Kernels = PLAIN,
+        capture: Capture | None = None,
+        attention: bool = False,
     ) -> list[Tensor]:
         """The four stage outputs `[b, h, w, c]` of images `[b, H, W, 3]`, before the final norm."""
         if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
@@ -83,7 +88,9 @@ class PCPVT(nn.Module):
         for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
             x = embed(x, kernels)
             for i, block in enumerate(blocks.children()):
-                here = kernels if capture is None else _captured(kernels, capture, f"blocks.{s}.{i}.attention")
+                here = kernels
+                if capture is not None and attention:
+                    here = _captured(kernels, capture, f"blocks.{s}.{i}.attention")
                 x = block(x, here, None if keep is None else keep[:, index : index + 2])
                 index += 2
                 if i == 0:
@@ -101,6 +108,7 @@ class PCPVT(nn.Module):
         keep: Tensor | None = None,
         kernels: Kernels = PLAIN,
         capture: Capture | None = None,
+        attention: bool = False,
         dense: bool = False,
     ) -> Tensor | list[Tensor]:
         """Logits `[b, num_classes]` of normalised images `[b, H, W, 3]`.
@@ -109,11 +117,13 @@ class PCPVT(nn.Module):
             images: NHWC, any height and width.
             keep: drop-path factors `[b, branches]` (see `draw_keep`), or None for none.
             kernels: the device's own kernels.
-            capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `blocks.{s}.{i}.attention`
-                (the attention matrix), `pooled` and `logits`; None costs nothing.
+            capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `pooled` and `logits`; None costs
+                nothing.
+            attention: capture also each block's attention matrix `[b, heads, tokens, keys]`, written out, as
+                `blocks.{s}.{i}.attention`: of S at 224 px 4.5 MB an image in float32, all other maps being 5.8 MB.
             dense: return the four stage outputs `[b, h, w, c]` instead of logits.
         """
-        stages = self.stages(images, keep, kernels, capture)
+        stages = self.stages(images, keep, kernels, capture, attention)
         if dense:
             return stages
         pooled = reduce(self.norm(stages[-1]), "b h w c -> b c", "mean")
@@ -162,10 +172,12 @@ def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Te
     return [rearrange(x, "b h w c -> b c h w") for x in maps]
 
 
-def intermediates(model: PCPVT, params: Params, images: Tensor, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    """(logits, everything named): see `capture` of `PCPVT.forward` for the names."""
+def intermediates(
+    model: PCPVT, params: Params, images: Tensor, attention: bool = False, **options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits, everything named): see `capture` and `attention` of `PCPVT.forward` for the names."""
     out: dict[str, Tensor] = {}
-    logits = apply(model, params, images, capture=out.__setitem__, **options)
+    logits = apply(model, params, images, capture=out.__setitem__, attention=attention, **options)
     return logits, out
 
 
