@@ -76,7 +76,7 @@ def read(source: Source, size: tuple[int, int], crop: float = 0.875) -> Tensor:
     Raises:
         DecodeError: the image cannot be read.
     """
-    return torch.from_numpy(augment.eval_sample(source, size, augment.short_side(size, crop)).copy())[None]
+    return torch.from_numpy(augment.eval_sample(source, size, crop).copy())[None]
 
 
 def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shared by all tests: a few threads, the miniature model, and the binary as a user calls it."""
+"""Shared by all tests: a few threads, the miniature model, the binary as a user calls it, and tamed libraries."""
 
 from __future__ import annotations
 
@@ -55,3 +55,35 @@ def trained(tmp_path_factory):
     words += ["--config.lr=3e-3", "--config.log_every=10 steps", "--config.precision=float32", f"--workdir={workdir}"]
     subprocess.run([sys.executable, "-m", "pcpvt.main", *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
     return workdir
+
+
+@pytest.fixture
+def theirs_seeded():
+    """Global generators for the libraries under comparison, put back afterwards."""
+    import random
+
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@pytest.fixture
+def timm_posterize(monkeypatch):
+    """Pillow 13 refuses timm's posterizing to 0 bits: bounded in timm as it is in ours."""
+    from pcpvt import torchvision_compat  # noqa: F401 - before timm
+    from timm.data import auto_augment  # isort: skip
+
+    original = auto_augment.posterize
+    for name in list(auto_augment.NAME_TO_OP):
+        if name.startswith("Posterize"):
+            monkeypatch.setitem(
+                auto_augment.NAME_TO_OP, name, lambda image, bits, **options: original(image, max(1, bits), **options)
+            )

@@ -1,6 +1,7 @@
-"""Training and evaluation pixels: timm's and torchvision's distributions, from our keys alone."""
+"""Training pixels: timm's and torchvision's distributions, from our keys alone."""
 
-import functools
+from __future__ import annotations
+
 import io
 import pickle
 import random
@@ -8,75 +9,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from pictures import MEAN, POLICY, STD, agree, picture, timm_transform
 from PIL import Image
 
-from pcpvt import torchvision_compat  # noqa: F401 - before timm
-from pcpvt.data import augment, randaugment
+from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError, Picture
 from pcpvt.functional.mixing import decode_images
 from pcpvt.functional.rng import generator
-
-POLICY = "rand-m9-mstd0.5-inc1"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def agree(ours, theirs, errors: float = 4.5) -> bool:
-    """Equal means and variances, within 4.5 standard errors of their difference.
-
-    The standard error of a mean is sqrt(variance / n); the variance is the mean of squared deviations, so its
-    own error follows the same formula. Seeds are fixed; over all comparisons of this file a right
-    implementation has a chance of about 1e-3 to fail at 4.5.
-    """
-    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
-    for a, b in ((ours, theirs), ((ours - ours.mean(0)) ** 2, (theirs - theirs.mean(0)) ** 2)):
-        error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
-        if (np.abs(a.mean(0) - b.mean(0)) > errors * error + 1e-9).any():
-            return False
-    return True
-
-
-@pytest.fixture
-def theirs_seeded():
-    """Global generators for the libraries under comparison, put back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-
-
-@functools.cache
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Large shapes with some noise on them, as photographs have."""
-    draws = generator(seed, "picture")
-    coarse = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
-    return np.clip(smooth + draws.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-
-
-def timm_transform(**options):
-    from timm.data import create_transform
-
-    return create_transform(interpolation="bicubic", use_prefetcher=True, **options)
-
-
-@pytest.fixture
-def timm_posterize(monkeypatch):
-    """Pillow 13 refuses timm's posterizing to 0 bits: bounded in timm as it is in ours."""
-    from timm.data import auto_augment
-
-    bounded = functools.partial(_posterize, auto_augment.posterize)
-    for name in list(auto_augment.NAME_TO_OP):
-        if name.startswith("Posterize"):
-            monkeypatch.setitem(auto_augment.NAME_TO_OP, name, bounded)
-
-
-def _posterize(original, image, bits, **options):
-    return original(image, max(1, bits), **options)
-
 
 # ---- random resized crop, flip, padding ----
 
@@ -141,95 +80,13 @@ def test_a_sample_that_needs_nothing_costs_nothing():
     spec = augment.AugmentSpec((32, 32), scale=(), hflip=0.0)
     pixels, box = augment.train_sample(image, spec, generator(0, "x"))
     assert np.shares_memory(pixels, image) and not box.any()
-    assert np.shares_memory(augment.eval_sample(image, (32, 32), 32), image)
+    assert np.shares_memory(augment.eval_sample(image, (32, 32), 1.0), image)
 
 
 def test_other_sizes_are_covered_and_cropped_without_a_random_crop():
     spec = augment.AugmentSpec((24, 16), scale=(), hflip=0.0)
     pixels, _ = augment.train_sample(picture(60, 90), spec, generator(0, "x"))
     np.testing.assert_array_equal(pixels, augment.resize(picture(60, 90), (24, 36), "bicubic")[:, 10:26])
-
-
-# ---- RandAugment ----
-
-
-def test_operations_equal_timms(timm_posterize, theirs_seeded):
-    """Each of timm's 15 operations with the same arguments; the faster ones may round differently."""
-    image = picture(48, 40)
-    policy = randaugment._policy(POLICY, 40, "bicubic", (124, 116, 104))
-    assert len({op.name for op in policy.ops}) == 15
-    for op in policy.ops:
-        for i in range(40):
-            arguments = randaugment._arguments(op, generator(0, op.name, i))
-            ours = randaugment._apply(op, arguments, image, fast=True).astype(int)
-            theirs = np.asarray(op.aug_fn(Image.fromarray(image), *arguments, **op.kwargs)).astype(int)
-            if "Shear" in op.name or "Translate" in op.name:
-                assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.03, op.name
-            else:
-                np.testing.assert_array_equal(ours, theirs, err_msg=op.name)
-
-
-@pytest.mark.parametrize("factor", [-3.0, -0.31, -1e-9, 0.0, 0.02, 0.5, 2.5])
-@pytest.mark.parametrize("shape", [(33, 20), (8, 1), (1, 9)])
-def test_shifted_rows_equal_pillows_transform(factor, shape):
-    image = picture(*shape)
-    fill = (1, 200, 99)
-    ours = randaugment.shift_rows(image, factor * (np.arange(shape[0]) + 0.5), fill).astype(int)
-    theirs = Image.fromarray(image).transform(
-        shape[::-1], Image.Transform.AFFINE, (1, factor, 0, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=fill
-    )
-    assert np.abs(ours - np.asarray(theirs)).max() <= 1
-
-
-def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seeded):
-    """What reaches the operations: which they are, and their arguments."""
-    from timm.data.auto_augment import rand_augment_transform
-
-    def recorded(transform, run, draws):
-        calls = []
-        for op in transform.ops:
-            monkeypatch.setattr(op, "aug_fn", lambda img, *a, name=op.name, **_: calls.append((name, *a)) or img)
-        for i in range(draws):
-            run(i)
-        return calls
-
-    image = np.zeros((8, 8, 3), np.uint8)
-    ours_transform = randaugment._policy(POLICY, 8, "bilinear", (124, 116, 104))
-    ours = recorded(
-        ours_transform,
-        lambda i: randaugment.rand_augment(image, POLICY, "bilinear", (124, 116, 104), generator(0, "ra", i)),
-        12_000,
-    )
-    transform = rand_augment_transform(POLICY, {"translate_const": 3, "img_mean": (124, 116, 104)})
-    theirs = recorded(transform, lambda i: transform(Image.fromarray(image)), 12_000)
-    names = {op.name for op in transform.ops}
-    assert {name for name, *_ in ours} == {name for name, *_ in theirs} == names
-    for name in names:
-        a, b = ([call for call in calls if call[0] == name] for calls in (ours, theirs))
-        # Each operation comes 12,000 * 2 * 0.5 / 15 = 800 times, give or take sqrt(800) on either side.
-        assert abs(len(a) - len(b)) < 4.5 * np.sqrt(1600), name
-        if len(a[0]) > 1:
-            bound = 1 if name.startswith("Posterize") else -np.inf
-            assert agree([call[1] for call in a], [max(bound, call[1]) for call in b]), name
-            assert min(call[1] for call in a) >= bound
-
-
-def test_thousands_of_draws_raise_nothing():
-    """timm asks for 0 bits in 0.15 % of the draws: 5,000 of them meet it seven times."""
-    image = picture(16, 16)
-    for i in range(5000):
-        out = randaugment.rand_augment(image, POLICY, "bicubic", (124, 116, 104), generator(1, "ra", i))
-        assert out.shape == image.shape and out.dtype == np.uint8
-
-
-def test_weighted_choices_and_bilinear_work():
-    out = [
-        randaugment.rand_augment(
-            picture(20, 20), "rand-m9-mstd101-n3-tweights", "bilinear", (0, 0, 0), generator(0, "w", i)
-        )
-        for i in range(50)
-    ]
-    assert len({o.tobytes() for o in out}) > 20
 
 
 # ---- colour jitter, random erasing ----
@@ -397,44 +254,7 @@ def test_a_corrupt_source_raises_a_decode_error(tmp_path):
     path.write_bytes(b"\xff\xd8nothing")
     for read in (
         lambda: augment.train_sample(path, augment.AugmentSpec((8, 8)), generator(0, "x")),
-        lambda: augment.eval_sample(path, (8, 8), 9),
+        lambda: augment.eval_sample(path, (8, 8), 0.875),
     ):
         with pytest.raises(DecodeError, match=r"bad\.jpg"):
             read()
-
-
-# ---- evaluation ----
-
-SHAPES = [(100, 140), (140, 100), (99, 99), (37, 41), (61, 300), (256, 301), (20, 15)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size, crop", [((56, 56), 0.875), ((32, 32), 1.0)])
-def test_exact_evaluation_equals_timms_pixel_for_pixel(shape, size, crop):
-    transform = timm_transform(input_size=(3, *size), is_training=False, crop_pct=crop)
-    expected = transform(Image.fromarray(picture(*shape))).permute(1, 2, 0).numpy()
-    resize_to = int(min(size) / crop)
-    np.testing.assert_array_equal(augment.eval_sample(picture(*shape), size, resize_to, exact=True), expected)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_evaluation_equals_timms_up_to_rounding(shape):
-    """Where the passes' order differs, Pillow and PyTorch round and clip other intermediate values."""
-    exact = augment.eval_sample(picture(*shape), (56, 56), 64, exact=True).astype(int)
-    fast = augment.eval_sample(picture(*shape), (56, 56), 64).astype(int)
-    difference = np.abs(exact - fast)
-    assert difference.max() <= 3 and (difference > 1).mean() < 0.005 and difference.mean() < 0.15
-
-
-def test_evaluation_to_another_shape_covers_it_in_proportion():
-    got = augment.eval_sample(picture(100, 90), (64, 48), 54)
-    np.testing.assert_array_equal(got, augment.resize(picture(100, 90), (72, 64), "bicubic")[4:68, 8:56])
-
-
-def test_elongated_images_do_not_explode():
-    """One pixel by 200,000: 256 pixels high it would have 13 thousand million."""
-    strip = np.zeros((1, 200_000, 3), np.uint8)
-    with pytest.raises(DecodeError, match="limit"):
-        augment.eval_sample(strip, (224, 224), 256)
-    pixels, _ = augment.train_sample(strip, augment.AugmentSpec((224, 224)), generator(0, "x"))
-    assert pixels.shape == (224, 224, 3)

@@ -64,7 +64,7 @@ def ours(folder, classes=CLASSES, outputs: int | None = None, ema: bool = True, 
 
 def reference_logits(params: dict[str, torch.Tensor], folder, size: int) -> torch.Tensor:
     """Logits of the validation images in order, without the loader, the policy and the evaluator."""
-    images = [eval_sample(str(path), (size, size), int(size / 0.875)) for path in sorted(folder.glob("val/*/*"))]
+    images = [eval_sample(str(path), (size, size), 0.875) for path in sorted(folder.glob("val/*/*"))]
     x = decode_images(torch.from_numpy(np.stack(images)), None, IMAGENET_MEAN, IMAGENET_STD)
     return model_of.apply(model_of.build("pcpvt_nano", len(params["head.bias"])), params, x)
 

@@ -3,28 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from pictures import MEAN, STD, agree
 
-from pcpvt import torchvision_compat  # noqa: F401 - before timm
 from pcpvt.functional import mixing
 from pcpvt.functional.rng import generator
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Equal means and variances, within 4.5 standard errors of their difference.
-
-    The standard error of a mean is sqrt(variance / n); the variance is the mean of squared deviations, so its
-    own error follows the same formula. With some fifty comparisons in these files and fixed seeds, 4.5 leaves
-    a right implementation a chance of 3e-4 to fail; a wrong alpha, or a lambda that is not corrected, is off
-    by 10 or more.
-    """
-    for power in (1, 2):
-        a, b = (x if power == 1 else (x - x.mean()) ** 2 for x in (ours, theirs))
-        error = np.sqrt(a.var() / len(a) + b.var() / len(b))
-        if abs(a.mean() - b.mean()) > 4.5 * error + 1e-9:
-            return False
-    return True
 
 
 def our_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:

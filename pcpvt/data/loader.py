@@ -124,12 +124,11 @@ class EvalBatches:
             "valid": torch.zeros(self.local_batch, dtype=torch.bool),
         }
         pixels = batch["image"].numpy()
-        resize = augment.short_side(self.size, self.crop)
         for row, sample in enumerate(self.batches[index]):
             batch["id"][row] = sample
             try:
                 image, batch["label"][row] = self.source[sample]
-                pixels[row] = augment.eval_sample(image, self.size, resize, self.source.name(sample))
+                pixels[row] = augment.eval_sample(image, self.size, self.crop, self.source.name(sample))
                 batch["valid"][row] = True
             except DecodeError:
                 if self.on_error == "error":

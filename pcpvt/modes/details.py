@@ -139,7 +139,7 @@ def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:
     scale = min(1.0, THUMBNAIL / min(size))
     small = round(size[0] * scale), round(size[1] * scale)
     try:
-        pixels = augment.eval_sample(image, small, augment.short_side(small, crop))
+        pixels = augment.eval_sample(image, small, crop)
     except DecodeError:
         return ""
     out = io.BytesIO()

@@ -1,0 +1,90 @@
+"""RandAugment: timm's operations and distributions, from our keys alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pictures import POLICY, agree, picture
+from PIL import Image
+
+from pcpvt.data import randaugment
+from pcpvt.functional.rng import generator
+
+
+def test_operations_equal_timms(timm_posterize, theirs_seeded):
+    """Each of timm's 15 operations with the same arguments; the faster ones may round differently."""
+    image = picture(48, 40)
+    policy = randaugment._policy(POLICY, 40, "bicubic", (124, 116, 104))
+    assert len({op.name for op in policy.ops}) == 15
+    for op in policy.ops:
+        for i in range(40):
+            arguments = randaugment._arguments(op, generator(0, op.name, i))
+            ours = randaugment._apply(op, arguments, image, fast=True).astype(int)
+            theirs = np.asarray(op.aug_fn(Image.fromarray(image), *arguments, **op.kwargs)).astype(int)
+            if "Shear" in op.name or "Translate" in op.name:
+                assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.03, op.name
+            else:
+                np.testing.assert_array_equal(ours, theirs, err_msg=op.name)
+
+
+@pytest.mark.parametrize("factor", [-3.0, -0.31, -1e-9, 0.0, 0.02, 0.5, 2.5])
+@pytest.mark.parametrize("shape", [(33, 20), (8, 1), (1, 9)])
+def test_shifted_rows_equal_pillows_transform(factor, shape):
+    image = picture(*shape)
+    fill = (1, 200, 99)
+    ours = randaugment.shift_rows(image, factor * (np.arange(shape[0]) + 0.5), fill).astype(int)
+    theirs = Image.fromarray(image).transform(
+        shape[::-1], Image.Transform.AFFINE, (1, factor, 0, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=fill
+    )
+    assert np.abs(ours - np.asarray(theirs)).max() <= 1
+
+
+def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seeded):
+    """What reaches the operations: which they are, and their arguments."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    def recorded(transform, run, draws):
+        calls = []
+        for op in transform.ops:
+            monkeypatch.setattr(op, "aug_fn", lambda img, *a, name=op.name, **_: calls.append((name, *a)) or img)
+        for i in range(draws):
+            run(i)
+        return calls
+
+    image = np.zeros((8, 8, 3), np.uint8)
+    ours_transform = randaugment._policy(POLICY, 8, "bilinear", (124, 116, 104))
+    ours = recorded(
+        ours_transform,
+        lambda i: randaugment.rand_augment(image, POLICY, "bilinear", (124, 116, 104), generator(0, "ra", i)),
+        12_000,
+    )
+    transform = rand_augment_transform(POLICY, {"translate_const": 3, "img_mean": (124, 116, 104)})
+    theirs = recorded(transform, lambda i: transform(Image.fromarray(image)), 12_000)
+    names = {op.name for op in transform.ops}
+    assert {name for name, *_ in ours} == {name for name, *_ in theirs} == names
+    for name in names:
+        a, b = ([call for call in calls if call[0] == name] for calls in (ours, theirs))
+        # Each operation comes 12,000 * 2 * 0.5 / 15 = 800 times, give or take sqrt(800) on either side.
+        assert abs(len(a) - len(b)) < 4.5 * np.sqrt(1600), name
+        if len(a[0]) > 1:
+            bound = 1 if name.startswith("Posterize") else -np.inf
+            assert agree([call[1] for call in a], [max(bound, call[1]) for call in b]), name
+            assert min(call[1] for call in a) >= bound
+
+
+def test_thousands_of_draws_raise_nothing():
+    """timm asks for 0 bits in 0.15 % of the draws: 5,000 of them meet it seven times."""
+    image = picture(16, 16)
+    for i in range(5000):
+        out = randaugment.rand_augment(image, POLICY, "bicubic", (124, 116, 104), generator(1, "ra", i))
+        assert out.shape == image.shape and out.dtype == np.uint8
+
+
+def test_weighted_choices_and_bilinear_work():
+    out = [
+        randaugment.rand_augment(
+            picture(20, 20), "rand-m9-mstd101-n3-tweights", "bilinear", (0, 0, 0), generator(0, "w", i)
+        )
+        for i in range(50)
+    ]
+    assert len({o.tobytes() for o in out}) > 20
