@@ -1,4 +1,4 @@
-"""Flags to a run: which config, which workdir, which mode; with one-line errors and without importing torch."""
+"""Flags to a run: which config, which workdir, which mode; with one-line errors. Only `read_run` imports torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import difflib
 import os
 import re
 import sys
+import traceback
+from itertools import zip_longest
 from pathlib import Path
 
 from absl import flags
@@ -38,14 +40,15 @@ def inside_torchrun() -> bool:
 
 
 def find_config(path: str) -> str:
-    """A config's path as given, or the installed one of that name when there is no such file here."""
+    """A config's path as given, or the installed `configs/NAME` or `NAME` when there is no such file here."""
     file, _, arg = path.partition(":")
-    if not os.path.exists(file):
+    file = os.path.expanduser(file)
+    if not os.path.isfile(file):
         # A wheel holds the folder configs/ as pcpvt/configs; an editable install has it beside the package.
-        package = Path(__file__).parent
-        found = [folder / Path(file).name for folder in (package / "configs", package.parent / "configs")]
+        package, folder = Path(__file__).parent, Path(file).parent
+        found = [place / "configs" / Path(file).name for place in (package, package.parent)]
         found = [path for path in found if path.is_file()]
-        if not found:
+        if not found or folder not in (Path("configs"), Path()):  # a folder of the user's own is not guessed at
             raise UserError(f"--config: {file}: no such file: give one like configs/pcpvt_s.py:cpu")
         file = str(found[0])
     return f"{file}:{arg}" if arg else file
@@ -55,11 +58,8 @@ def parse(argv: list[str]) -> list[str]:
     """`flags.FLAGS(argv)` with our errors: one line that names the flag, the value and the remedy."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise _said_by_config(error) or UserError(_explain(str(error))) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        text = " ".join(str(error).replace("\\n", " ").split()).strip("'\" ")
-        raise UserError(f"--config: {text}") from None
+    except Exception as error:  # a config is a program, and may raise anything
+        raise _told(error, argv[1].removeprefix("--config=").partition(":")[0]) from None
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -74,31 +74,41 @@ def _with_config(argv: list[str]) -> list[str]:
         if name in ("--config", "-config"):
             path, expects = value, not equals
             continue
-        if match := re.match(r"--?config\.([\w.]+)$", name):
-            _check_field(match[1])
         out.append(word)
-    path = _imply_folder(_imply_count(path, out), out)
+    given = _given(out)
+    for name in given:
+        _check_field(name)
+    path = _imply_folder(_imply_count(path, given), given)
     return [out[0], f"--config={find_config(path)}", *out[1:]]
 
 
-def _imply_count(path: str, argv: list[str]) -> str:
+def _given(argv: list[str]) -> dict[str, str]:
+    """Field to value, as arguments give them: `--config.FIELD=VALUE`, or `--config.FIELD VALUE` in two words."""
+    found = {}
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
+        if match := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL):
+            found[match[1]] = following if match[2] is None else match[2]
+    return found
+
+
+def _imply_count(path: str, given: dict[str, str]) -> str:
     """Under torchrun, a device without a number in ARG means as many as torchrun started."""
     file, _, arg = path.partition(":")
     device, *options = arg.split(",")
-    given = any(re.match(r"--?config\.processes\b", word) for word in argv)
-    if not inside_torchrun() or given or not device.isalpha():
+    if not inside_torchrun() or "processes" in given or not device.isalpha():
         return path
     return f"{file}:{','.join([device + os.environ['WORLD_SIZE'], *options])}"
 
 
-def _imply_folder(path: str, argv: list[str]) -> str:
-    """Adds `folder` to an ARG without a recipe for data where `data.path` is given, or weights from elsewhere may be.
+def _imply_folder(path: str, given: dict[str, str]) -> str:
+    """Adds `folder` to an ARG without a recipe for data where other data are given, or weights from elsewhere may be.
 
     A checkpoint of ours brings its own config, which then replaces the recipe's.
     """
-    given = any(re.match(r"--?config\.(data\.path|checkpoint|eval\.ensemble)=.", word) for word in argv)
+    other = given.get("data.name", "") not in ("", "digits", "synthetic")
+    other = other or any(given.get(name) for name in ("data.path", "checkpoint", "eval.ensemble"))
     file, _, arg = path.partition(":")
-    if not given or set(arg.split(",")) & set(recipes.DATA_RECIPES):
+    if not other or set(arg.split(",")) & set(recipes.DATA_RECIPES):
         return path
     return f"{file}:{arg},folder"
 
@@ -110,11 +120,23 @@ def _check_field(name: str) -> None:
         raise UserError(f"config.{name}: no such field: {hint}")
 
 
-def _said_by_config(error: BaseException | None) -> UserError | None:
-    """The error that a config file raised for its reader, which ml_collections wraps in others."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+def _told(error: Exception, path: str) -> UserError:
+    """The line about what parsing raised; ml_collections and absl wrap what the config at `path` raised in others."""
+    chain: list[BaseException] = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    for one in chain:
+        if isinstance(one, UserError):
+            return one
+        lines = [frame.lineno for frame in traceback.extract_tb(one.__traceback__) if frame.filename == path]
+        text = str(one)
+        if isinstance(one, SyntaxError) and one.filename == path:
+            lines, text = [one.lineno], one.msg
+        if lines:
+            return UserError(f"--config: {path}: line {lines[-1]}: {type(one).__name__}: {text}: correct the file")
+    if isinstance(error, flags.Error) and not str(error).startswith("flag --config="):
+        return UserError(_explain(str(error)))
+    return UserError(f"--config: {path}: {chain[-1]}: give a file with get_config(ARG), like configs/pcpvt_s.py")
 
 
 def _explain(text: str) -> str:
@@ -137,15 +159,18 @@ def read_run(values: flags.FlagValues) -> Run:
     flag = values["config"]
     config, given = values.config, config_flags.get_override_values(flag)
     file, _, arg = config_flags.get_config_filename(flag).partition(":")
+    _check_fields(config, file)
     # These are no part of a run: by default they have a folder of their own.
     name = Path(file).stem + (f"-{values.mode}" if values.mode in ("bench", "schedule") else "")
-    workdir = Path(values.workdir or Path("runs") / name)
+    workdir = Path(os.path.expanduser(values.workdir or Path("runs") / name))
+    if values.mode in ("predict", "export") and given.get("eval.ensemble"):
+        raise UserError(f"config.eval.ensemble: --mode={values.mode} takes one model: name it with config.checkpoint")
     if values.mode in ("eval", "predict", "export"):
         _adopt(config, given, arg, workdir)
     elif values.mode == "train" and config.checkpoint:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     if inside_torchrun():
-        _agree(config, "processes" in given or bool(arg))
+        _agree(config, "processes" in given or bool(arg.partition(",")[0]))
     if values.mode in ("export", "report", "schedule"):  # needs no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if values.mode == "predict":
@@ -157,6 +182,19 @@ def read_run(values: flags.FlagValues) -> Run:
         config.data.name = "folder"
     plan.check(config)
     return Run(config, workdir, values.mode)
+
+
+def _check_fields(config: ConfigDict, file: str) -> None:
+    """Raises UserError unless what a config file gave has all fields and no others."""
+    from pcpvt.store import records
+
+    if not hasattr(config, "lock"):  # which raises OSError where the config could not read something
+        raise UserError(f"--config: {file}: get_config(ARG) gave {config!r}: return what recipes.from_arg gives")
+    found = records.flat(config)
+    for name in found:
+        _check_field(name)
+    if missing := [name for name in fields.FIELDS if name not in found]:
+        raise UserError(f"--config: {file}: config.{missing[0]} is missing: begin with what recipes.from_arg gives")
 
 
 def _adopt(config: ConfigDict, given: dict, arg: str, workdir: Path) -> None:

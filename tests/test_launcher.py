@@ -156,20 +156,20 @@ def test_another_count_than_torchruns_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "words", "expected"),
+    ("path", "given", "expected"),
     [
-        ("c.py:npu", [], "c.py:npu16"),
-        ("c.py:npu,paper", [], "c.py:npu16,paper"),
-        ("c.py:npu16,perf", [], "c.py:npu16,perf"),
-        ("c.py", [], "c.py"),
-        ("c.py:cpu", ["--config.processes=4"], "c.py:cpu"),
+        ("c.py:npu", {}, "c.py:npu16"),
+        ("c.py:npu,paper", {}, "c.py:npu16,paper"),
+        ("c.py:npu16,perf", {}, "c.py:npu16,perf"),
+        ("c.py", {}, "c.py"),
+        ("c.py:cpu", {"processes": "4"}, "c.py:cpu"),
     ],
 )
-def test_recipes_see_torchruns_count(path, words, expected, monkeypatch):
-    assert cli._imply_count(path, words) == path
+def test_recipes_see_torchruns_count(path, given, expected, monkeypatch):
+    assert cli._imply_count(path, given) == path
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", "3")
-    assert cli._imply_count(path, words) == expected
+    assert cli._imply_count(path, given) == expected
     assert devices.detect().endswith("16")
 
 

@@ -7,6 +7,7 @@ outputs are called. The names of `config.eval.ensemble` are read here too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,10 +64,11 @@ def load(
 
 def read(path: str | Path, which: str = "auto") -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """The file that `path` means, and `store.weights.read` of it."""
+    path = os.path.expanduser(path)
     if (Path(path) / "checkpoints").is_dir():
         loaded = best(Path(path) / "checkpoints")
         return str(loaded.path), *weights.from_checkpoint(loaded, which)
-    return str(path), *weights.read(path, which=which)
+    return path, *weights.read(path, which=which)
 
 
 def choose(config: ConfigDict, workdir: Path) -> Chosen:
@@ -134,17 +136,16 @@ def ensemble(text: str) -> list[str]:
 
 
 def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[dict[str, Any] | None, str]:
-    """The config that weights were trained with, nested, and where it stands; None for weights from elsewhere.
+    """The config that weights were trained with, nested, and where it stands; None for weights that bring none.
 
     Args:
         path: `config.checkpoint`, or empty.
         members: of an ensemble; without `path` the first file of them stands for all.
         workdir: where the config is when no file is named.
     """
-    file = path or next((name for name in members if name not in OWN), "")
+    file = os.path.expanduser(path or next((name for name in members if name not in OWN), ""))
     if not file or Path(file).is_dir():
         where = Path(file or workdir) / "config.json"
         return records.read_config(where), str(where)
-    if not weights.is_ours(file):
-        return None, file
-    return records.nested(checkpoint.read_meta(Path(file).expanduser())["config"]), file
+    config = checkpoint.read_meta(Path(file)).get("config") if weights.is_ours(file) else None
+    return None if config is None else records.nested(config), file

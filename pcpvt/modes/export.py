@@ -60,7 +60,7 @@ def destination(session: Session) -> Path:
     """
     export, name = session.config.export, session.config.model.name
     suffix = SUFFIXES[export.format]
-    path = Path(export.output) if export.output else session.workdir / "export" / f"{name}{suffix}"
+    path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / f"{name}{suffix}"
     if path.suffix != suffix:
         raise UserError(f"config.export.output: {path}: {export.format} files end in {suffix}: rename it")
     try:

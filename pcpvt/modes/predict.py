@@ -99,7 +99,7 @@ def run(session: Session) -> int:
         return read
 
     try:
-        read = _written(config.predict.output, write)
+        read = _written(os.path.expanduser(config.predict.output), write)
     except BrokenPipeError:
         silence(sys.stdout)
         console.say("the reader closed the output; the rest was not written")

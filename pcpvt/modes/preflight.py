@@ -18,9 +18,9 @@ from pcpvt.config import fields
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.models import pcpvt
-from pcpvt.modes import build, resume
+from pcpvt.modes import build
 from pcpvt.modes.console import duration
-from pcpvt.store import checkpoint
+from pcpvt.store import checkpoint, records
 
 if TYPE_CHECKING:
     from pcpvt.modes.trainer import Trainer
@@ -56,7 +56,7 @@ def announce(trainer: Trainer) -> None:
 
 def changed(config: ConfigDict) -> str:
     """The fields that differ from their defaults; `config.json` has them all."""
-    now, default = resume.flat(config), resume.flat(fields.base())
+    now, default = records.flat(config), records.flat(fields.base())
     shown = [f"{name}={value}" for name, value in now.items() if value != default[name]]
     return " ".join(shown) or "all defaults"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def run(session: Session) -> int:
     """Writes the report from what the workdirs hold; no device, data or checkpoint is touched."""
     if not session.world.is_main:
         return 0
-    others = [Path(word.strip()) for word in session.config.report.compare.split(",") if word.strip()]
+    named = [word.strip() for word in session.config.report.compare.split(",")]
+    others = [Path(os.path.expanduser(name)) for name in named if name]
     path = write(session.workdir, others)
     Console().say(f"written: {path} ({path.stat().st_size / 1024:.0f} kB)")
     return 0

@@ -61,13 +61,13 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tupl
     if str(path_or_name).startswith("timm:"):
         return _from_timm(str(path_or_name), which)
     if is_ours(path_or_name):
-        path = pathlib.Path(path_or_name).expanduser()
+        path = pathlib.Path(os.path.expanduser(path_or_name))
         try:
             return from_checkpoint(checkpoint.read(path), which)
         except RecursionError:  # JSON of a hostile depth
             raise UserError(f"{path}: damaged (its metadata cannot be read): use another checkpoint") from None
     which = "params" if which == "auto" else which
-    path = pathlib.Path(path_or_name).expanduser()
+    path = pathlib.Path(os.path.expanduser(path_or_name))
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder: name the weights file inside it")
@@ -94,7 +94,7 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tupl
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it is a checkpoint of this program; a damaged or missing one does not."""
     try:
-        with safetensors.safe_open(pathlib.Path(path).expanduser(), framework="pt") as file:
+        with safetensors.safe_open(os.path.expanduser(path), framework="pt") as file:
             return checkpoint.KEY in (file.metadata() or {})
     except (safetensors.SafetensorError, OSError, RecursionError):  # the last from JSON of a hostile depth
         return False
