@@ -20,6 +20,9 @@ from pcpvt.modes import session as sessions
 from pcpvt.store import checkpoint
 
 
+A, B = 1, 4  # seeds with which no image's two best classes are nearer than 0.003: float32 is off by 6e-6
+
+
 def params(seed: int, name: str = "pcpvt_nano") -> dict[str, torch.Tensor]:
     """A model that is sure of something, so that an average differs from its members."""
     found = init(models.build(name, 10), seed)
@@ -31,7 +34,7 @@ def params(seed: int, name: str = "pcpvt_nano") -> dict[str, torch.Tensor]:
 def session(tmp_path, monkeypatch):
     """On the digits, with files a.pth and b.pth and a checkpoint c with params and ema."""
     monkeypatch.chdir(tmp_path)
-    for name, seed in (("a", 0), ("b", 1)):
+    for name, seed in (("a", A), ("b", B)):
         torch.save(params(seed), f"{name}.pth")
     tensors = {f"params/{n}": v for n, v in params(2).items()} | {f"ema/{n}": v for n, v in params(3).items()}
     meta = {"step": 1, "config": {"batch_size": 64}, "model": "pcpvt_nano", "classes": [str(d) for d in range(10)]}
@@ -60,7 +63,7 @@ def test_vmap_and_loop_agree_and_the_figures_are_those_of_plain_code(session, mo
     labels = torch.from_numpy(source.labels)
     x = (torch.from_numpy(source.images) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     model = models.build("pcpvt_nano", 10)
-    both = [params(0), params(1)]
+    both = [params(A), params(B)]
     alone = [models.apply(model, p, x) for p in both]
     mean = torch.stack([logits.softmax(-1) for logits in alone]).mean(0)
     blend = models.apply(model, {n: (both[0][n] + both[1][n]) / 2 for n in both[0]}, x)
@@ -68,7 +71,7 @@ def test_vmap_and_loop_agree_and_the_figures_are_those_of_plain_code(session, mo
         members, average, soup = (found["ensemble"][name] for name in ("members", "average", "soup"))
         for figures, logits in ((members[0], alone[0]), (members[1], alone[1]), (average, mean.log()), (soup, blend)):
             assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-            assert figures["acc1"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item() * 100, abs=0.3)
+            assert figures["acc1"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item() * 100)
         assert found["loss"] == average["loss"] < (members[0]["loss"] + members[1]["loss"]) / 2
         assert found["seen"] == 364 and found["checkpoint"] == "a.pth,b.pth"
 
@@ -86,7 +89,7 @@ def test_workdirs_files_and_words_can_be_mixed(session):
     session.config.checkpoint = str(session.workdir / "checkpoints" / "step-00000001.safetensors")
     picked = ensemble.members(session)
     assert [p.which for p in picked] == ["params", "params", "ema"]
-    torch.testing.assert_close([p.params for p in picked], [params(2), params(0), params(3)], rtol=0, atol=0)
+    torch.testing.assert_close([p.params for p in picked], [params(2), params(A), params(3)], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_workdirs_files_and_words_can_be_mixed(session):
     ],
 )
 def test_ensemble_that_cannot_be_is_one_line(session, text, fields, said):
-    torch.save(params(0) | {"head.weight": torch.zeros(4, 64), "head.bias": torch.zeros(4)}, "other.pth")
+    torch.save(params(A) | {"head.weight": torch.zeros(4, 64), "head.bias": torch.zeros(4)}, "other.pth")
     with pytest.raises(UserError, match=said) as caught:
         result(session, text, **fields)
     assert "\n" not in str(caught.value)

@@ -59,7 +59,8 @@ def test_gradients_of_norms_accumulate_in_float32(dtype):
     exact = gradients({name: value.double() for name, value in params.items()}, x.double(), ahead.double())
     taken = gradients(precision.cast(params, policy, devices.get("cpu").wide_norms), x, ahead)
     for gradient, reference in zip(taken, exact, strict=True):
-        torch.testing.assert_close(gradient.double(), reference, rtol=0.01, atol=20.0)
+        # Measured: off by 3e-5, where sums in 16 bits are off by 1 % to 97 % of the largest.
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=0.01)
 
 
 def test_all_norms_and_nothing_else_stay_wide():
