@@ -19,7 +19,6 @@ from pcpvt.modes import ensemble, evaluate
 from pcpvt.modes import session as sessions
 from pcpvt.store import checkpoint
 
-
 A, B = 1, 4  # seeds with which no image's two best classes are nearer than 0.003: float32 is off by 6e-6
 
 
