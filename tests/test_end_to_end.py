@@ -69,6 +69,17 @@ def test_training_leaves_the_promised_files_and_evaluation_gives_the_same_figure
     assert json.loads((workdir / "result.json").read_text())["mode"] == "train"  # training's own record stays
 
 
+def test_perf_measures_images_per_second_and_evaluates_nothing(pcpvt, nano, tmp_path):
+    words = [word for word in nano if "_every" not in word and not word.startswith("--config=")]
+    done = pcpvt("--config=configs/pcpvt_s.py:cpu,perf", *words)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert re.search(r"^final images/s: (\d+\.\d)   end-to-end duration: ", done.stdout, re.MULTILINE)[1] != "0.0"
+    assert result["images_per_sec"] > 0 and result["images"] == 8 * 32
+    assert result["acc1"] is None and "top-1" not in done.stdout
+    assert {record["kind"] for record in metrics(tmp_path / "run")} == {"train"}
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1  # at the end only
+
+
 def test_an_image_folder_trains_evaluates_and_names_its_classes(pcpvt, images, tmp_path):
     words = [
         "--config=configs/pcpvt_s.py:cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -112,6 +113,15 @@ def test_head_is_kept_for_as_many_classes_and_the_log_says_that_they_are_others(
     assert "head: kept, 10 classes in the file and here" in log
     assert "head: its classes were others ('0', ... in the file, 'airplane', ... here)" in log
     assert all(torch.equal(value, tuned[name]) for name, value in params_of(digits).items())
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="no CIFAR images here")
+def test_digits_checkpoint_learns_from_real_photographs(pcpvt, digits, tmp_path):
+    """In 60 steps of 32, under the recipe's augmentation: measured 2.40, above chance in 10 classes, to 2.18, below."""
+    words = ["--config.steps=60", "--config.lr=3e-3", "--config.warmup_epochs=0", "--config.log_every=10 steps"]
+    finetune(pcpvt, tmp_path, digits, CIFAR, *words, "--config.eval_every=0", "--config.layer_decay=1")
+    losses = [r["loss"] for r in map(json.loads, (tmp_path / "metrics.jsonl").open())]
+    assert losses[-1] < math.log(10) - 0.05 and losses[-1] < losses[0] - 0.1, losses
 
 
 def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, digits, nano, tmp_path):
