@@ -40,6 +40,11 @@ def test_evaluation_to_another_shape_covers_it_in_proportion():
     np.testing.assert_array_equal(got, augment.resize(picture(100, 90), (73, 66), "bicubic")[4:68, 9:57])
 
 
+def test_a_crop_of_more_than_the_image_is_all_of_it():
+    whole = augment.eval_sample(picture(100, 90), (64, 48), 1.0)
+    np.testing.assert_array_equal(augment.eval_sample(picture(100, 90), (64, 48), 2.0), whole)
+
+
 def test_elongated_images_do_not_explode():
     """One pixel by 200,000: 256 pixels high it would have 13 thousand million."""
     strip = np.zeros((1, 200_000, 3), np.uint8)
