@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from pcpvt.store import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).parent / "faults"
+MARK = "MINIATURE_RUN"  # in the environment of a run and all that it starts
 TIMINGS = ("images_per_sec", "waiting", "seconds", "mfu")
 RECIPE = {
     "model.name": "pcpvt_nano", "precision": "float32", "steps": 12, "batch_size": 48, "lr": 2e-3,
@@ -56,25 +58,33 @@ def words(workdir: Path, arg: str = "cpu", **fields: object) -> list[str]:
 
 def start(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> subprocess.Popen:
     """Starts the binary in a session of its own; see `faults/sitecustomize.py`. `under` is a command that starts it."""
-    return subprocess.Popen(
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), MARK: uuid.uuid4().hex}
+    process = subprocess.Popen(
         [*under, sys.executable, "-m", "pcpvt.main", *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults)},
+        env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_hear_hangups,
     )
+    process.mark = env[MARK]
+    return process
+
+
+def _hear_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand their deafness on
 
 
 def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
-    """Waits for a run; nothing of it is left when the test is over, and the test fails if something was left by it."""
+    """Waits for a run; fails when any process of it outlives it, and ends that."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
-        left = members(process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        left = members(process)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
     assert not left, f"processes left: {left}\n{out}\n{err}"
     return Ended(process.returncode, out, err)
 
@@ -83,16 +93,15 @@ def run(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> End
     return end(start(command, *faults, under=under))
 
 
-def members(session: int, patience: float = 10.0) -> list[str]:
-    """Command lines of a session's processes that do not end within `patience` seconds."""
-    deadline = time.monotonic() + patience
+def members(process: subprocess.Popen, patience: float = 10.0) -> dict[int, str]:
+    """Processes that a run started, at any depth, in any session, and that do not end within `patience` seconds."""
+    deadline, mark = time.monotonic() + patience, f"{MARK}={process.mark}"
     while True:
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] not in "ZX":
-                    found.append((stat.parent / "cmdline").read_text().replace("\0", " ")[:100])
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # somebody else's, or ended
+                if mark in (folder / "environ").read_text(errors="replace").split("\0"):
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")[:100]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
