@@ -42,6 +42,7 @@ FIELDS = {
     "seed": (0, "every random number of the run derives from it"),
     "precision": ("auto", "auto | float32 | bfloat16 | float16 | params=DTYPE,compute=DTYPE,output=DTYPE"),
     "compile": ("auto", "auto | inductor | npugraphs | none"),
+    "kernels": ("auto", "auto: the device's own for attention, linear maps, drop path | plain: PyTorch's operators"),
     "device": ("cpu", "cpu | cuda | npu"),
     "processes": (1, "processes over all hosts, one per device"),
     "timeout": (2100, "seconds that processes wait for one another before the run ends"),

@@ -80,6 +80,7 @@ def check(config: ConfigDict) -> None:
     check_choice("model.pad", config.model.pad, ["pad", "error"])
     check_choice("device", config.device, ["cpu", "cuda", "npu"])
     check_choice("compile", config.compile, ["auto", "inductor", "npugraphs", "none"])
+    check_choice("kernels", config.kernels, ["auto", "plain"])
     check_choice("schedule", config.schedule, ["cosine", "reference", "constant"])
     check_choice("mix_mode", config.mix_mode, ["batch", "pair", "elem"])
     check_choice("data.on_error", config.data.on_error, ["error", "skip"])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 DTYPES = {
@@ -36,7 +37,16 @@ class Policy(NamedTuple):
 def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) -> dict[str, Tensor]:
     """Parameters in the compute dtype; with `wide_norms` those of norms in float32 at least (`layers.LayerNorm`)."""
     wide = torch.promote_types(policy.compute, torch.float32)
-    return {n: v.to(wide if wide_norms and _NORM.search(n) else policy.compute) for n, v in params.items()}
+    return {n: _cast(v, wide if wide_norms and _NORM.search(n) else policy.compute) for n, v in params.items()}
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`; a patch projection `[o, c, p, q]` lies in memory as its linear map `[o, p q c]` reads it."""
+    if value.ndim != 4:
+        return value.to(dtype)
+    order = rearrange(value, "o c p q -> o p q c")
+    laid = torch.empty(order.shape, dtype=dtype, device=value.device).copy_(order)
+    return rearrange(laid, "o p q c -> o c p q")
 
 
 FLOAT32 = Policy()

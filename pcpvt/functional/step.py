@@ -29,7 +29,9 @@ def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | N
         names = list(params) if trainable is None else [n for n in params if n in trainable]
         leaves = {n: params[n].detach().requires_grad_() for n in names}
         value = objective({**params, **leaves}, *args)
-        return value.detach(), dict(zip(names, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        # A branch that drop path skips for every sample leaves its parameters without a gradient: it is zero.
+        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        return value.detach(), dict(zip(names, grads, strict=True))
 
     return value_and_grad
 

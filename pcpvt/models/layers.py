@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,12 +41,24 @@ def gelu_linear_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
 
 
+def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
+    """x + keep * branch(x): a residual branch under drop path.
+
+    Args:
+        x: `[b, h, w, c]`.
+        branch: maps samples to samples of the same shape, each on its own.
+        keep: float32 `[b]`, 0 where the branch is dropped and 1/keep_prob elsewhere.
+    """
+    return x + branch(x) * rearrange(keep, "b -> b 1 1 1").to(x.dtype)
+
+
 class Kernels(NamedTuple):
     """What a device may compute faster than the plain operators; each is held to its plain version by a test."""
 
     attend: Attend = attend_plain
     linear: Linear = F.linear
     gelu_linear: Linear = gelu_linear_plain
+    residual: Residual = residual_plain
 
 
 PLAIN = Kernels()
@@ -142,14 +155,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN, keep: Tensor | None = None) -> Tensor:
         """`x` is `[b, h, w, c]`; `keep` is `[b, 2]`, 0 where the branch is dropped and 1/keep_prob elsewhere."""
-        attn = self.attn(self.norm1(x), kernels)
-        x = x + (attn if keep is None else attn * _per_sample(keep[:, 0], attn))
-        mlp = self.mlp(self.norm2(x), kernels)
-        return x + (mlp if keep is None else mlp * _per_sample(keep[:, 1], mlp))
 
+        def attn(x: Tensor) -> Tensor:
+            return self.attn(self.norm1(x), kernels)
 
-def _per_sample(factor: Tensor, like: Tensor) -> Tensor:
-    return rearrange(factor, "b -> b 1 1 1").to(like.dtype)
+        def mlp(x: Tensor) -> Tensor:
+            return self.mlp(self.norm2(x), kernels)
+
+        if keep is None:
+            x = x + attn(x)
+            return x + mlp(x)
+        x = kernels.residual(x, attn, keep[:, 0])
+        return kernels.residual(x, mlp, keep[:, 1])
 
 
 class Peg(nn.Module):

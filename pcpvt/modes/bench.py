@@ -131,7 +131,7 @@ class Bench:
         predict = compiled(
             make_predict(self.model, policy=session.policy, kernels=kernels), session.device, session.config.compile
         )
-        weights = session.compute(self.state.params)
+        weights = session.inference(self.state.params)
         subjects: dict[str, Callable[[], object]] = {"ours": lambda: predict(weights, batch["image"])}
         if session.config.bench.against:
             from pcpvt.modes import bench_peer
@@ -192,12 +192,14 @@ class Bench:
 
 
 def matmul_flops(session: Session, side: int = 2048) -> float:
-    """Floating-point operations per second of a large matrix product in the compute dtype: the best of ten."""
+    """Floating-point operations per second of a large linear map by the device's kernel: the best of ten."""
     device, dtype = session.device, session.policy.compute
     side = 8192 if device.name == "cuda" else side
     a = torch.randn(side, side, dtype=torch.float32, device=device.torch).to(dtype)
-    a @ a
-    seconds = min(once(device, lambda: a @ a)[0] for _ in range(10))
+    linear, bias = sessions.kernels(session).linear, a[0].contiguous()
+    with torch.no_grad():
+        linear(a, a, bias)
+        seconds = min(once(device, lambda: linear(a, a, bias))[0] for _ in range(10))
     return 2 * side**3 / seconds
 
 

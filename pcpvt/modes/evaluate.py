@@ -60,7 +60,7 @@ class Evaluator:
 
     def __call__(self, params: dict[str, Tensor], observe: Observe | None = None) -> dict[str, float]:
         """See `measure`; `observe` is called with each batch and its logits, on the device."""
-        weights = self.session.compute(params)
+        weights = self.session.inference(params)
 
         def outputs(batch: dict[str, Tensor]) -> list[Tensor]:
             logits = self.predict(weights, batch["image"])

@@ -133,7 +133,7 @@ def classify(
     # Not by default: compiling takes longer than a few thousand images.
     choice = "none" if config.compile == "auto" else config.compile
     predict = compiled(make_predict(picked.model, policy=session.policy, kernels=kernels), session.device, choice)
-    weights = session.compute(picked.params)
+    weights = session.inference(picked.params)
     exact = {name: value.to(session.device.torch) for name, value in picked.params.items()}
     names = unique_names(source.paths)
     for batch in session.device.prefetch(loader):

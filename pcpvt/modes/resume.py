@@ -19,7 +19,7 @@ from pcpvt.store import checkpoint
 # Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
 # A longer or shorter run changes the learning rates still to come, which is what asking for it means.
 HARMLESS = (
-    "device", "processes", "timeout", "grace", "compile", "precision", "accumulate", "checkpoint", "epochs",
+    "device", "processes", "timeout", "grace", "compile", "kernels", "precision", "accumulate", "checkpoint", "epochs",
     "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "tensorboard", "data.path",
     "data.workers", "data.on_error",
 )  # fmt: skip

@@ -19,7 +19,7 @@ from pcpvt.errors import UserError
 from pcpvt.functional import precision
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import Kernels
+from pcpvt.models.layers import PLAIN, Kernels
 
 
 class Session(NamedTuple):
@@ -40,6 +40,13 @@ class Session(NamedTuple):
         """Parameters on the device in the compute dtype."""
         here = {name: value.to(self.device.torch) for name, value in params.items()}
         return precision.cast(here, self.policy, self.device.wide_norms)
+
+    def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`compute`, as the device's kernels take parameters that stay as they are."""
+        here = self.compute(params)
+        if self.config.kernels == "plain" or backend(self.device, self.config.compile) != "none":
+            return here
+        return self.device.packed(here, self.policy.compute)
 
 
 def start(config: ConfigDict, workdir: Path) -> Session:
@@ -77,7 +84,9 @@ def count_classes(config: ConfigDict, source: sources.Source) -> int:
 
 
 def kernels(session: Session) -> Kernels:
-    """The device's kernels for the model, in the compute dtype."""
+    """The device's kernels for the model in the compute dtype, or the plain ones, as `config.kernels` says."""
+    if session.config.kernels == "plain":
+        return PLAIN
     return session.device.kernels(
         session.policy.compute, compiled=backend(session.device, session.config.compile) != "none"
     )
