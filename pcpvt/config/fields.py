@@ -82,6 +82,7 @@ FIELDS = {
     "report.compare": ("", "other workdirs, by comma, to show beside this one"),
     "bench.against": ("", "timm: measure timm's model and loader beside ours in the same run"),
     "bench.steps": (10, "measured rounds per figure"),
+    "bench.scaling": (False, "measure how cost grows with batch, image size and processes instead; also report.html"),
 }
 
 

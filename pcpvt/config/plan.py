@@ -88,6 +88,10 @@ def check(config: ConfigDict) -> None:
     check_choice("weights", config.weights, ["auto", "params", "ema"])
     check_choice("predict.format", config.predict.format, ["table", "jsonl", "csv"])
     check_choice("bench.against", config.bench.against, ["", "timm"])
+    if config.bench.scaling and config.bench.against:
+        raise UserError(
+            f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
+        )
     for field in ("batch_size", "processes", "image_size", "image_width", "num_classes", "augment.repeats", "keep"):
         _within(config, field, 1)
     for field in ("bench.steps", "max_skipped", "timeout", "grace"):

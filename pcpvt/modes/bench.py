@@ -1,7 +1,8 @@
 """`--mode=bench`: how fast the parts are, alone and beside a peer in the same run, as JSON and as a table.
 
-Train step, evaluation step, input pipeline, single-image latency, peak memory, time to the first step, and the fraction
-of the device's measured matrix-product rate that the steps reach. No checkpoint is read or written.
+Train step, evaluation step, input pipeline, the whole loop, single-image latency, peak memory, time to the first step,
+and the fraction of the device's measured matrix-product rate that the steps reach; or, with `config.bench.scaling`, how
+the steps' cost grows. No checkpoint is read or written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pcpvt.data.sources import synthetic
 from pcpvt.devices.compilation import compiled
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import make_predict
-from pcpvt.modes import build, utilisation
+from pcpvt.modes import bench_loop, build, utilisation
 from pcpvt.modes import session as sessions
 from pcpvt.modes.bench_measure import Measured, interleave, once, ratio
 from pcpvt.modes.bench_process import first_step_seconds, peak_memory
@@ -34,6 +35,10 @@ def run(session: Session) -> int:
     config, console = session.config, Console(session.world.is_main)
     if session.world.size > 1:
         raise UserError("--mode=bench: measures one device: give ARG with one, e.g. npu1,perf")
+    if config.bench.scaling:
+        from pcpvt.modes import bench_scaling
+
+        return bench_scaling.run(session, console)
     began = time.perf_counter()
     against = config.bench.against
     if against and config.model.name == "pcpvt_nano":
@@ -59,22 +64,16 @@ def run(session: Session) -> int:
         sides[side]["input"] = figures
     if input_ratio:
         ratios["input"] = input_ratio
+    loop = bench_loop.measure(session)
     for side in sides:
         sides[side]["peak_memory_bytes"] = peak_memory(session, side)
     if against:
         ratios["memory"] = {"median": round(sides["ours"]["peak_memory_bytes"] / sides["peer"]["peak_memory_bytes"], 4)}
     result = {
-        "mode": "bench",
-        "model": config.model.name,
-        "device": session.device.describe(),
-        "precision": str(session.policy),
-        "batch": bench.plan.local_batch,
-        "image_size": list(session.size),
-        "compile": config.compile,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **surroundings(session),
         "matmul_flops": round(peak),
         **sides["ours"],
+        "loop": loop,
         "peer": sides.get("peer"),
         "ratios": {name: value["median"] for name, value in ratios.items()},
         "ratio_quartiles": {name: value.get("quartiles") for name, value in ratios.items()},
@@ -85,6 +84,22 @@ def run(session: Session) -> int:
     console.say(table(result, sides))
     console.say(f"written to {session.workdir / 'result.json'}")
     return 0
+
+
+def surroundings(session: Session) -> dict[str, Any]:
+    """What was measured, and where: the head of every result."""
+    config = session.config
+    return {
+        "mode": "bench",
+        "model": config.model.name,
+        "device": session.device.describe(),
+        "precision": str(session.policy),
+        "batch": config.batch_size,
+        "image_size": list(session.size),
+        "compile": config.compile,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 class Bench:
@@ -99,7 +114,7 @@ class Bench:
         blocks = self.model.branches // 2
         micro = session.device.micro_batch(session.size, session.policy.compute, blocks)
         self.plan: Plan = make_plan(config, examples=1 << 20, num_classes=classes, micro_batch=micro)
-        source = synthetic("train", session.size, classes)
+        source = synthetic("train", session.size, classes, min(256, self.plan.batch))
         self.batch = next(session.device.prefetch([build.train_batches(session, self.model, source)[0]]))
         params, _ = build.first_params(session, self.model)
         self.optimizer = build.optimizer(session, self.plan, params)
@@ -161,6 +176,7 @@ class Bench:
                     seconds, disturbed = once(session.device, timed)
                     taken[name].seconds.append(seconds)
                     taken[name].disturbed.append(disturbed)
+                    time.sleep(seconds)  # its workers read ahead again: not while the other side is timed
             for name, measured in taken.items():
                 figures[name][split] = measured.figures(4 * self.plan.local_batch)
             if "peer" in taken:
@@ -222,6 +238,10 @@ def table(result: dict, sides: dict[str, dict]) -> str:
                 f = figures["input"][split]
                 rows.append(f"{side:5} input {split:5} {f['images_per_sec']:7.1f} images/s")
         rows.append(f"{side:5} memory   {figures['peak_memory_bytes'] / 1e9:10.2f} GB at the peak of a training step")
+    loop = result["loop"]
+    mark = "  (disturbed)" if loop["disturbed"] else ""
+    waiting = f"{100 * loop['waiting']:.1f} % of the time waiting for data, {loop['workers']} loader processes"
+    rows.append(f"{'ours':5} {'loop':8} {loop['images_per_sec']:10.1f} images/s  {waiting}{mark}")
     if result["ratios"]:
         rows.append("ours over the peer's: " + "  ".join(f"{k} {v:.3f}" for k, v in result["ratios"].items()))
     first = result["first_step_seconds"]

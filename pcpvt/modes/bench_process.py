@@ -1,15 +1,21 @@
-"""The figures of the benchmark that need a process of their own: peak memory, and the time to the first step."""
+"""Measurements in a process of their own: peak memory, what may run out of it, and the time to the first step."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from pcpvt.config import fields
 from pcpvt.errors import UserError
@@ -19,27 +25,60 @@ from pcpvt.modes.session import Session
 from pcpvt.store import records
 
 
-def peak_memory(session: Session, side: str) -> int:
-    """Peak bytes of two training steps of one side alone, in a process of its own."""
+class OutOfMemory(Exception):
+    """A measurement that the host or the device had too little memory for."""
+
+
+def alone(measure: Callable[..., Any], config: ConfigDict, *args: Any) -> Any:
+    """`measure(session, *args)` in a process of its own, on a session of `config`.
+
+    Raises:
+        OutOfMemory: when there was too little memory for it, there or on the device.
+        UserError: that it met, or when its process died.
+    """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_memory, args=(session.config.to_json_best_effort(), side, send))
+    child = context.Process(target=_alone, args=(measure, config.to_json_best_effort(), args, send))
     child.start()
     send.close()
     try:
-        return receive.recv()
+        found = receive.recv()
     except EOFError:
-        raise UserError(f"--mode=bench: the memory of {side}: its process died: lower config.batch_size") from None
+        child.join()
+        killed = child.exitcode == -signal.SIGKILL  # what the kernel does to who asks for more than there is
+        found = OutOfMemory() if killed else UserError(f"--mode=bench: a measurement ended with {child.exitcode}")
     finally:
         child.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-def _measure_memory(config_json: str, side: str, send) -> None:
-    from pcpvt.modes.bench import Bench
-
+def _alone(measure: Callable[..., Any], config_json: str, args: tuple, send: Connection) -> None:
     config = fields.base()
     records.apply_config(config, json.loads(config_json), "bench")
-    session = sessions.start(config, Path())
+    try:
+        send.send(measure(sessions.start(config, Path()), *args))
+    except UserError as error:
+        send.send(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        send.send(OutOfMemory())
+
+
+def peak_memory(session: Session, side: str) -> int:
+    """Peak bytes of two training steps of one side alone, in a process of its own."""
+    try:
+        return alone(_measure_memory, session.config, side)
+    except OutOfMemory:
+        size = session.config.batch_size
+        raise UserError(f"config.batch_size: {size} is more than fits for {side} of the bench: lower it") from None
+
+
+def _measure_memory(session: Session, side: str) -> int:
+    from pcpvt.modes.bench import Bench
+
     bench = Bench(session)
     if side == "ours":
         step = build.train_step(session, bench.model, bench.plan, bench.optimizer)
@@ -53,7 +92,16 @@ def _measure_memory(config_json: str, side: str, send) -> None:
         for _ in range(2):
             peer_step()
     session.device.synchronize()
-    send.send(session.device.memory()[0])
+    return session.device.memory()[0]
+
+
+def training(session: Session, workdir: Path, changes: dict[str, Any]) -> list[str]:
+    """The command of a short training on noise images: the words of this bench, and `changes` of fields."""
+    words = [w for w in sys.argv[1:] if not w.startswith(("--mode", "--workdir", "--config.epochs"))]
+    changes = {"eval_every": "0", "save_every": "0", "data.name": "synthetic"} | changes
+    changes["num_classes"] = session.config.num_classes or 1000
+    words += [f"--config.{name}={value}" for name, value in changes.items()]
+    return [sys.executable, "-m", "pcpvt.main", *words, f"--workdir={workdir}"]
 
 
 def first_step_seconds(session: Session) -> dict[str, float]:
@@ -66,15 +114,10 @@ def first_step_seconds(session: Session) -> dict[str, float]:
 
 
 def _first_step(session: Session, workdir: Path, cache: Path) -> float:
-    changes = {"steps": 1, "eval_every": "0", "save_every": "0", "log_every": "1 steps", "data.name": "synthetic"}
-    words = [w for w in sys.argv[1:] if not w.startswith(("--mode", "--workdir", "--config.epochs"))]
-    words += [f"--config.{k}={v}" for k, v in changes.items()]
-    words += [f"--workdir={workdir}", f"--config.num_classes={session.config.num_classes or 1000}"]
+    command = training(session, workdir, {"steps": 1, "log_every": "1 steps"})
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pcpvt.main", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         while child.poll() is None:
             if any(r.get("kind") == "train" for r in records.read_metrics(workdir / "metrics.jsonl")):

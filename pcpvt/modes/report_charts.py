@@ -34,10 +34,13 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-def chart(title: str, series: Sequence[Series], *, zero: bool = False, log: bool | None = False) -> str:
+def chart(
+    title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False
+) -> str:
     """A figure with its legend; nothing when no series has points.
 
     Args:
+        x: what the horizontal axis, which starts at 0, counts.
         zero: the vertical axis starts at 0.
         log: logarithmic; None: when the largest value is over 20 times the median.
     """
@@ -48,14 +51,14 @@ def chart(title: str, series: Sequence[Series], *, zero: bool = False, log: bool
     if log is None:
         log = ys[0] > 0 and ys[-1] > 20 * ys[len(ys) // 2]
     y_axis = scale(ys[0], ys[-1], zero=zero, log=log and ys[0] > 0)
-    xs = [x for s in series for x, _ in s.points]
+    xs = [point[0] for s in series for point in s.points]
     x_axis = Axis(min(0.0, *xs), max(xs) if max(xs) > min(0.0, *xs) else 1.0)
     body = [_grid(x_axis, y_axis)]
     for s in sorted(series, key=lambda s: not s.faint):
         style = f"stroke: var(--c{s.color})"
         if len(s.points) == 1:
-            x, y = _place(x_axis, y_axis, *s.points[0])
-            body.append(f'<circle class="dot" cx="{x}" cy="{y}" r="3.5" style="fill: var(--c{s.color})"/>')
+            left, top = _place(x_axis, y_axis, *s.points[0])
+            body.append(f'<circle class="dot" cx="{left}" cy="{top}" r="3.5" style="fill: var(--c{s.color})"/>')
             continue
         path = " ".join("{},{}".format(*_place(x_axis, y_axis, *point)) for point in s.points)
         body.append(f'<polyline class="line{" faint" if s.faint else ""}" style="{style}" points="{path}"/>')
@@ -65,13 +68,14 @@ def chart(title: str, series: Sequence[Series], *, zero: bool = False, log: bool
         for s in series
     )
     hover = [
-        {"n": s.name, "c": s.color, "p": [[*_place(x_axis, y_axis, x, y), short(x), short(y)] for x, y in s.points]}
+        {"n": s.name, "c": s.color, "p": [[*_place(x_axis, y_axis, *p), *map(short, p)] for p in s.points]}
         for s in series
     ]
+    data = html.escape(json.dumps(hover, separators=(",", ":")))
     return (
-        f'<figure class="chart" data-series="{html.escape(json.dumps(hover, separators=(",", ":")))}">'
+        f'<figure class="chart" data-x="{html.escape(x)}" data-series="{data}">'
         f"<figcaption><h3>{html.escape(title)}</h3><ul>{legend}</ul></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)} by epoch">{"".join(body)}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(body)}'
         f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg></figure>'
     )
 

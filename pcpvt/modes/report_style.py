@@ -109,7 +109,7 @@ for (const chart of document.querySelectorAll('.chart')) {
       if (color !== undefined) row.appendChild(document.createElement('i')).style.background = `var(--c${color})`;
       row.append(text);
     };
-    line(`epoch ${first[2]}`);
+    line(`${chart.dataset.x} ${first[2]}`);
     series.forEach((s, i) => line(`${s.n}  ${near[i][3]}`, s.c));
     tip.style.display = 'block';
     const x = first[0] / scale, left = x + 14 + tip.offsetWidth > box.width ? x - tip.offsetWidth - 6 : x + 22;

@@ -1,0 +1,132 @@
+"""--mode=bench: what it measures and writes, in miniature; how fast anything is, is never asserted."""
+
+import html
+import json
+import re
+import sys
+
+import pytest
+
+from pcpvt.config import fields, plan, recipes
+from pcpvt.config.request import Run
+from pcpvt.errors import UserError
+from pcpvt.modes import bench_process, bench_scaling, dispatch
+
+
+@pytest.fixture
+def miniature(nano):
+    return ["--mode=bench", *nano, "--config.batch_size=4", "--config.bench.steps=1", "--config.image_size=32"]
+
+
+@pytest.mark.parametrize("data", ["digits", "synthetic"])
+def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp_path, data):
+    said = pcpvt(*miniature, f"--config.data.name={data}", "--config.data.workers=1").stdout
+    loop = json.loads((tmp_path / "run" / "result.json").read_text())["loop"]
+    assert loop["images_per_sec"] > 0
+    assert 0 <= loop["waiting"] <= 1
+    assert loop["workers"] == 1
+    assert len(re.findall(r"^ours  loop .* images/s .* % of the time waiting for data", said, re.MULTILINE)) == 1
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """(the result, what was said, the report) of a scaling bench in which a batch of 4 finds no memory."""
+    workdir = tmp_path_factory.mktemp("scaled")
+    config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
+    config.image_size, config.batch_size, config.bench.steps, config.bench.scaling = 32, 2, 1, True
+    words = ["pcpvt", "--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.batch_size=2"]
+    alone = bench_scaling.alone
+
+    def tight(measure, config):
+        if config.batch_size == 4:
+            measure = exhausted
+        return alone(measure, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        patch.setattr(bench_scaling, "BATCHES", (1, 2, 4))
+        patch.setattr(bench_scaling, "SIZES", (224, 256))
+        patch.setattr(bench_scaling, "PROCESSES", (1, 2))
+        patch.setattr(bench_scaling, "alone", tight)
+        said = []
+        patch.setattr(bench_scaling.Console, "say", lambda self, text: said.append(text))
+        assert dispatch.run(Run(config, workdir, "bench")) == 0
+    return json.loads((workdir / "result.json").read_text()), said, (workdir / "report.html").read_text()
+
+
+def exhausted(session):
+    raise MemoryError
+
+
+def test_scaling_has_a_point_for_every_batch_size_and_process_count(scaled):
+    scaling = scaled[0]["scaling"]
+    assert [p["batch"] for p in scaling["batch"]] == [1, 2, 4]
+    assert [p["image_size"] for p in scaling["size"]] == [[32, 32], [64, 64]]
+    assert [(p["processes"], p["batch"]) for p in scaling["processes"]] == [(1, 2), (2, 4)]
+    for point in scaling["batch"][:2] + scaling["size"]:
+        assert point["peak_memory_bytes"] > 0
+        assert all(point[part][figure] > 0 for part in ("train", "eval") for figure in ("images_per_sec", "ms"))
+    assert all(point["train"]["images_per_sec"] > 0 for point in scaling["processes"])
+
+
+def test_a_point_without_memory_is_recorded_and_the_bench_goes_on(scaled):
+    result, said, _ = scaled
+    assert result["scaling"]["batch"][2] == {"batch": 4, "image_size": [32, 32], "out_of_memory": True}
+    assert sum("out of memory" in line for line in said) == 1
+
+
+def test_scalings_table_has_a_line_for_every_point_and_is_in_the_report(scaled):
+    _, said, page = scaled
+    table = [line for line in said if line.startswith("batch")]
+    assert len(table) == 3 + 2 + 2
+    assert all(html.escape(line) in page for line in table)
+
+
+def test_scalings_report_draws_every_figure_and_needs_nothing_from_elsewhere(scaled):
+    page = scaled[2]
+    assert page.count("<svg") == 5
+    assert "http" not in page
+    assert "<polyline" in page
+    (costs,) = re.findall(r'data-x="pixels" data-series="([^"]*proportion[^"]*)"', page)
+    names = [series["n"] for series in json.loads(html.unescape(costs))]
+    assert names == ["training", "evaluation", "training, in proportion", "evaluation, in proportion"]
+
+
+def test_costs_in_proportion_to_pixels_go_through_the_first_point():
+    assert bench_scaling.line([(100, 2.0), (200, 5.0), (400, 9.0)]) == [(100, 2.0), (200, 4.0), (400, 8.0)]
+
+
+@pytest.mark.parametrize(
+    "configured, wanted",
+    [(224, [224, 256, 320, 384, 448, 512]), (384, [224, 256, 320, 384, 448, 512]), (64, [64, 96, 128, 160, 192, 224])],
+)
+def test_sizes_begin_at_the_configured_one_where_it_is_small(configured, wanted):
+    assert bench_scaling.sizes(configured) == wanted
+
+
+def killed(session):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_that_the_kernel_kills_has_run_out_of_memory():
+    with pytest.raises(bench_process.OutOfMemory):
+        bench_process.alone(killed, fields.base())
+
+
+def faulty(session):
+    raise UserError("config.x: 1: choose 2")
+
+
+def test_a_users_error_of_a_measurement_is_told_as_it_is():
+    with pytest.raises(UserError, match=r"^config\.x: 1: choose 2$"):
+        bench_process.alone(faulty, fields.base())
+
+
+def test_scaling_beside_a_peer_is_refused_in_one_line():
+    config = recipes.from_arg("cpu", "pcpvt_s", 0.1)
+    config.bench.scaling, config.bench.against = True, "timm"
+    with pytest.raises(UserError, match=r"^config\.bench\.against: 'timm': .*leave it empty$"):
+        plan.check(config)
