@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pcpvt.allocator import keep_freed_memory
 from pcpvt.data import augment, order
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.sources import Source
@@ -180,7 +181,7 @@ class Loader:
             prefetch_factor=2 if workers else None,
             multiprocessing_context=start if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(_end_with, os.getpid()),
+            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
             generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
             pin_memory=pin,
         )
@@ -218,7 +219,12 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with(parent: int, worker: int) -> None:
+def _begin_worker(parent: int, worker: int) -> None:
+    keep_freed_memory()
+    _end_with(parent)
+
+
+def _end_with(parent: int) -> None:
     """Ends this loader process soon after the training process, however that ends.
 
     PyTorch watches its parent, which is the forkserver; and that lives as long as any process that it has started.

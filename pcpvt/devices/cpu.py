@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -12,23 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcpvt.allocator import keep_freed_memory
 from pcpvt.devices import cpu_kernels
 from pcpvt.devices.base import Device, cores
 from pcpvt.models.layers import Attend, Kernels
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep what tensors leave behind for the next ones, large ones too, instead of unmapping it.
-
-    Every step asks for the same memory again; mapping it afresh costs 30,000 page faults a step at 64 px, a seventh
-    of its time.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class Cpu(Device):
@@ -38,7 +24,7 @@ class Cpu(Device):
     wide_norms = True
 
     def bind(self, index: int) -> torch.device:
-        _keep_freed_memory()
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         return self.torch

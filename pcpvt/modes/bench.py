@@ -18,6 +18,7 @@ from pcpvt.config.plan import Plan
 from pcpvt.config.plan import plan as make_plan
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.data.sources import synthetic
+from pcpvt.devices.base import cores
 from pcpvt.devices.compilation import compiled
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import make_predict
@@ -28,6 +29,8 @@ from pcpvt.modes.bench_process import first_step_seconds, peak_memory
 from pcpvt.modes.console import Console
 from pcpvt.modes.session import Session
 from pcpvt.store import records
+
+TIMED = 8  # batches drawn for one timing of an input pipeline
 
 
 def run(session: Session) -> int:
@@ -59,11 +62,10 @@ def run(session: Session) -> int:
     ratios: dict[str, Any] = {}
     if against:
         ratios = {part: ratio(m["peer"], m["ours"]) for part, m in measured.items()}
-    sides_input, input_ratio = bench.input()
+    sides_input, input_ratios = bench.input()
     for side, figures in sides_input.items():
         sides[side]["input"] = figures
-    if input_ratio:
-        ratios["input"] = input_ratio
+    ratios |= input_ratios
     loop = bench_loop.measure(session)
     for side in sides:
         sides[side]["peak_memory_bytes"] = peak_memory(session, side)
@@ -155,12 +157,12 @@ class Bench:
         return interleave(session.device, subjects, rounds)
 
     def input(self) -> tuple[dict[str, dict], dict[str, Any]]:
-        """Images/s of the training and evaluation pipelines alone, with as many workers as training would use."""
+        """Images/s of the training and evaluation pipelines alone, on all cores: nothing else runs."""
         session, config = self.session, self.session.config
         if config.data.name not in ("folder", "digits"):
             return {"ours": {"skipped": f"config.data.name is {config.data.name!r}: nothing is decoded"}}, {}
         source = sessions.open_data(session, "train")
-        workers = sessions.workers(session, source)
+        workers = config.data.workers if config.data.workers >= 0 else 0 if source.in_memory else cores()
         figures: dict[str, dict] = {"ours": {"workers": workers}, "peer": {"workers": workers}}
         ratios: dict[str, Any] = {}
         for split in ("train", "val"):
@@ -178,10 +180,9 @@ class Bench:
                     taken[name].disturbed.append(disturbed)
                     time.sleep(seconds)  # its workers read ahead again: not while the other side is timed
             for name, measured in taken.items():
-                figures[name][split] = measured.figures(4 * self.plan.local_batch)
+                figures[name][split] = measured.figures(TIMED * self.plan.local_batch)
             if "peer" in taken:
-                found = ratio(taken["peer"], taken["ours"])
-                ratios = found if split == "train" else {**ratios, "eval_median": found["median"]}
+                ratios[f"input {split}"] = ratio(taken["peer"], taken["ours"])
         return {s: f for s, f in figures.items() if "train" in f}, ratios
 
     def _ours(self, split: str, workers: int):
@@ -198,13 +199,13 @@ class Bench:
 
     @staticmethod
     def _pull(batches, workers: int) -> tuple[Callable[[], None], Callable[[], None]]:
-        """(draw what was read ahead while the other side was measured, draw four batches)."""
+        """(draw what was read ahead while the other side was measured, draw TIMED batches)."""
 
         def pull(count: int) -> None:
             for _ in itertools.islice(batches, count):
                 pass
 
-        return lambda: pull(2 * workers + 1), lambda: pull(4)
+        return lambda: pull(2 * workers + 1), lambda: pull(TIMED)
 
 
 def matmul_flops(session: Session, side: int = 2048) -> float:
