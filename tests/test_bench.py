@@ -4,6 +4,7 @@ import html
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from pcpvt.config import fields, plan, recipes
 from pcpvt.config.request import Run
 from pcpvt.errors import UserError
 from pcpvt.modes import bench_process, bench_scaling, dispatch
+from pcpvt.modes import session as sessions
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_scalings_report_draws_every_figure_and_needs_nothing_from_elsewhere(sca
     assert page.count("<svg") == 5
     assert "http" not in page
     assert "<polyline" in page
-    (costs,) = re.findall(r'data-x="pixels" data-series="([^"]*proportion[^"]*)"', page)
+    (costs,) = re.findall(r'data-x="thousand pixels" data-series="([^"]*proportion[^"]*)"', page)
     names = [series["n"] for series in json.loads(html.unescape(costs))]
     assert names == ["training", "evaluation", "training, in proportion", "evaluation, in proportion"]
 
@@ -130,3 +132,32 @@ def test_scaling_beside_a_peer_is_refused_in_one_line():
     config.bench.scaling, config.bench.against = True, "timm"
     with pytest.raises(UserError, match=r"^config\.bench\.against: 'timm': .*leave it empty$"):
         plan.check(config)
+
+
+@pytest.mark.parametrize(
+    "said, lacks",
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB.", True),
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_an_allocators_error_counts_as_too_little_memory(said, lacks):
+    assert bench_process.lacks_memory(said) == lacks
+
+
+def short_of(program, monkeypatch):
+    """The point of two processes whose training is this Python program."""
+    monkeypatch.setattr(bench_scaling, "training", lambda *_: [sys.executable, "-c", program])
+    config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
+    return bench_scaling.together(sessions.start(config, Path()), 2)
+
+
+def test_processes_that_the_kernel_kills_have_run_out_of_memory(monkeypatch):
+    point = short_of("import os; os.kill(os.getpid(), 9)", monkeypatch)
+    assert point == {"processes": 2, "batch": 128, "image_size": [32, 32], "out_of_memory": True}
+
+
+def test_a_training_that_fails_otherwise_ends_the_bench_with_its_line(monkeypatch):
+    with pytest.raises(UserError, match=r"^--mode=bench: .*processes=2 failed: config\.x: 1: choose 2$"):
+        short_of("raise SystemExit('pcpvt: error: config.x: 1: choose 2')", monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from pcpvt.modes import build
 from pcpvt.modes import session as sessions
 from pcpvt.modes.session import Session
 from pcpvt.store import records
+
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of who asked the kernel for more memory than there is
 
 
 class OutOfMemory(Exception):
@@ -45,8 +48,12 @@ def alone(measure: Callable[..., Any], config: ConfigDict, *args: Any) -> Any:
         found = receive.recv()
     except EOFError:
         child.join()
-        killed = child.exitcode == -signal.SIGKILL  # what the kernel does to who asks for more than there is
-        found = OutOfMemory() if killed else UserError(f"--mode=bench: a measurement ended with {child.exitcode}")
+        code = child.exitcode
+        ended = UserError(f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said")
+        found = OutOfMemory() if code in KILLED else ended
+    except BaseException:  # the bench itself is being ended
+        child.kill()
+        raise
     finally:
         child.join()
     if isinstance(found, Exception):
@@ -62,9 +69,14 @@ def _alone(measure: Callable[..., Any], config_json: str, args: tuple, send: Con
     except UserError as error:
         send.send(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not lacks_memory(str(error)):
             raise
         send.send(OutOfMemory())
+
+
+def lacks_memory(said: str) -> bool:
+    """Whether an error is that of an allocator of the host's or a device's memory."""
+    return re.search(r"out of memory|allocate memory", said) is not None
 
 
 def peak_memory(session: Session, side: str) -> int:
@@ -97,7 +109,9 @@ def _measure_memory(session: Session, side: str) -> int:
 
 def training(session: Session, workdir: Path, changes: dict[str, Any]) -> list[str]:
     """The command of a short training on noise images: the words of this bench, and `changes` of fields."""
-    words = [w for w in sys.argv[1:] if not w.startswith(("--mode", "--workdir", "--config.epochs"))]
+    words = [
+        w for w in sys.argv[1:] if not w.startswith(("--mode", "--workdir", "--config.epochs", "--config.examples"))
+    ]
     changes = {"eval_every": "0", "save_every": "0", "data.name": "synthetic"} | changes
     changes["num_classes"] = session.config.num_classes or 1000
     words += [f"--config.{name}={value}" for name, value in changes.items()]

@@ -21,7 +21,7 @@ from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
 from pcpvt.modes import report, report_page
 from pcpvt.modes.bench import Bench, surroundings
-from pcpvt.modes.bench_process import OutOfMemory, alone, training
+from pcpvt.modes.bench_process import KILLED, OutOfMemory, alone, lacks_memory, training
 from pcpvt.modes.console import Console
 from pcpvt.modes.report_charts import Series, chart
 from pcpvt.modes.session import Session
@@ -41,26 +41,22 @@ def run(session: Session, console: Console) -> int:
     """Measures, prints each point, writes `result.json` and `report.html`; returns the exit code."""
     began, config = time.perf_counter(), session.config
     rows = [f"{config.model.name}, {session.policy}, {session.device.describe()}, compile {config.compile}"]
-
-    def tell(text: str) -> None:
-        rows.append(text)
-        console.say(text)
-
     console.say(rows[0])
-    scaling: dict[str, list[Point]] = {"batch": [], "size": [], "processes": []}
-    for batch in BATCHES:
-        scaling["batch"].append(measure(config, {"batch_size": batch}))
-        tell(row(scaling["batch"][-1]))
-    for side in sizes(config.image_size):
-        scaling["size"].append(measure(config, {"image_size": side, "image_width": side}))
-        tell(row(scaling["size"][-1]))
-    for count in PROCESSES:
-        if has(session, count):
-            scaling["processes"].append(together(session, count))
-            tell(row(scaling["processes"][-1]))
+
+    def tell(point: Point) -> Point:
+        rows.append(row(point))
+        console.say(rows[-1])
+        return point
+
+    sides = sizes(config.image_size)
+    scaling = {
+        "batch": [tell(measure(config, {"batch_size": batch})) for batch in BATCHES],
+        "size": [tell(measure(config, {"image_size": side, "image_width": side})) for side in sides],
+        "processes": [tell(together(session, count)) for count in PROCESSES if has(session, count)],
+    }
     result = {**surroundings(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
     records.write_json(session.workdir / "result.json", result)
-    text = page(f"{config.model.name}: how cost grows", scaling, rows)
+    text = page(f"{config.model.name}: how cost grows", scaling, "\n".join(rows))
     write_atomically(session.workdir / report.FILE, lambda temporary: temporary.write_text(text))
     console.say(f"written to {session.workdir}: result.json, {report.FILE}")
     return 0
@@ -83,12 +79,12 @@ def measure(config: ConfigDict, changes: dict[str, int]) -> Point:
         "image_size": [changed.image_size, changed.image_width or changed.image_size],
     }
     try:
-        return point | alone(steps, changed)
+        return point | alone(timed, changed)
     except OutOfMemory:
         return point | {"out_of_memory": True}
 
 
-def steps(session: Session) -> Point:
+def timed(session: Session) -> Point:
     """The figures of one point, for a process of its own."""
     bench = Bench(session)
     train = bench.train()["ours"]
@@ -119,25 +115,29 @@ def together(session: Session, count: int) -> Point:
         if done.returncode == 0:
             rate = json.loads((Path(folder) / "result.json").read_text())["images_per_sec"]
             return point | {"train": {"images_per_sec": rate, "ms": round(1e3 * batch / rate, 3)}}
-    if "SIGKILL" in done.stderr or "memory" in done.stderr:
+    if done.returncode in KILLED or lacks_memory(done.stderr):
         return point | {"out_of_memory": True}
-    raise UserError(f"--mode=bench: the run of {count} processes failed: {done.stderr[-300:]}")
+    said = done.stderr.strip().rpartition("\n")[2].removeprefix("pcpvt: error: ")
+    raise UserError(f"--mode=bench: the training with config.processes={count} failed: {said}")
 
 
 def row(point: Point) -> str:
-    """A point's line in the table."""
+    """A point's line in the table; of several processes, `4 x 16` is four with 16 images each."""
     height, width = point["image_size"]
-    processes = f"  {point['processes']} processes" if "processes" in point else ""
-    head = f"batch {point['batch']:4}  {height:4}x{width:<4}{processes}"
+    processes = f"  {point['processes']} x {point['batch'] // point['processes']}" if "processes" in point else ""
+    text = f"batch {point['batch']:4}{processes:9}{height:4}x{width:<4}"
     if "out_of_memory" in point:
-        return f"{head}  out of memory"
+        return f"{text}  out of memory"
     for part in PARTS:
         if part in point:
-            head += f"  {part} {point[part]['images_per_sec']:8.1f} images/s {point[part]['ms']:9.1f} ms"
-    return head + (f"  {point['peak_memory_bytes'] / 1e9:6.2f} GB" if "peak_memory_bytes" in point else "")
+            text += f"  {part} {point[part]['images_per_sec']:8.1f} images/s {point[part]['ms']:9.1f} ms"
+    if "peak_memory_bytes" in point:
+        text += f"  peak {point['peak_memory_bytes'] / 1e9:6.2f} GB"
+    disturbed = any(point[part].get("disturbed_rounds") for part in PARTS if part in point)
+    return f"{text}  (disturbed)" if disturbed else text
 
 
-def page(title: str, scaling: dict[str, list[Point]], rows: Sequence[str]) -> str:
+def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
     """The report: speed and memory against batch, pixels and processes, and the table."""
     batch, size, processes = ([p for p in points if "out_of_memory" not in p] for points in scaling.values())
     costs = curves(size, pixels, lambda p, part: p[part]["ms"] / p["batch"])
@@ -146,13 +146,15 @@ def page(title: str, scaling: dict[str, list[Point]], rows: Sequence[str]) -> st
         ("Images/s against batch", "batch", curves(batch, lambda p: p["batch"], rate)),
         ("Images/s against processes", "processes", curves(processes, lambda p: p["processes"], rate)[:1]),
         ("Peak memory of training in GB against batch", "batch", curves(batch, lambda p: p["batch"], memory)[:1]),
-        ("Peak memory of training in GB against pixels", "pixels", curves(size, pixels, memory)[:1]),
-        ("ms per image against pixels", "pixels", costs),
+        ("Peak memory of training in GB against thousand pixels", "thousand pixels", curves(size, pixels, memory)[:1]),
+        ("ms per image against thousand pixels", "thousand pixels", costs),
     )
     drawn = "".join(chart(name, series, x=x, zero=True) for name, x, series in charts)
-    text = html.escape("\n".join(rows))
-    table = f'<section class="card scroll"><pre>{text}</pre></section>'
-    return report_page.document(title, f'<h1>{html.escape(title)}</h1><section class="grid">{drawn}</section>{table}')
+    body = (
+        f'<h1>{html.escape(title)}</h1><section><h2>Curves</h2><div class="grid">{drawn}</div></section>'
+        f'<section><h2>Table</h2><div class="card scroll"><pre>{html.escape(table)}</pre></div></section>'
+    )
+    return report_page.document(title, body)
 
 
 def curves(points: Sequence[Point], x: Callable[[Point], float], y: Callable[[Point, str], float]) -> list[Series]:
@@ -171,9 +173,10 @@ def memory(point: Point, part: str) -> float:
     return point["peak_memory_bytes"] / 1e9
 
 
-def pixels(point: Point) -> int:
+def pixels(point: Point) -> float:
+    """Thousands of them, which fit below an axis."""
     height, width = point["image_size"]
-    return height * width
+    return height * width / 1000
 
 
 def line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
