@@ -211,7 +211,7 @@ def test_config_comes_back_from_its_file(tmp_path, data):
     records.apply_config(other, records.read_config(tmp_path / "config.json"), "config.json")
     assert other.to_dict() == config.to_dict()
     third = base()
-    records.apply_config(third, records.nested(resume.flat(config)), "checkpoint")
+    records.apply_config(third, records.nested(records.flat(config)), "checkpoint")
     assert third.to_dict() == config.to_dict()
 
 

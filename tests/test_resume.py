@@ -16,7 +16,7 @@ from pcpvt.errors import UserError
 from pcpvt.functional import state
 from pcpvt.modes import resume
 from pcpvt.modes.exits import PREEMPTED
-from pcpvt.store import checkpoint
+from pcpvt.store import checkpoint, records
 
 SIGTERM_AFTER = {"at": "step", "do": "SIGTERM"}
 
@@ -124,7 +124,7 @@ class Session:
 
 
 def meta(**fields):
-    flat = {**resume.flat(base()), **fields}
+    flat = {**records.flat(base()), **fields}
     return {"config": flat, "classes": ["a", "b"], "examples": 7}
 
 
@@ -146,7 +146,7 @@ def test_harmless_changes_pass_and_are_noted():
     ],
 )
 def test_incompatible_change_names_the_field_and_both_values(field, value):
-    before = resume.flat(base())[field]
+    before = records.flat(base())[field]
     shown = list(value) if isinstance(value, tuple) else value
     with pytest.raises(UserError) as error:
         resume.check_compatible(Session(**{field: value}), meta(), ["a", "b"], 7)

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcpvt.allocator import keep_freed_memory
 from pcpvt.data import augment, order
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.sources import Source
+from pcpvt.devices.allocator import keep_freed_memory
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing, rng
 from pcpvt.models.pcpvt import draw_keep

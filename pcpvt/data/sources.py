@@ -197,6 +197,7 @@ def open_split(
         return digits(split, size)
     if name == "synthetic":
         return synthetic(split, size, num_classes or 1000)
+    path = os.path.expanduser(path)
     if name != "folder":
         return TimmReader(name, path, val_split if split == "val" and name != "tar" else split)
     if not path:

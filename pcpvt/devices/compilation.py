@@ -14,7 +14,7 @@ import torch
 
 from pcpvt.devices import collectives
 from pcpvt.devices.base import Device
-from pcpvt.errors import UserError
+from pcpvt.errors import UserError, printable, put
 from pcpvt.functional.step import Objective, autograd_value_and_grad, functional_value_and_grad
 
 
@@ -72,7 +72,7 @@ class _Compiled:
                 ) from error
             warning = f"{self.backend} cannot compile here ({_reason(error)}); going on without (config.compile=none)"
         if collectives.first_to_say(warning):
-            print(f"pcpvt: warning: {warning}", file=sys.stderr, flush=True)
+            put(f"pcpvt: warning: {printable(warning)}\n", sys.stderr)
         self.function = self.plain
         return self.plain(*args)
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcpvt.allocator import keep_freed_memory
 from pcpvt.devices import cpu_kernels
+from pcpvt.devices.allocator import keep_freed_memory
 from pcpvt.devices.base import Device, cores
 from pcpvt.models.layers import Attend, Kernels
 

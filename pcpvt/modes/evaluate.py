@@ -128,7 +128,8 @@ def run(session: Session) -> int:
 def epochs(picked: chosen.Chosen) -> float | None:
     """How long the weights were trained, where the file says so."""
     meta = picked.meta
-    return meta["step"] * meta["config"]["batch_size"] / max(meta["examples"], 1) if meta else None
+    batch, examples = meta.get("config", {}).get("batch_size"), meta.get("examples")
+    return meta["step"] * batch / examples if batch and examples else None
 
 
 def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:

@@ -178,7 +178,7 @@ def unique_names(paths: list[str]) -> list[str]:
 def _reason(path: str, size: tuple[int, int]) -> str:
     """Why a file was skipped: a loader process tells only that it was."""
     try:
-        augment.eval_sample(path, size, min(size))
+        augment.eval_sample(path, size, 1.0)
     except DecodeError as error:
         return str(error)
     return f"{path}: could not be read a moment ago"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from pcpvt.config import fields
 from pcpvt.devices import collectives
 from pcpvt.errors import UserError
@@ -14,7 +12,7 @@ from pcpvt.functional import state
 from pcpvt.models import pcpvt
 from pcpvt.modes.console import Console
 from pcpvt.modes.session import Session
-from pcpvt.store import checkpoint
+from pcpvt.store import checkpoint, records
 
 # Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
 # A longer or shorter run changes the learning rates still to come, which is what asking for it means.
@@ -75,8 +73,8 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
         UserError: for a field that may not change, with both values, or for other data.
     """
     notes = []
-    default = flat(fields.base())
-    now, then = flat(session.config), meta["config"]
+    default = records.flat(fields.base())
+    now, then = records.flat(session.config), meta["config"]
     for name in sorted(now.keys() | then.keys()):
         # A field that another version added had its default.
         before, after = then.get(name, default.get(name)), now.get(name, default.get(name))
@@ -115,17 +113,6 @@ def check_agreement(step: int) -> None:
             f"--workdir: the processes found different checkpoints (this one step {step}): "
             "put it on a file system that all hosts share"
         )
-
-
-def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Field name to value, as JSON gives it back (tuples become lists)."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            out.update(flat(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return out
 
 
 def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params:

@@ -23,6 +23,7 @@ from pcpvt.modes import session as sessions
 from pcpvt.modes.console import Console
 from pcpvt.modes.recorder import Diverged, Recorder
 from pcpvt.modes.session import Session
+from pcpvt.store import records
 from pcpvt.store.saver import Saver
 
 
@@ -209,7 +210,7 @@ class Trainer:
             return
         meta = {
             "step": self.now,
-            "config": resume.flat(self.config) | resume.origin(self.resumed),
+            "config": records.flat(self.config) | resume.origin(self.resumed),
             "model": self.config.model.name,
             "pad": self.config.model.pad,
             "classes": list(self.train_source.classes),
