@@ -130,7 +130,7 @@ def test_memory_that_tensors_leave_is_used_again_without_page_faults():
 import resource, torch
 from pcpvt import devices
 devices.get("cpu").bind(0)
-for _ in range(4):
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(megabytes << 18) for megabytes in (1, 8, 40, 100)]
     del tensors
