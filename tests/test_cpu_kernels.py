@@ -70,7 +70,7 @@ def test_packed_parameters_give_the_same_logits(dtype):
     model, params = nano()
     cpu, x = devices.get("cpu"), images(2, 64, 64, 3).to(dtype)
     params = precision.cast(params, precision.Policy(compute=dtype), cpu.wide_norms)
-    packed = cpu.packed(params, dtype)
+    packed = cpu.kernels(dtype).pack(params)
     assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
     with torch.no_grad():
         found, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))

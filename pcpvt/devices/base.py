@@ -61,10 +61,6 @@ class Device:
         """This device's kernels for the model; a compiler fuses the plain operators itself."""
         return Kernels(self.attend(dtype))
 
-    def packed(self, params: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameters in the compute dtype as `kernels` take them fastest, where they will not change."""
-        return params
-
     def memory(self) -> tuple[int, int]:
         """(peak bytes used by this process so far, bytes that exist)."""
         raise NotImplementedError

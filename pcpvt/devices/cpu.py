@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pcpvt.devices import cpu_kernels
 from pcpvt.devices.allocator import keep_freed_memory
@@ -53,10 +52,7 @@ class Cpu(Device):
         own = Kernels(self.attend(dtype), residual=cpu_kernels.residual)
         if not cpu_kernels.usable(dtype):
             return own
-        return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear)
-
-    def packed(self, params: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        return cpu_kernels.packed(params, dtype)
+        return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, pack=cpu_kernels.pack)
 
     def memory(self) -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -47,12 +47,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-2).mT @ v
 
 
-def packed(params: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters with the weights of linear maps as oneDNN reads them: `linear` then does it no more each time."""
-    if not usable(dtype):
-        return params
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    return {n: pack(v) if v.ndim == 2 and v.dtype == dtype else v for n, v in params.items()}
+    return {n: torch.ops.mkldnn._reorder_linear_weight(v) if v.ndim == 2 else v for n, v in params.items()}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

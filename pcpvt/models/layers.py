@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pack = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
@@ -59,6 +60,7 @@ class Kernels(NamedTuple):
     linear: Linear = F.linear
     gelu_linear: Linear = gelu_linear_plain
     residual: Residual = residual_plain
+    pack: Pack = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
 
 
 PLAIN = Kernels()

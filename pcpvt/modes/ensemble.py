@@ -66,7 +66,7 @@ def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params
     device, policy = session.device, session.policy
     each = [session.compute(p) for p in params]
     if not device.vmaps:
-        predict = make_predict(model, policy=policy, kernels=device.kernels(policy.compute))
+        predict = make_predict(model, policy=policy, kernels=sessions.kernels(session))
         one = compiled(predict, device, session.config.compile)
         return lambda images: [one(p, images) for p in each]
     # What torch.func.stack_module_state does to modules. The CPU's fused attention has no batching rule: written out.

@@ -42,11 +42,8 @@ class Session(NamedTuple):
         return precision.cast(here, self.policy, self.device.wide_norms)
 
     def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`compute`, as the device's kernels take parameters that stay as they are."""
-        here = self.compute(params)
-        if self.config.kernels == "plain" or backend(self.device, self.config.compile) != "none":
-            return here
-        return self.device.packed(here, self.policy.compute)
+        """`compute`, as the kernels take parameters that stay as they are."""
+        return kernels(self).pack(self.compute(params))
 
 
 def start(config: ConfigDict, workdir: Path) -> Session:
