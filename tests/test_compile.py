@@ -13,8 +13,9 @@ from pcpvt.devices import compilation
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing, optim, precision, rng, schedules, state
 from pcpvt.functional.objective import make_objective, make_predict
-from pcpvt.functional.step import functional_value_and_grad, make_step
+from pcpvt.functional.step import autograd_value_and_grad, functional_value_and_grad, make_step
 from pcpvt.models import pcpvt
+from pcpvt.models.layers import PLAIN, Block, Kernels
 
 
 class Counting:
@@ -54,12 +55,12 @@ def recipe_batches(model, count: int, n: int) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def train(seam, steps: int = 3):
+def train(seam, steps: int = 3, kernels: Kernels = PLAIN):
     """The state and the losses after a few steps with two micro-batches each."""
     model, params = nano_state(torch.float32)
     optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
     policy = precision.parse("bfloat16")
-    objective = make_objective(model, smoothing=0.1, policy=policy)
+    objective = make_objective(model, smoothing=0.1, policy=policy, kernels=kernels)
     step = make_step(objective, optimizer, global_batch=8, accumulate=2, policy=policy, value_and_grad=seam)
     ts, losses = state.create(params, optimizer.init(params), {}, ema=False), []
     for batch in recipe_batches(model, steps, 8):
@@ -92,23 +93,69 @@ def test_evaluation_compiles_once_and_its_padded_last_batch_too():
     assert count.graphs == 1
 
 
+def blocks(backend: object, falls_back: bool = False) -> Kernels:
+    return PLAIN._replace(run=compilation.Blocks(PLAIN, backend, falls_back))
+
+
+def test_all_blocks_of_a_stage_share_one_compiled_code_and_equal_eager_to_the_bit():
+    """Two blocks of the first stage and one of each other: four graphs, for every step and micro-batch."""
+    count = Counting()
+    kernels = blocks(count)
+    ts, losses = train(autograd_value_and_grad, kernels=kernels)
+    reference, expected = train(autograd_value_and_grad)
+    assert count.graphs == 4
+    assert losses == expected and len(set(losses)) == 3
+    for name, value in ts.params.items():
+        assert torch.equal(value, reference.params[name]), name
+
+
+def test_a_model_of_many_image_sizes_stays_compiled():
+    count = Counting()
+    model, params = nano_state(torch.float32)
+    predict = make_predict(model, kernels=blocks(count))
+    for side in (32, 64, 96):
+        images = torch.full((1, side, side, 3), 7, dtype=torch.uint8)
+        assert torch.equal(predict(params, images), make_predict(model)(params, images))
+    assert count.graphs == 12
+
+
+def test_compiled_blocks_hide_no_attention_from_intermediates():
+    model, params = nano_state(torch.float32)
+    images = torch.randn(1, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    logits, found = pcpvt.intermediates(model, params, images, attention=True, kernels=blocks("eager"))
+    expected, reference = pcpvt.intermediates(model, params, images, attention=True)
+    torch.testing.assert_close(logits, expected)
+    assert found.keys() == reference.keys()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_agrees_with_eager():
-    from pcpvt.models.layers import PLAIN, Block
-
     with torch.device("meta"):
         block = Block(8, 2, 2, 2)
     draws = torch.Generator().manual_seed(0)
     params = {n: 0.3 * torch.randn(p.shape, generator=draws) for n, p in block.named_parameters()}
     batch = {"x": torch.randn(2, 4, 4, 8, generator=draws), "keep": torch.tensor([[2.0, 0.0], [0.0, 2.0]])}
+    cpu = devices.get("cpu")
 
-    def objective(params, batch, factor):
-        x = torch.func.functional_call(block, params, (batch["x"], PLAIN, batch["keep"]))
-        return x.square().sum() * factor
+    def gradient(choice):
+        kernels = compilation.compiled_blocks(PLAIN, cpu, choice)
 
-    factor = torch.tensor(0.5)
-    value, grads = compilation.value_and_grad(device(), "inductor")(objective)(params, batch, factor)
-    expected, reference = compilation.value_and_grad(device(), "none")(objective)(params, batch, factor)
+        def objective(params, batch, factor):
+            class Around(torch.nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.block = block
+
+                def forward(self):
+                    return kernels.run(self.block, batch["x"], kernels, batch["keep"])
+
+            inside = {f"block.{n}": v for n, v in params.items()}
+            return torch.func.functional_call(Around(), inside, ()).square().sum() * factor
+
+        return compilation.value_and_grad(cpu, choice)(objective)(params, batch, torch.tensor(0.5))
+
+    value, grads = gradient("inductor")
+    expected, reference = gradient("none")
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grads, reference, rtol=1e-4, atol=1e-5)
 
@@ -141,6 +188,29 @@ def test_a_backend_that_was_named_stops_the_run_in_one_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_blocks_that_cannot_be_compiled_run_in_eager_mode_with_one_warning(fails, capsys):
+    from torch._dynamo.backends.common import aot_autograd
+
+    def backend(graph, inputs):
+        return aot_autograd(**{"fw_compiler": lambda g, _: g, "bw_compiler": lambda g, _: g} | {part: broken})(
+            graph, inputs
+        )
+
+    part = "fw_compiler" if fails == "forward" else "bw_compiler"
+    kernels = blocks(backend, falls_back=True)
+    ts, losses = train(autograd_value_and_grad, kernels=kernels)
+    reference, expected = train(autograd_value_and_grad)
+    assert losses == expected
+    assert all(torch.equal(value, reference.params[name]) for name, value in ts.params.items())
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "no such instruction" in warning and "going on without" in warning
+
+    kernels = blocks(backend)
+    with pytest.raises(UserError, match=r"config.compile.*config.compile=none"):
+        train(autograd_value_and_grad, kernels=kernels)
+
+
 def test_an_error_while_compiled_code_runs_is_no_failure_to_compile(capsys):
     def full(graph, inputs):
         def run(*args):
@@ -164,4 +234,5 @@ def test_cpu_is_eager_by_default():
         return x
 
     assert compilation.compiled(function, devices.get("cpu"), "auto") is function
-    assert compilation.value_and_grad(devices.get("cpu"), "auto") is compilation.value_and_grad(device(), "none")
+    assert compilation.value_and_grad(devices.get("cpu"), "auto") is autograd_value_and_grad
+    assert compilation.compiled_blocks(PLAIN, devices.get("cpu"), "auto") is PLAIN

@@ -151,14 +151,20 @@ def test_steps_equal_the_cpus_to_the_bit():
 
 @on_npu()
 def test_inductor_without_its_compiler_stops_a_run_that_named_it():
-    from pcpvt.devices.compilation import compiled
+    from test_step import nano_state
+
+    from pcpvt.devices.compilation import compiled_blocks
     from pcpvt.errors import UserError
+    from pcpvt.functional.objective import make_predict
+    from pcpvt.models.layers import PLAIN
 
     device = bound()
-    x = torch.ones(2, device=device.torch)
-    assert compiled(torch.sin, device, "auto") is torch.sin  # eager by default
+    assert compiled_blocks(PLAIN, device, "auto") is PLAIN  # eager by default
+    model, params = nano_state(torch.float32)
+    predict = make_predict(model, kernels=compiled_blocks(PLAIN, device, "inductor"))
+    params = {name: value.to(device.torch) for name, value in params.items()}
     with pytest.raises(UserError, match="'inductor' cannot compile here") as error:
-        compiled(torch.sin, device, "inductor")(x)
+        predict(params, torch.zeros(1, 32, 32, 3, dtype=torch.uint8, device=device.torch))
     assert "\n" not in str(error.value)
 
 

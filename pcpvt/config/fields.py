@@ -80,7 +80,7 @@ FIELDS = {
     "predict.output": ("", "file to write; unset: standard output"),
     "predict.explain": (False, "also draw, in the workdir's explain/, what speaks for the predicted class"),
     "report.compare": ("", "other workdirs, by comma, to show beside this one"),
-    "bench.against": ("", "timm: measure timm's model and loader beside ours in the same run"),
+    "bench.against": ("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours"),
     "bench.steps": (10, "measured rounds per figure"),
     "bench.scaling": (False, "measure how cost grows with batch, image size and processes instead; also report.html"),
 }

@@ -87,7 +87,7 @@ def check(config: ConfigDict) -> None:
     check_choice("export.format", config.export.format, ["timm", "onnx", "pt2"])
     check_choice("weights", config.weights, ["auto", "params", "ema"])
     check_choice("predict.format", config.predict.format, ["table", "jsonl", "csv"])
-    check_choice("bench.against", config.bench.against, ["", "timm"])
+    check_choice("bench.against", config.bench.against, ["", "timm", "timm-compiled"])
     if config.bench.scaling and config.bench.against:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"

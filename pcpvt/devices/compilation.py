@@ -1,8 +1,12 @@
 """The compile seam: pure functions to faster equal ones, or to themselves, by device and by the user's choice.
 
-A gradient is compiled as one function, forward and backward together (`torch.func`), so no backward is compiled behind
-the caller's back and whatever fails to compile fails here. Shapes are fixed and nothing is drawn inside, so every step
-runs the same code on the same draws as in eager mode. The fused optimizer kernels stay outside.
+A backend that generates code compiles one block of each stage, forward and backward, and all blocks of the stage run
+that code: compiling takes 56 s instead of 127 s, with a warm cache 5.5 s instead of 18.5 s, and steps are as fast (S at
+224 px on two Zen 4 cores). A backend that records the device's work takes the whole function, forward and backward
+together (`torch.func`): there one large graph is the gain.
+
+Shapes are fixed and nothing is drawn inside, so every step runs the same code on the same draws as in eager mode. The
+fused optimizer kernels stay outside.
 """
 
 from __future__ import annotations
@@ -11,11 +15,16 @@ import sys
 from collections.abc import Callable, Collection
 
 import torch
+from torch import Tensor, nn
 
 from pcpvt.devices import collectives
 from pcpvt.devices.base import Device
 from pcpvt.errors import UserError, printable, put
 from pcpvt.functional.step import Objective, autograd_value_and_grad, functional_value_and_grad
+from pcpvt.models.layers import Kernels
+
+_GENERATES = ("inductor",)
+_VARIANTS = 64  # of a block: stages, image and batch sizes, with gradient and without; dynamo's own limit is 8
 
 
 def backend(device: Device, choice: str) -> str:
@@ -24,21 +33,31 @@ def backend(device: Device, choice: str) -> str:
 
 
 def compiled(function: Callable, device: Device, choice: str) -> Callable:
-    """`function` compiled as `config.compile` says: `auto` takes the device's default, `none` leaves it as it is.
+    """`function` compiled as a whole, where `config.compile` means a backend that takes wholes; else itself.
 
     When the backend that `auto` chose cannot compile it, one warning is printed and the plain function is used.
 
     Raises:
         UserError: when called, if a backend that was named cannot compile it.
     """
-    if backend(device, choice) == "none":
+    if backend(device, choice) in ("none", *_GENERATES):
         return function
     return _Compiled(function, function, backend(device, choice), falls_back=choice == "auto")
 
 
+def compiled_blocks(kernels: Kernels, device: Device, choice: str) -> Kernels:
+    """`kernels` that run the model's blocks compiled, where `config.compile` means a backend that generates code.
+
+    What happens when it cannot is as with `compiled`.
+    """
+    if backend(device, choice) not in _GENERATES:
+        return kernels
+    return kernels._replace(run=Blocks(kernels, backend(device, choice), falls_back=choice == "auto"))
+
+
 def value_and_grad(device: Device, choice: str) -> Callable:
-    """How a gradient is taken here (see `functional.step`): by `torch.autograd.grad`, or in one compiled graph."""
-    if backend(device, choice) == "none":
+    """How a gradient is taken (see `functional.step`): by `torch.autograd.grad`, or in one graph that is compiled."""
+    if backend(device, choice) in ("none", *_GENERATES):
         return autograd_value_and_grad
 
     def seam(objective: Objective, trainable: Collection[str] | None = None) -> Callable:
@@ -52,7 +71,7 @@ def value_and_grad(device: Device, choice: str) -> Callable:
 class _Compiled:
     """Calls `fast` compiled; after a failure to compile `plain`, for good."""
 
-    def __init__(self, fast: Callable, plain: Callable, backend: str, falls_back: bool):
+    def __init__(self, fast: Callable, plain: Callable, backend: str | Callable, falls_back: bool):
         self.fast, self.plain, self.backend, self.falls_back = fast, plain, backend, falls_back
         self.function: Callable | None = None
 
@@ -61,6 +80,9 @@ class _Compiled:
             return self.plain(*args)
         try:
             if self.function is None:
+                torch._dynamo.config.recompile_limit = max(_VARIANTS, torch._dynamo.config.recompile_limit)
+                # A backward is compiled with its forward, so what cannot be compiled fails here.
+                torch._functorch.config.force_non_lazy_backward_lowering = True
                 self.function = torch.compile(self.fast, backend=self.backend, fullgraph=True, dynamic=False)
             return self.function(*args)
         except Exception as error:
@@ -75,6 +97,19 @@ class _Compiled:
             put(f"pcpvt: warning: {printable(warning)}\n", sys.stderr)
         self.function = self.plain
         return self.plain(*args)
+
+
+class Blocks:
+    """`layers.Kernels.run` by code that the blocks of a stage share."""
+
+    def __init__(self, kernels: Kernels, backend: str | Callable, falls_back: bool):
+        def run(block: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
+            return block(x, kernels, keep)
+
+        self._compiled = _Compiled(run, run, backend, falls_back)
+
+    def __call__(self, block: nn.Module, x: Tensor, kernels: Kernels, keep: Tensor | None) -> Tensor:
+        return self._compiled(block, x, keep)
 
 
 def _is_of_compiler(error: Exception) -> bool:

@@ -21,6 +21,7 @@ Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 Pack = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
+Run = Callable[[nn.Module, Tensor, "Kernels", Tensor | None], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class Kernels(NamedTuple):
     linear: Linear = F.linear
     gelu_linear: Linear = gelu_linear_plain
     residual: Residual = residual_plain
+    run: Run = lambda block, x, kernels, keep: block(x, kernels, keep)  # one block of a stage, compiled perhaps
     pack: Pack = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
 
 

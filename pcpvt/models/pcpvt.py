@@ -91,7 +91,7 @@ class PCPVT(nn.Module):
                 here = kernels
                 if capture is not None and attention:
                     here = _captured(kernels, capture, f"blocks.{s}.{i}.attention")
-                x = block(x, here, None if keep is None else keep[:, index : index + 2])
+                x = here.run(block, x, here, None if keep is None else keep[:, index : index + 2])
                 index += 2
                 if i == 0:
                     x = position(x)
@@ -139,7 +139,7 @@ def _captured(kernels: Kernels, capture: Capture, name: str) -> Kernels:
         capture(name, ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1))
         return kernels.attend(q, k, v)
 
-    return kernels._replace(attend=attend)
+    return kernels._replace(attend=attend, run=PLAIN.run)  # compiled code captures nothing
 
 
 def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:

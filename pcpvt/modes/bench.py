@@ -99,6 +99,7 @@ def surroundings(session: Session) -> dict[str, Any]:
         "batch": config.batch_size,
         "image_size": list(session.size),
         "compile": config.compile,
+        "against": config.bench.against or None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -110,7 +111,6 @@ class Bench:
     def __init__(self, session: Session):
         config = session.config
         self.session, self.rounds = session, config.bench.steps
-        self.compile_peer = config.compile == "inductor"
         classes = config.num_classes or 1000
         self.model = sessions.build_model(config, classes)
         blocks = self.model.branches // 2
@@ -132,7 +132,7 @@ class Bench:
         if self.session.config.bench.against:
             from pcpvt.modes import bench_peer
 
-            subjects["peer"] = bench_peer.train_step(self.session, self.plan, self.batch, compiled=self.compile_peer)
+            subjects["peer"] = bench_peer.train_step(self.session, self.plan, self.batch)
         return interleave(self.session.device, subjects, self.rounds)
 
     def evaluation(self) -> dict[str, Measured]:
@@ -153,7 +153,7 @@ class Bench:
         if session.config.bench.against:
             from pcpvt.modes import bench_peer
 
-            subjects["peer"] = bench_peer.forward(session, self.plan.num_classes, batch, compiled=self.compile_peer)
+            subjects["peer"] = bench_peer.forward(session, self.plan.num_classes, batch)
         return interleave(session.device, subjects, rounds)
 
     def input(self) -> tuple[dict[str, dict], dict[str, Any]]:

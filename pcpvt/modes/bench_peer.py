@@ -29,6 +29,11 @@ def model(session: Session, num_classes: int) -> torch.nn.Module:
     return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
 
 
+def _compiled(session: Session, network: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    # Without `dynamic` a second batch size, that of the latency, would be compiled for all sizes, and slower.
+    return torch.compile(network, dynamic=False) if session.config.bench.against == "timm-compiled" else network
+
+
 def _autocast(session: Session) -> torch.autocast:
     dtype = session.policy.compute
     return torch.autocast(session.device.name, dtype=dtype, enabled=dtype != torch.float32)
@@ -39,7 +44,7 @@ def _pixels(session: Session, batch: dict[str, Tensor]) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if session.device.name == "cuda" else torch.contiguous_format)
 
 
-def train_step(session: Session, plan: Plan, batch: dict[str, Tensor], *, compiled: bool) -> Callable[[], object]:
+def train_step(session: Session, plan: Plan, batch: dict[str, Tensor]) -> Callable[[], object]:
     """Forward, backward, clipping and AdamW on one normalised batch with soft targets, as timm's train.py does them."""
     network = model(session, plan.num_classes).train()
     config = session.config
@@ -47,7 +52,7 @@ def train_step(session: Session, plan: Plan, batch: dict[str, Tensor], *, compil
     bare = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": bare, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-5)
-    forward = torch.compile(network) if compiled else network
+    forward = _compiled(session, network)
     x = _pixels(session, batch)
     targets = mixing.mix_targets(batch["label"], batch.get("lam"), plan.num_classes, config.label_smoothing)
 
@@ -64,10 +69,9 @@ def train_step(session: Session, plan: Plan, batch: dict[str, Tensor], *, compil
     return step
 
 
-def forward(session: Session, num_classes: int, batch: dict[str, Tensor], *, compiled: bool) -> Callable[[], object]:
+def forward(session: Session, num_classes: int, batch: dict[str, Tensor]) -> Callable[[], object]:
     """Logits of one normalised batch."""
-    network = model(session, num_classes).eval()
-    run = torch.compile(network) if compiled else network
+    run = _compiled(session, model(session, num_classes).eval())
     x = _pixels(session, batch)
 
     def call() -> Tensor:

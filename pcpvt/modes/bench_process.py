@@ -100,7 +100,7 @@ def _measure_memory(session: Session, side: str) -> int:
         from pcpvt.modes import bench_peer
 
         del bench.state  # the peer holds its own parameters and moments
-        peer_step = bench_peer.train_step(session, bench.plan, bench.batch, compiled=bench.compile_peer)
+        peer_step = bench_peer.train_step(session, bench.plan, bench.batch)
         for _ in range(2):
             peer_step()
     session.device.synchronize()

@@ -8,7 +8,8 @@ that eval would take alone, and `ema` by itself for both; files are read as `con
 uniform mean of the members' weights (Wortsman et al. 2022): it costs as much as one model, and suits members of one
 descent.
 
-On devices with `torch.func.vmap` all members run as one model whose weights have one more axis; elsewhere one by one.
+On devices with `torch.func.vmap` all members run as one model whose weights have one more axis; elsewhere, and when
+compiled, one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.config.plan import eval_batch
-from pcpvt.devices.compilation import compiled
+from pcpvt.devices.compilation import backend, compiled
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import make_predict
 from pcpvt.models import pcpvt
@@ -65,15 +66,19 @@ def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params
     """uint8 images `[b, h, w, 3]` to the logits `[b, classes]` of each set of parameters."""
     device, policy = session.device, session.policy
     each = [session.compute(p) for p in params]
-    if not device.vmaps:
+    if not vmaps(session):
         predict = make_predict(model, policy=policy, kernels=sessions.kernels(session))
         one = compiled(predict, device, session.config.compile)
         return lambda images: [one(p, images) for p in each]
     # What torch.func.stack_module_state does to modules. The CPU's fused attention has no batching rule: written out.
     stacked = {name: torch.stack([p[name] for p in each]) for name in each[0]}
     predict = torch.func.vmap(make_predict(model, policy=policy), (0, None))
-    fast = compiled(predict, device, session.config.compile)
-    return lambda images: list(fast(stacked, images))
+    return lambda images: list(predict(stacked, images))
+
+
+def vmaps(session: Session) -> bool:
+    """Whether the members run as one: compiled code is shared by members anyway, and no compiler sees through vmap."""
+    return session.device.vmaps and backend(session.device, session.config.compile) == "none"
 
 
 def averaged(logits: Sequence[Tensor]) -> Tensor:
@@ -94,7 +99,7 @@ def run(session: Session) -> int:
     predict = together(session, model, [*(m.params for m in picked), soup([m.params for m in picked])])
     # As many activations at once as for one model.
     evaluator = evaluate.Evaluator(session, model, source, max(1, eval_batch(config) // (count + 1)))
-    how = "together (vmap)" if session.device.vmaps else "one by one"
+    how = "together (vmap)" if vmaps(session) else "one by one"
     console.say(f"evaluating {count} members {how} on {len(source)} images of {config.data.path or config.data.name}")
 
     def outputs(batch: dict[str, Tensor]) -> list[Tensor]:
@@ -116,7 +121,7 @@ def run(session: Session) -> int:
         "epochs": None,
         "checkpoint": config.eval.ensemble,
         "weights": "ensemble",
-        "ensemble": {"members": described, "average": average, "soup": blend, "vmap": session.device.vmaps},
+        "ensemble": {"members": described, "average": average, "soup": blend, "vmap": vmaps(session)},
     }
     evaluate.write_result(session, model, figures, time.perf_counter() - began)
     return 0

@@ -129,9 +129,9 @@ def classify(
         start=session.device.worker_start,
         pin=session.device.pins,
     )
-    kernels = sessions.kernels(session)
     # Not by default: compiling takes longer than a few thousand images.
     choice = "none" if config.compile == "auto" else config.compile
+    kernels = sessions.kernels(session, choice)
     predict = compiled(make_predict(picked.model, policy=session.policy, kernels=kernels), session.device, choice)
     weights = session.inference(picked.params)
     exact = {name: value.to(session.device.torch) for name, value in picked.params.items()}

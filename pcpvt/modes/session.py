@@ -14,7 +14,7 @@ from pcpvt.data import sources
 from pcpvt.data.loader import default_workers
 from pcpvt.devices import base, collectives
 from pcpvt.devices.collectives import World
-from pcpvt.devices.compilation import backend
+from pcpvt.devices.compilation import backend, compiled_blocks
 from pcpvt.errors import UserError
 from pcpvt.functional import precision
 from pcpvt.functional.precision import Policy
@@ -80,13 +80,17 @@ def count_classes(config: ConfigDict, source: sources.Source) -> int:
     return config.num_classes
 
 
-def kernels(session: Session) -> Kernels:
-    """The device's kernels for the model in the compute dtype, or the plain ones, as `config.kernels` says."""
-    if session.config.kernels == "plain":
-        return PLAIN
-    return session.device.kernels(
-        session.policy.compute, compiled=backend(session.device, session.config.compile) != "none"
-    )
+def kernels(session: Session, choice: str | None = None) -> Kernels:
+    """The device's kernels for the model in the compute dtype, or the plain ones, as `config.kernels` says.
+
+    Args:
+        choice: what to take for `config.compile`.
+    """
+    device, choice = session.device, choice or session.config.compile
+    own = PLAIN
+    if session.config.kernels != "plain":
+        own = device.kernels(session.policy.compute, compiled=backend(device, choice) != "none")
+    return compiled_blocks(own, device, choice)
 
 
 def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
