@@ -91,11 +91,14 @@ def test_the_global_batch_is_the_same_at_any_world_size(world):
 
 def test_the_batches_are_the_same_with_0_1_and_3_workers():
     found = []
-    for workers in (0, 1, 3):
+    for workers, early in ((0, False), (0, True), (1, False), (3, True)):
         loader = Loader(train_batches(), range(2, 8), workers)
+        if early:
+            loader.start()
         found.append([digest(batch) for batch in loader])
-    assert found[0] == found[1] == found[2]
+    assert found.count(found[0]) == 4
     assert len(set(found[0])) == 6
+    assert [digest(batch) for batch in loader] == found[0]  # and once more from the start
 
 
 def test_another_seed_changes_every_draw():

@@ -6,17 +6,9 @@ the training stream has no end (see `order`).
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
-import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +17,8 @@ from torch import Tensor
 
 from pcpvt.data import augment, order
 from pcpvt.data.decode import DecodeError
+from pcpvt.data.processes import begin_worker, deaf_children, explained
 from pcpvt.data.sources import Source
-from pcpvt.devices.allocator import keep_freed_memory
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing, rng
 from pcpvt.models.pcpvt import draw_keep
@@ -181,96 +173,32 @@ class Loader:
             prefetch_factor=2 if workers else None,
             multiprocessing_context=start if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
+            worker_init_fn=functools.partial(begin_worker, os.getpid()),
             generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
             pin_memory=pin,
         )
 
+        self._started: Iterator | None = None
+
+    def start(self) -> None:
+        """Starts the loader processes, which takes them seconds, and their reading for the next iteration.
+
+        Raises:
+            UserError: when one died.
+        """
+        with explained(), deaf_children():
+            self._started = iter(self.loader)
+
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError: one that a worker met, or that a worker died."""
-        try:
-            with _deaf_children():
-                batches = iter(self.loader)
-            for batch in batches:
+        if self._started is None:
+            self.start()
+        batches, self._started = self._started, None
+        with explained():
+            for batch in batches or ():
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            reason = _why_worker_died(error)
-            if not reason:
-                raise
-            raise UserError(
-                f"config.data.workers: a loader process {reason}: free memory and /dev/shm, or use fewer of them"
-            ) from error
-
-
-@contextlib.contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes started inside never see a signal that is sent to a whole group: the run answers it, and needs them.
-
-    They end when this process tells them to, or is gone. The mask is inherited; a handler would come too late.
-    """
-    _end_children_at_exit()
-    resource_tracker.ensure_running()  # which unblocks signals when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(parent: int, worker: int) -> None:
-    keep_freed_memory()
-    _end_with(parent)
-
-
-def _end_with(parent: int) -> None:
-    """Ends this loader process soon after the training process, however that ends.
-
-    PyTorch watches its parent, which is the forkserver; and that lives as long as any process that it has started.
-    """
-
-    def watch() -> None:
-        while _runs(parent):
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process exists and is more than an entry that nobody has collected yet."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return not Path("/proc/self").exists()
-
-
-@functools.cache
-def _end_children_at_exit() -> None:
-    """Arranges, once, that this process does not wait for loader processes that an error has left running.
-
-    multiprocessing would send them a SIGTERM, to which they are deaf, and wait. They only read: nothing is lost.
-    """
-
-    def end() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a fault
-        for child in multiprocessing.active_children():
-            child.kill()
-
-    atexit.register(end)  # after multiprocessing's own, and so called before it
-
-
-def _why_worker_died(error: Exception) -> str:
-    """What befell a loader process, from PyTorch's message; empty for an ordinary error raised inside one."""
-    message = str(error)
-    lines = message.strip().splitlines() or [type(error).__name__]
-    if not isinstance(error, RuntimeError):  # the other end of the pipe is gone
-        return f"died ({lines[0]})"
-    if "exited unexpectedly" in message or "is killed by signal" in message:
-        return f"died ({lines[0]})"
-    if "shared memory" in message or "unable to resize file" in message or "No space left on device" in message:
-        return f"has no shared memory left ({lines[-1]})"
-    return ""
 
 
 def _as_is(value):

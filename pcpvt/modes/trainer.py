@@ -7,7 +7,6 @@ on as if it had not been.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -49,13 +48,17 @@ class Trainer:
             micro_batch=session.device.micro_batch(session.size, session.policy.compute, self.model.branches // 2),
         )
 
-        # State: new, fine-tuned, or resumed.
+        # State: new, fine-tuned, or resumed. Loader processes take seconds to start: they do so meanwhile.
         self.resumed = resume.newest(session, console)
-        classes = list(self.train_source.classes)
+        classes, step = list(self.train_source.classes), 0
+        if self.resumed is not None:
+            self.notes = resume.check_compatible(session, self.resumed.meta, classes, self.plan.examples)
+            step = self.resumed.meta["step"]
+        self.batches = build.train_batches(session, self.model, self.train_source)
+        self.loader = self._start_reading(step)
         if self.resumed is None:
             params, self.notes = build.first_params(session, self.model, classes)
         else:
-            self.notes = resume.check_compatible(session, self.resumed.meta, classes, self.plan.examples)
             params = resume.params_of(self.resumed, self.model)
         optimizer = build.optimizer(session, self.plan, params)
         self.state = build.first_state(session, params, optimizer)
@@ -68,7 +71,6 @@ class Trainer:
 
         # What works on it.
         self.step = build.train_step(session, self.model, self.plan, optimizer)
-        self.batches = build.train_batches(session, self.model, self.train_source)
         self.unreadable = evaluate.Unreadable(self.train_source, console)
         self.evaluator = evaluate.Evaluator(session, self.model, self.val_source, self.plan.eval_batch)
         self.recorder = Recorder(session, self.plan, console, self.now, memory if self.resumed else None)
@@ -132,7 +134,7 @@ class Trainer:
         if self.owes_evaluation():
             self._evaluate()
         timing = preflight.FirstSteps(self)
-        batches = self._read() if self.now < plan.steps else iter(())
+        batches = iter(self.session.device.prefetch(self.loader))
         while self.now < plan.steps:
             if self.stopping():
                 return False
@@ -159,16 +161,13 @@ class Trainer:
                 self._evaluate()
         return True
 
-    def _read(self) -> Iterator[dict[str, Tensor]]:
-        device = self.session.device
-        loader = Loader(
-            self.batches,
-            range(self.now, self.plan.steps),
-            sessions.workers(self.session, self.train_source),
-            start=device.worker_start,
-            pin=device.pins,
-        )
-        return iter(device.prefetch(loader))
+    def _start_reading(self, step: int) -> Loader:
+        device, steps = self.session.device, range(step, self.plan.steps)
+        workers = sessions.workers(self.session, self.train_source)
+        loader = Loader(self.batches, steps, workers, start=device.worker_start, pin=device.pins)
+        if steps:
+            loader.start()
+        return loader
 
     def _replaced(self, batch: dict[str, Tensor]) -> int:
         """Names the unreadable images that others took the place of in a batch, and counts them over all processes."""
