@@ -136,6 +136,8 @@ BAD = [
     ({"augment.randaugment": "rand-m9-n16-tweights"}, "draws 16 of 15 operations without replacement: .* n15"),
     ({"augment.randaugment": "rand-n15-t3aw"}, "draws 15 of 14 operations"),
     ({"frozen": "("}, "config.frozen: '\\(' is no regular expression"),
+    ({"fresh": "(", "finetune": "x"}, "config.fresh: '\\(' is no regular expression"),
+    ({"fresh": "head"}, "config.fresh: 'head' but nothing is fine-tuned: set config.finetune"),
     ({"model.pad": "error", "image_size": 50}, "config.image_size: 50x50 is not divisible by 32"),
     ({"data.on_error": "ignore"}, "config.data.on_error: 'ignore'"),
     ({"data.workers": -2}, "config.data.workers: -2"),

@@ -16,8 +16,10 @@ from PIL import Image
 from pcpvt.config import recipes
 from pcpvt.functional import rng
 from pcpvt.models import pcpvt as models
+from pcpvt.models.init import init
 from pcpvt.modes import build
 from pcpvt.store import checkpoint
+from pcpvt.store.fit import fit
 
 CIFAR = Path(os.environ.get("PCPVT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10"
 
@@ -122,6 +124,24 @@ def test_digits_checkpoint_learns_from_real_photographs(pcpvt, digits, tmp_path)
     finetune(pcpvt, tmp_path, digits, CIFAR, *words, "--config.eval_every=0", "--config.layer_decay=1")
     losses = [r["loss"] for r in map(json.loads, (tmp_path / "metrics.jsonl").open())]
     assert losses[-1] < math.log(10) - 0.05 and losses[-1] < losses[0] - 0.1, losses
+
+
+def test_fresh_leaves_start_as_a_new_runs_and_the_others_come_over(pcpvt, digits, images, tmp_path):
+    fresh = r"^(patch_embeds|pos_block|blocks)\.[123]\.|^norm\.|^head\."
+    log, tuned = finetune(
+        pcpvt, tmp_path, digits, images, "--config.steps=1", "--config.lr=0", "--config.warmup_epochs=0",
+        "--config.eval_every=0", "--config.model.pad=pad", f"--config.fresh={fresh}", "--config.seed=7",
+    )  # fmt: skip
+    assert log.count("fresh: 72 of 114 leaves, 72%: ") == 1 and "head:" not in log, log
+    start, new = params_of(digits), init(models.build("pcpvt_nano", 3), seed=7)
+    for name, value in tuned.items():
+        assert torch.equal(value, (new if re.search(fresh, name) else start)[name]), name
+
+
+def test_fresh_leaves_need_not_fit_and_need_not_exist():
+    expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+    fitted, _ = fit({"a": torch.ones(2), "b": torch.ones(9)}, expected, head="exact", fresh={"b", "c"}, path="x")
+    assert list(fitted) == ["a"]
 
 
 def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, digits, nano, tmp_path):

@@ -48,6 +48,7 @@ FIELDS = {
     "timeout": (2100, "seconds that processes wait for one another before the run ends"),
     "grace": (60.0, "seconds from a signal until the run ends unsaved if no step has ended"),
     "finetune": ("", "weights to start from: a file, timm:NAME or a workdir"),
+    "fresh": ("", "regex over parameter names that do not come from config.finetune but start anew"),
     "checkpoint": ("", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best"),
     "weights": ("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)"),
     "eval_every": ("1 epoch", "N epochs | steps | examples between evaluations; 0: only never"),

@@ -137,10 +137,17 @@ def check(config: ConfigDict) -> None:
     if config.augment.scale[1] > 1:
         raise UserError(f"config.augment.scale: {config.augment.scale} exceeds the image: give (low, high) up to 1")
     _check_randaugment(config.augment.randaugment)
-    try:
-        re.compile(config.frozen)
-    except re.error as error:
-        raise UserError(f"config.frozen: {config.frozen!r} is no regular expression ({error}): correct it") from None
+    for field in ("frozen", "fresh"):
+        try:
+            re.compile(config[field])
+        except re.error as error:
+            raise UserError(
+                f"config.{field}: {config[field]!r} is no regular expression ({error}): correct it"
+            ) from None
+    if config.fresh and not config.finetune:
+        raise UserError(
+            f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"
+        )
     if config.precision != "auto":
         try:
             precision.parse(config.precision)

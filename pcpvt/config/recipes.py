@@ -50,7 +50,9 @@ def finetune(c: ConfigDict, devices: int) -> None:
     """Ten epochs from given weights: half the lr, decaying towards the input, weaker augmentation, no mixing.
 
     The first block learns at about 5 % of the head's rate in every size: 0.83 ** 16 for S, 0.9 ** 28, 0.93 ** 41. With
-    `config.frozen='^(patch_embeds|pos_block|blocks)\\.[01]\\.'` the first two stages stay as they are.
+    `config.frozen='^(patch_embeds|pos_block|blocks)\\.[01]\\.'` the first two stages stay as they are. Where weights
+    come from images of another kind the last stages are a hindrance, and
+    `config.fresh='^(patch_embeds|pos_block|blocks)\\.[23]\\.|^norm|^head'` starts them anew.
     """
     c.epochs, c.warmup_epochs, c.lr, c.base_lr, c.min_lr = 10.0, 1.0, None, 5e-4, 1e-6
     c.layer_decay = {"pcpvt_b": 0.9, "pcpvt_l": 0.93}.get(c.model.name, 0.83)

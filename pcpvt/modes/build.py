@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.config.plan import Plan
@@ -61,14 +62,22 @@ def trainable(session: Session, names: Sequence[str]) -> list[str]:
     Raises:
         UserError: when it matches none or all of them.
     """
-    pattern = session.config.frozen
-    if not pattern:
-        return list(names)
-    kept = [name for name in names if not re.search(pattern, name)]
-    if not kept or len(kept) == len(names):
-        which = "none" if kept else "all"
-        raise UserError(f"config.frozen: {pattern!r} matches {which} of the {len(names)} parameters: correct it")
-    return kept
+    frozen = matched(session.config, "frozen", names)
+    return [name for name in names if name not in frozen]
+
+
+def matched(config: ConfigDict, field: str, names: Sequence[str]) -> set[str]:
+    """The names that the regular expression of a field matches; none when it is empty.
+
+    Raises:
+        UserError: when it matches none or all of them.
+    """
+    pattern = config[field]
+    found = {name for name in names if pattern and re.search(pattern, name)}
+    if pattern and len(found) in (0, len(names)):
+        which = "all" if found else "none"
+        raise UserError(f"config.{field}: {pattern!r} matches {which} of the {len(names)} parameters: correct it")
+    return found
 
 
 def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
@@ -121,20 +130,24 @@ def first_params(
     notes = []
     if config.finetune:
         path, found, info = chosen.read(config.finetune, config.weights)
-        fitted, said = weights.fit(found, pcpvt.shapes(model), head="replace", path=path)
+        fresh = matched(config, "fresh", list(params))
+        fitted, said = weights.fit(found, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
         notes = [f"fine-tuning from {path} ({info['which']})", *info["notes"], *said]
         theirs = info["classes"]
         if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
             notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
-    if config.frozen:
-        names = list(params)
-        frozen = sorted(set(names) - set(trainable(session, names)))
-        share = sum(params[n].numel() for n in frozen) / sum(v.numel() for v in params.values())
-        listed = stems(frozen, names)
-        more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-        notes.append(f"frozen: {len(frozen)} of {len(names)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}")
+    for field in ("fresh", "frozen"):
+        if config[field]:
+            notes.append(f"{field}: {_listed(matched(config, field, list(params)), params)}")
     return params, notes
+
+
+def _listed(picked: Collection[str], params: pcpvt.Params) -> str:
+    share = sum(params[n].numel() for n in picked) / sum(v.numel() for v in params.values())
+    listed = stems(picked, list(params))
+    more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
+    return f"{len(picked)} of {len(params)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}"
 
 
 def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:

@@ -21,7 +21,8 @@ HARMLESS = (
     "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "tensorboard", "data.path",
     "data.workers", "data.on_error",
 )  # fmt: skip
-ORIGIN = ("finetune", "weights")  # read at step 0 only: the parts of a run that go on from there may leave them out
+# Read at step 0 only: the parts of a run that go on from there may leave them out.
+ORIGIN = ("finetune", "fresh", "weights")
 HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
 
 

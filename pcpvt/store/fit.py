@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def fit(
     expected: Mapping[str, Tensor | torch.Size],
     *,
     head: str = "replace",
+    fresh: Collection[str] = (),
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return `found` in the order of `expected`, and notes for the log; `path` is for errors.
@@ -31,16 +32,16 @@ def fit(
     16-bit leaves are widened to float32, which is exact; float64 stays.
 
     head="replace" leaves the head out when its class count differs or the file has none, so that the caller
-    keeps a fresh one; head="exact" wants every leaf. Raises one UserError that lists at most ten missing,
-    unexpected and misshapen leaves and says what to do.
+    keeps a fresh one; head="exact" wants every leaf. Leaves in `fresh` are left out, whatever the file has.
+    Raises one UserError that lists at most ten missing, unexpected and misshapen leaves and says what to do.
     """
     assert head in ("replace", "exact"), head
     shapes = {name: tuple(value.shape if isinstance(value, Tensor) else value) for name, value in expected.items()}
-    notes, skipped = [], frozenset[str]()
-    if head == "replace":
+    notes, skipped = [], frozenset(fresh)
+    if head == "replace" and not skipped.issuperset(_HEAD):
         note, replaced = _compare_heads(found, shapes)
         notes.append(note)
-        skipped = frozenset(_HEAD) if replaced else skipped
+        skipped |= frozenset(_HEAD) if replaced else frozenset()
     missing = [f"missing {name}" for name in shapes if name not in found and name not in skipped]
     unexpected = [f"unexpected {one_line(name)}" for name in found if name not in shapes and name not in skipped]
     unfit = [
