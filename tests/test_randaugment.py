@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from pictures import POLICY, agree, picture
@@ -88,3 +92,21 @@ def test_weighted_choices_and_bilinear_work():
         for i in range(50)
     ]
     assert len({o.tobytes() for o in out}) > 20
+
+
+def test_a_loader_process_needs_no_more_of_timm_than_its_policies():
+    script = (
+        "import sys, numpy as np; from pcpvt.data.randaugment import rand_augment;"
+        "image = np.zeros((8, 8, 3), np.uint8);"
+        "rand_augment(image, 'rand-m9', 'bicubic', (0, 0, 0), np.random.default_rng(0));"
+        "sys.exit('timm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_a_timm_whose_policies_do_not_stand_alone_is_imported_whole(monkeypatch):
+    alone = randaugment._timm()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    whole = randaugment._timm.__wrapped__()
+    assert whole.__name__ == "timm.data.auto_augment" != alone.__name__
+    assert whole._RAND_INCREASING_TRANSFORMS == alone._RAND_INCREASING_TRANSFORMS

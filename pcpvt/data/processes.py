@@ -39,6 +39,8 @@ def deaf_children() -> Iterator[None]:
     They end when this process tells them to, or is gone. The mask is inherited; a handler would come too late.
     """
     _end_children_at_exit()
+    # The server that they are forked from imports what they need, once for all.
+    multiprocessing.set_forkserver_preload(["__main__", "pcpvt.data.loader"])
     resource_tracker.ensure_running()  # which unblocks signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:

@@ -9,9 +9,13 @@ The policy, its magnitudes and its operations are timm's (`timm.data.auto_augmen
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import random
 import threading
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,15 +48,31 @@ def rand_augment(
 
 @functools.lru_cache(maxsize=16)
 def _policy(policy: str, side: int, interpolation: str, fill: tuple[int, int, int]) -> Any:
-    from pcpvt import torchvision_compat  # noqa: F401 - before timm
-    from timm.data.auto_augment import rand_augment_transform  # isort: skip
-
     hparams = {
         "translate_const": int(side * 0.45),  # as timm's create_transform sets it
         "img_mean": fill,
         "interpolation": Image.Resampling[interpolation.upper()],
     }
-    return rand_augment_transform(policy, hparams)
+    return _timm().rand_augment_transform(policy, hparams)
+
+
+@functools.cache
+def _timm() -> ModuleType:
+    """`timm.data.auto_augment` without the rest of timm, which it does not need.
+
+    A whole `import timm` brings torchvision and half a compiler: 1.3 s and 110 MB for every loader process.
+    """
+    spec = importlib.util.find_spec("timm")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        alone = importlib.util.spec_from_file_location("timm_auto_augment", Path(folder) / "data" / "auto_augment.py")
+        if alone and alone.loader:
+            module = importlib.util.module_from_spec(alone)
+            with contextlib.suppress(ImportError, OSError):  # of a version in which it is elsewhere, or needs the rest
+                alone.loader.exec_module(module)
+                return module
+    from pcpvt import torchvision_compat  # noqa: F401 - before timm
+
+    return importlib.import_module("timm.data.auto_augment")
 
 
 def _arguments(op: Any, rng: np.random.Generator) -> tuple:
