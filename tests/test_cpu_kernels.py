@@ -15,7 +15,7 @@ from pcpvt import devices
 from pcpvt.devices import cpu_kernels
 from pcpvt.functional import precision, rng
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import attend_plain, gelu_linear_plain, residual_plain
+from pcpvt.models.layers import attend_plain, gelu_linear_plain, norm_plain, residual_plain
 
 LINEAR = [(cpu_kernels.linear, F.linear), (cpu_kernels.gelu_linear, gelu_linear_plain)]
 
@@ -36,6 +36,28 @@ def with_gradients(function, given: list[torch.Tensor], ahead: torch.Tensor) -> 
 def need(dtype: torch.dtype) -> None:
     if not cpu_kernels.usable(dtype):
         pytest.skip(f"oneDNN's product with a bias is not in this build, or not for this processor, in {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(6, 40), (2, 56, 56, 64)])
+def test_norms_of_16_bits_with_float32_weights_are_rounded_once(dtype, shape):
+    x, weight, bias = draws(shape, shape[-1:], shape[-1:])
+    x = x.to(dtype)
+    exact = norm_plain(x.double(), weight.double(), bias.double(), 1e-6)
+    with torch.no_grad():
+        found = cpu_kernels.norm(x, weight, bias, 1e-6)
+    assert found.dtype == dtype
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(found.double(), exact, rtol=1.02 * half, atol=1e-6)  # 2 %: statistics in float32
+
+
+def test_gradients_of_16_bit_norms_are_summed_in_float32():
+    x, weight, bias, ahead = draws((25088, 64), (64,), (64,), (25088, 64))
+    given = [x.bfloat16(), weight, bias]
+    found = with_gradients(lambda *t: cpu_kernels.norm(*t, 1e-6), given, ahead)
+    exact = with_gradients(lambda *t: norm_plain(*t, 1e-6), [t.double() for t in given], ahead.bfloat16())
+    for mine, truth in zip(found[2:], exact[2:], strict=True):
+        assert (mine.double() - truth).norm() < 1e-4 * truth.norm()
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (2, 3, 4, 40), (4, 50, 50, 40)])

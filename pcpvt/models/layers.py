@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Pack = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
 Run = Callable[[nn.Module, Tensor, "Kernels", Tensor | None], Tensor]
@@ -43,6 +44,11 @@ def gelu_linear_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
 
 
+def norm_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of `[..., c]` over its last axis, computed in the dtype of the weights `[c]`; the result has x's."""
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
+
+
 def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
     """x + keep * branch(x): a residual branch under drop path.
 
@@ -60,6 +66,7 @@ class Kernels(NamedTuple):
     attend: Attend = attend_plain
     linear: Linear = F.linear
     gelu_linear: Linear = gelu_linear_plain
+    norm: Norm = norm_plain
     residual: Residual = residual_plain
     run: Run = lambda block, x, kernels, keep: block(x, kernels, keep)  # one block of a stage, compiled perhaps
     pack: Pack = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
@@ -94,8 +101,8 @@ class PatchLinear(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in the dtype of its weights: with float32 weights it computes in float32; the output's dtype is x's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        return kernels.norm(x, self.weight, self.bias, self.eps)
 
 
 class PatchEmbed(nn.Module):
@@ -107,7 +114,7 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm(c_out, eps=1e-5)
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-        return self.norm(self.proj(x, kernels))
+        return self.norm(self.proj(x, kernels), kernels)
 
 
 class Attention(nn.Module):
@@ -125,7 +132,7 @@ class Attention(nn.Module):
             self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-        source = self.norm(self.sr(x, kernels)) if self.reduces else x
+        source = self.norm(self.sr(x, kernels), kernels) if self.reduces else x
         queries = kernels.linear(x, self.q.weight, self.q.bias)
         pairs = kernels.linear(source, self.kv.weight, self.kv.bias)
         q = rearrange(queries, "b h w (n d) -> b n (h w) d", n=self.heads)
@@ -161,10 +168,10 @@ class Block(nn.Module):
         """`x` is `[b, h, w, c]`; `keep` is `[b, 2]`, 0 where the branch is dropped and 1/keep_prob elsewhere."""
 
         def attn(x: Tensor) -> Tensor:
-            return self.attn(self.norm1(x), kernels)
+            return self.attn(self.norm1(x, kernels), kernels)
 
         def mlp(x: Tensor) -> Tensor:
-            return self.mlp(self.norm2(x), kernels)
+            return self.mlp(self.norm2(x, kernels), kernels)
 
         if keep is None:
             x = x + attn(x)

@@ -39,6 +39,7 @@ SPECS = {
     # A miniature with every kind of layer, for smoke runs and tests: 0.3 M parameters.
     "pcpvt_nano": Spec((2, 1, 1, 1), dims=(16, 32, 40, 64), mlp_ratios=(2, 2, 2, 2)),
 }
+_TIED = False  # no two leaves are one, and looking for such takes half a millisecond: 2 % of one image's evaluation
 STRIDE = 32  # of the last stage: 4 * 2 * 2 * 2
 
 
@@ -126,7 +127,7 @@ class PCPVT(nn.Module):
         stages = self.stages(images, keep, kernels, capture, attention)
         if dense:
             return stages
-        pooled = reduce(self.norm(stages[-1]), "b h w c -> b c", "mean")
+        pooled = reduce(self.norm(stages[-1], kernels), "b h w c -> b c", "mean")
         logits = kernels.linear(pooled, self.head.weight, self.head.bias)
         if capture is not None:
             capture("pooled", pooled)
@@ -159,7 +160,7 @@ def n_parameters(model: PCPVT) -> int:
 
 def apply(model: PCPVT, params: Params, images: Tensor, keep: Tensor | None = None, **options) -> Tensor:
     """Logits `[b, num_classes]`; see `PCPVT.forward` for the arguments."""
-    return functional_call(model, params, (images, keep), options)
+    return functional_call(model, params, (images, keep), options, tie_weights=_TIED)
 
 
 def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Tensor]:
@@ -168,7 +169,7 @@ def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Te
     Channels are the spec's dims (64, 128, 320, 512). Equal to timm's `forward_intermediates`; the maps are
     channels-last views, differentiable in `params` and `images`.
     """
-    maps = functional_call(model, params, (images,), {**options, "dense": True})
+    maps = functional_call(model, params, (images,), {**options, "dense": True}, tie_weights=_TIED)
     return [rearrange(x, "b h w c -> b c h w") for x in maps]
 
 
