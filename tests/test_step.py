@@ -135,6 +135,20 @@ def test_accumulation_equals_the_big_batch(parts):
     assert runs[0][1][-1]["loss"] == pytest.approx(runs[1][1][-1]["loss"], rel=1e-12)
 
 
+def test_parameters_lie_in_memory_as_they_did_and_that_changes_no_result():
+    """In float64: the moments of a projection of patches are other sums only if strides were mistaken."""
+    found = []
+    for lay in (lambda value: value.clone(), lambda value: precision.laid_out(value.clone())):
+        _, params = nano_state()
+        start = {name: lay(value) for name, value in params.items()}
+        strides = {name: value.stride() for name, value in start.items()}
+        ts, _ = our_loop(start, "pcpvt_nano", batches(2, 32, 4), schedules.constant(1e-3), torch.float64, 3)
+        assert {name: value.stride() for name, value in ts.params.items()} == strides
+        found.append(state.flatten(ts))
+    assert not torch.equal(found[0]["params/head.weight"], params["head.weight"])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
 def test_split_keeps_the_order_and_every_entry():
     batch = batches(1, 8, 6)[0]
     parts = split(batch, 3)

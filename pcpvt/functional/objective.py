@@ -52,8 +52,7 @@ def make_predict(
 
     def predict(params: pcpvt.Params, images: Tensor) -> Tensor:
         x = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)
-        with torch.inference_mode():
-            logits = pcpvt.apply(model, params, x.to(policy.compute), kernels=kernels).to(policy.output)
-        return logits.clone()  # an ordinary tensor, which a loss may save for its backward pass
+        with torch.no_grad():
+            return pcpvt.apply(model, params, x.to(policy.compute), kernels=kernels).to(policy.output)
 
     return predict

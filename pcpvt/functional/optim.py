@@ -53,15 +53,18 @@ class Group(NamedTuple):
     lr_scale: float = 1.0
 
 
-def gradients(leaves: Params, divisor: Tensor) -> Gradients:
+def gradients(leaves: Params, divisor: Tensor, params: Params) -> Gradients:
     """Gradients with their norm computed, and laid out as the parameters are.
 
-    The fused kernels walk through memory without looking at strides, and a weight that is used transposed (the patch
-    projections) has a transposed gradient.
+    The fused kernels walk through memory without looking at strides, and a sum over processes comes contiguous.
     """
-    leaves = {name: leaf.contiguous() for name, leaf in leaves.items()}
+    leaves = {name: _laid_out_as(params[name], leaf) for name, leaf in leaves.items()}
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(leaves.values()))))
     return Gradients(leaves, divisor, norm / divisor)
+
+
+def _laid_out_as(model: Tensor, leaf: Tensor) -> Tensor:
+    return leaf if leaf.stride() == model.stride() else torch.empty_like(model, dtype=leaf.dtype).copy_(leaf)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:

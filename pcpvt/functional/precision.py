@@ -37,16 +37,17 @@ class Policy(NamedTuple):
 def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) -> dict[str, Tensor]:
     """Parameters in the compute dtype; with `wide_norms` those of norms in float32 at least (`layers.LayerNorm`)."""
     wide = torch.promote_types(policy.compute, torch.float32)
-    return {n: _cast(v, wide if wide_norms and _NORM.search(n) else policy.compute) for n, v in params.items()}
+    return {n: laid_out(v.to(wide if wide_norms and _NORM.search(n) else policy.compute)) for n, v in params.items()}
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype`; a patch projection `[o, c, p, q]` lies in memory as its linear map `[o, p q c]` reads it."""
+def laid_out(value: Tensor) -> Tensor:
+    """The same values; a patch projection `[o, c, p, q]` lies in memory as its linear map `[o, p q c]` reads it.
+
+    Parameters that lie so from the start cost no rearrangement in any step, nor do their gradients.
+    """
     if value.ndim != 4:
-        return value.to(dtype)
-    order = rearrange(value, "o c p q -> o p q c")
-    laid = torch.empty(order.shape, dtype=dtype, device=value.device).copy_(order)
-    return rearrange(laid, "o p q c -> o c p q")
+        return value
+    return rearrange(rearrange(value, "o c p q -> o p q c").contiguous(), "o p q c -> o c p q")
 
 
 FLOAT32 = Policy()

@@ -107,7 +107,7 @@ def make_step(
         sums = psum([loss, *leaves.values(), *overflowed])
         loss, summed, overflowed = sums[0], sums[1 : 1 + len(leaves)], sums[1 + len(leaves) :]
         leaves = dict(zip(leaves, summed, strict=True))
-        grads = optim.gradients(leaves, divisor)
+        grads = optim.gradients(leaves, divisor, state.params)
         good = torch.isfinite(grads.norm) & torch.isfinite(loss)
         for flag in overflowed:
             good = good & (flag == 0)

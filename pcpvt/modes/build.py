@@ -165,11 +165,11 @@ def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list
 def first_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
     """The state before the first step, on the device."""
     device = session.device.torch
-    params = {name: value.to(device) for name, value in params.items()}
+    params = {name: precision.laid_out(value.to(device)) for name, value in params.items()}
     scale = precision.loss_scale(session.policy).init(device)
     return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host that later steps do not touch."""
-    return {name: torch.empty_like(t, device="cpu").copy_(t) for name, t in tensors.items()}
+    """Contiguous copies on the host that later steps do not touch."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}
