@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pcpvt.data import augment
 from pcpvt.data.decode import Source
-from pcpvt.functional import mixing, optim, precision, schedules
+from pcpvt.functional import mixing, optim, schedules
 from pcpvt.functional import state as states
 from pcpvt.functional import step as steps
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective, make_predict
@@ -102,7 +102,7 @@ def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
 
 def train_state(params: Params) -> TrainState:
     """The state before the first step, AdamW's moments at zero; the params are copied, because steps reuse memory."""
-    own = {name: precision.laid_out(value.clone()) for name, value in params.items()}
+    own = {name: value.clone() for name, value in params.items()}
     optimizer = _optimizer(own, 0.0, 0.0)
     return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
 

@@ -49,7 +49,12 @@ class Cpu(Device):
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
         if compiled:
             return super().kernels(dtype, compiled=compiled)
-        own = Kernels(self.attend(dtype), norm=cpu_kernels.norm, residual=cpu_kernels.residual)
+        own = Kernels(
+            self.attend(dtype),
+            norm=cpu_kernels.norm,
+            residual=cpu_kernels.residual,
+            lay_out=cpu_kernels.lay_out,
+        )
         if not cpu_kernels.usable(dtype):
             return own
         return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, pack=cpu_kernels.pack)

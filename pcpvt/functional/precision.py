@@ -43,7 +43,7 @@ def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) ->
 def laid_out(value: Tensor) -> Tensor:
     """The same values; a patch projection `[o, c, p, q]` lies in memory as its linear map `[o, p q c]` reads it.
 
-    Parameters that lie so from the start cost no rearrangement in any step, nor do their gradients.
+    Parameters that lie so from the start are rearranged in no step, nor are their gradients.
     """
     if value.ndim != 4:
         return value

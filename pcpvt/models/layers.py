@@ -69,6 +69,7 @@ class Kernels(NamedTuple):
     norm: Norm = norm_plain
     residual: Residual = residual_plain
     run: Run = lambda block, x, kernels, keep: block(x, kernels, keep)  # one block of a stage, compiled perhaps
+    lay_out: Pack = lambda params: params  # parameters to be trained, in memory as these kernels read them
     pack: Pack = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
 
 

@@ -165,7 +165,7 @@ def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list
 def first_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
     """The state before the first step, on the device."""
     device = session.device.torch
-    params = {name: precision.laid_out(value.to(device)) for name, value in params.items()}
+    params = sessions.kernels(session).lay_out({name: value.to(device) for name, value in params.items()})
     scale = precision.loss_scale(session.policy).init(device)
     return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
 
