@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def test_the_batches_are_the_same_with_0_1_and_3_workers():
     assert found.count(found[0]) == 4
     assert len(set(found[0])) == 6
     assert [digest(batch) for batch in loader] == found[0]  # and once more from the start
+
+
+class Slow(TrainBatches):
+    def __getitem__(self, step):
+        time.sleep(0.05)
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_tells_how_long_one_process_read_a_batch(workers):
+    slow = train_batches()
+    slow.__class__ = Slow
+    loader = Loader(slow, range(2), workers)
+    for _ in loader:
+        assert 0.05 <= loader.seconds < 5
 
 
 def test_another_seed_changes_every_draw():

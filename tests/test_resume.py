@@ -14,7 +14,7 @@ import pytest
 from pcpvt.config.fields import base
 from pcpvt.errors import UserError
 from pcpvt.functional import state
-from pcpvt.modes import resume
+from pcpvt.modes import preflight, resume
 from pcpvt.modes.exits import PREEMPTED
 from pcpvt.store import checkpoint, records
 
@@ -46,8 +46,22 @@ def test_preflight_says_in_a_few_lines_what_the_run_will_be(whole):
         "first step ",
         "memory ",
         "expected duration: ",
+        "reading: ",
     ):
         assert any(part in line for line in lines), part
+
+
+@pytest.mark.parametrize(
+    ("reading", "computing", "workers", "said"),
+    [
+        (0.9, 0.25, 1, "config.data.workers=4 would keep it fed where there are cores for them; it is 1"),
+        (0.9, 0.25, 8, "config.data.workers=8 keeps it fed (4 would)"),
+        (0.02, 0.15, 0, "config.data.workers=1 would keep it fed"),
+    ],
+)
+def test_preflight_names_the_loader_processes_that_keep_a_step_fed(reading, computing, workers, said):
+    line = preflight.feeding(reading, computing, workers)
+    assert line.startswith(f"reading: {reading} s a batch, a step computes {computing} s: {said}")
 
 
 def test_two_stops_within_one_epoch_and_other_workers_change_no_bit(whole, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -135,13 +136,19 @@ class _Failure(NamedTuple):
     message: str
 
 
-class _Guarded(torch.utils.data.Dataset[Batch | _Failure]):
+class _Read(NamedTuple):
+    batch: Batch
+    seconds: float
+
+
+class _Guarded(torch.utils.data.Dataset[_Read | _Failure]):
     def __init__(self, batches: TrainBatches | EvalBatches):
         self.batches = batches
 
-    def __getitem__(self, index: int) -> Batch | _Failure:
+    def __getitem__(self, index: int) -> _Read | _Failure:
+        began = time.perf_counter()
         try:
-            return self.batches[index]
+            return _Read(self.batches[index], time.perf_counter() - began)
         except UserError as error:
             return _Failure(str(error))
 
@@ -153,6 +160,9 @@ class Loader:
         workers: loader processes; 0 reads in this process.
         start: how processes start; see `Device.worker_start`.
         pin: copy into page-locked memory, for transfers that overlap.
+
+    Attributes:
+        seconds: that the batch handed out last took one process to read.
     """
 
     def __init__(
@@ -178,6 +188,7 @@ class Loader:
             pin_memory=pin,
         )
 
+        self.workers, self.seconds = workers, 0.0
         self._started: Iterator | None = None
 
     def start(self) -> None:
@@ -195,10 +206,11 @@ class Loader:
             self.start()
         batches, self._started = self._started, None
         with explained():
-            for batch in batches or ():
-                if isinstance(batch, _Failure):
-                    raise UserError(batch.message)
-                yield batch
+            for read in batches or ():
+                if isinstance(read, _Failure):
+                    raise UserError(read.message)
+                self.seconds = read.seconds
+                yield read.batch
 
 
 def _as_is(value):

@@ -6,6 +6,7 @@ one, so nothing is done twice; the second, which neither compiles nor starts loa
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 import time
@@ -124,20 +125,20 @@ def amount(size: float) -> str:
 
 
 class FirstSteps:
-    """Says, after the second step, what the run costs in time and memory."""
+    """Says, after the second step, what the run costs in time and memory, and how many loader processes keep it fed."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.seconds: list[float] = []
 
-    def step(self, seconds: float) -> None:
-        """After every step; only the first two matter."""
+    def step(self, seconds: float, waited: float) -> None:
+        """After every step, of which `waited` seconds went by waiting for its batch; only the first two matter."""
         if len(self.seconds) < 2:
             self.seconds.append(seconds)
             if len(self.seconds) == 2:
-                self._say()
+                self._say(seconds - waited)
 
-    def _say(self) -> None:
+    def _say(self, computing: float) -> None:
         trainer, plan = self.trainer, self.trainer.plan
         first, second = self.seconds
         left = (plan.steps - trainer.now) * second
@@ -149,3 +150,19 @@ class FirstSteps:
             f"first step {first:.2f} s, second {second:.3g} s; memory {amount(peak)} of {amount(total)}; "
             f"expected duration: {duration(left)}, until {until}"
         )
+        trainer.console.say(feeding(trainer.loader.seconds, computing, trainer.loader.workers))
+
+
+def feeding(reading: float, computing: float, workers: int) -> str:
+    """The log's line about loader processes.
+
+    Args:
+        reading: seconds that one process takes to read a batch.
+        computing: seconds of a step without waiting for its batch.
+        workers: loader processes there are.
+    """
+    needed = math.ceil(reading / max(computing, 1e-6))
+    said = f"reading: {reading:.3g} s a batch, a step computes {computing:.3g} s: "
+    if workers >= needed:
+        return said + f"config.data.workers={workers} keeps it fed ({needed} would)"
+    return said + f"config.data.workers={needed} would keep it fed where there are cores for them; it is {workers}"

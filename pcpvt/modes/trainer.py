@@ -152,7 +152,7 @@ class Trainer:
             evaluates = self.due(plan.eval_every) or (ends and self.evaluates())
             seconds = self.recorder.step(self.now, metrics, began, waited, read=records)
             exits.defer(self.config.grace)  # from the first step on there is something to save
-            timing.step(seconds)
+            timing.step(seconds, waited)
             if records:
                 self.recorder.record(self.now)
             if ends or evaluates or self.due(plan.save_every):
