@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pcpvt.config import fields, plan, recipes
 from pcpvt.config.request import Run
 from pcpvt.errors import UserError
-from pcpvt.modes import bench_process, bench_scaling, dispatch
+from pcpvt.modes import bench_loop, bench_peer, bench_process, bench_scaling, dispatch
 from pcpvt.modes import session as sessions
 
 
@@ -20,14 +21,22 @@ def miniature(nano):
     return ["--mode=bench", *nano, "--config.batch_size=4", "--config.bench.steps=1", "--config.image_size=32"]
 
 
-@pytest.mark.parametrize("data", ["digits", "synthetic"])
-def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp_path, data):
-    said = pcpvt(*miniature, f"--config.data.name={data}", "--config.data.workers=1").stdout
-    loop = json.loads((tmp_path / "run" / "result.json").read_text())["loop"]
+def check_loop(loop):
     assert loop["images_per_sec"] > 0
     assert 0 <= loop["waiting"] <= 1
     assert loop["workers"] == 1
+
+
+def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp_path):
+    said = pcpvt(*miniature, "--config.data.name=digits", "--config.data.workers=1").stdout
+    check_loop(json.loads((tmp_path / "run" / "result.json").read_text())["loop"])
     assert len(re.findall(r"^ours  loop .* images/s .* % of the time waiting for data", said, re.MULTILINE)) == 1
+
+
+def test_the_whole_loop_is_measured_on_noise(tmp_path):
+    config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
+    config.batch_size, config.bench.steps, config.data.name, config.data.workers = 4, 1, "synthetic", 1
+    check_loop(bench_loop.measure(sessions.start(config, tmp_path)))
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +170,15 @@ def test_processes_that_the_kernel_kills_have_run_out_of_memory(monkeypatch):
 def test_a_training_that_fails_otherwise_ends_the_bench_with_its_line(monkeypatch):
     with pytest.raises(UserError, match=r"^--mode=bench: .*processes=2 failed: config\.x: 1: choose 2$"):
         short_of("raise SystemExit('pcpvt: error: config.x: 1: choose 2')", monkeypatch)
+
+
+@pytest.mark.parametrize("against", ["timm", "timm-compiled"])
+def test_the_peer_is_compiled_when_that_is_asked_for(monkeypatch, tmp_path, against):
+    config = recipes.from_arg("cpu", "pcpvt_s", 0.1)
+    config.bench.against, config.image_size = against, 32
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: seen.append(options) or network)
+    image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    call = bench_peer.forward(sessions.start(config, tmp_path), 10, {"image": image})
+    assert call().shape == (1, 10)
+    assert seen == ([{"dynamic": False}] if against == "timm-compiled" else [])
