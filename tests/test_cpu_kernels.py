@@ -96,7 +96,10 @@ def test_packed_parameters_give_the_same_logits(dtype):
     assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
     with torch.no_grad():
         found, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))
-    assert torch.equal(found, expected)
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, expected)
+    # In float32 another order of sums: 4e-8 of logits up to 0.1 in torch 2.11, nothing in 2.13.
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-7)
 
 
 @pytest.mark.parametrize("tokens", [30, 400])

@@ -7,6 +7,8 @@ import platform
 import time
 from typing import Any
 
+import torch
+
 from pcpvt.modes.session import Session
 
 FILE = "environment.json"
@@ -22,7 +24,8 @@ def describe(session: Session) -> dict[str, Any]:
         "compile": session.config.compile,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        # torch's own word tells a build for CUDA from one for CPUs; its package's does not always.
+        "versions": {n: v for n in PACKAGES if (v := _version(n))} | {"torch": str(torch.__version__)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
