@@ -56,7 +56,7 @@ def test_preflight_says_in_a_few_lines_what_the_run_will_be(whole):
     [
         (0.9, 0.25, 1, "config.data.workers=4 would keep it fed where there are cores for them; it is 1"),
         (0.9, 0.25, 8, "config.data.workers=8 keeps it fed (4 would)"),
-        (0.02, 0.15, 0, "config.data.workers=1 would keep it fed"),
+        (0.03, 0.12, 0, "20% of the time, in this process; config.data.workers=1 would hide it"),
     ],
 )
 def test_preflight_names_the_loader_processes_that_keep_a_step_fed(reading, computing, workers, said):

@@ -163,6 +163,9 @@ def feeding(reading: float, computing: float, workers: int) -> str:
     """
     needed = math.ceil(reading / max(computing, 1e-6))
     said = f"reading: {reading:.3g} s a batch, a step computes {computing:.3g} s: "
+    if workers == 0:
+        share = reading / (reading + computing)
+        return said + f"{share:.0%} of the time, in this process; config.data.workers={needed} would hide it"
     if workers >= needed:
         return said + f"config.data.workers={workers} keeps it fed ({needed} would)"
     return said + f"config.data.workers={needed} would keep it fed where there are cores for them; it is {workers}"
