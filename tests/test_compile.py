@@ -69,18 +69,23 @@ def train(seam, steps: int = 3, kernels: Kernels = PLAIN):
     return ts, losses
 
 
+def assert_same_run(found, expected):
+    """Two results of `train` are equal to the bit."""
+    (ts, losses), (reference, theirs) = found, expected
+    assert losses == theirs and len(set(losses)) == 3
+    for name, value in ts.params.items():
+        assert torch.equal(value, reference.params[name]), name
+
+
 def test_a_run_compiles_its_gradient_once_and_equals_eager_to_the_bit():
     """The counting backend runs the operators that were traced: a draw or a number frozen into the graph would show.
 
     tests/test_step.py holds the two ways of taking a gradient against each other.
     """
     count = Counting()
-    ts, losses = train(compilation.value_and_grad(device(), count))
-    reference, expected = train(functional_value_and_grad)
+    found = train(compilation.value_and_grad(device(), count))
     assert count.graphs == 1
-    assert losses == expected and len(set(losses)) == 3
-    for name, value in ts.params.items():
-        assert torch.equal(value, reference.params[name]), name
+    assert_same_run(found, train(functional_value_and_grad))
 
 
 def test_evaluation_compiles_once_and_its_padded_last_batch_too():
@@ -101,12 +106,9 @@ def test_all_blocks_of_a_stage_share_one_compiled_code_and_equal_eager_to_the_bi
     """Two blocks of the first stage and one of each other: four graphs, for every step and micro-batch."""
     count = Counting()
     kernels = blocks(count)
-    ts, losses = train(autograd_value_and_grad, kernels=kernels)
-    reference, expected = train(autograd_value_and_grad)
+    found = train(autograd_value_and_grad, kernels=kernels)
     assert count.graphs == 4
-    assert losses == expected and len(set(losses)) == 3
-    for name, value in ts.params.items():
-        assert torch.equal(value, reference.params[name]), name
+    assert_same_run(found, train(autograd_value_and_grad))
 
 
 def test_a_model_of_many_image_sizes_stays_compiled():
@@ -199,10 +201,7 @@ def test_blocks_that_cannot_be_compiled_run_in_eager_mode_with_one_warning(fails
 
     part = "fw_compiler" if fails == "forward" else "bw_compiler"
     kernels = blocks(backend, falls_back=True)
-    ts, losses = train(autograd_value_and_grad, kernels=kernels)
-    reference, expected = train(autograd_value_and_grad)
-    assert losses == expected
-    assert all(torch.equal(value, reference.params[name]) for name, value in ts.params.items())
+    assert_same_run(train(autograd_value_and_grad, kernels=kernels), train(autograd_value_and_grad))
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "no such instruction" in warning and "going on without" in warning
 

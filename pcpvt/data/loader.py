@@ -197,16 +197,18 @@ class Loader:
         Raises:
             UserError: when one died.
         """
+        self._started = self._begin()
+
+    def _begin(self) -> Iterator:
         with explained(), deaf_children():
-            self._started = iter(self.loader)
+            return iter(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError: one that a worker met, or that a worker died."""
-        if self._started is None:
-            self.start()
-        batches, self._started = self._started, None
+        batches = self._begin() if self._started is None else self._started
+        self._started = None
         with explained():
-            for read in batches or ():
+            for read in batches:
                 if isinstance(read, _Failure):
                     raise UserError(read.message)
                 self.seconds = read.seconds

@@ -63,8 +63,8 @@ def gradients(leaves: Params, divisor: Tensor, params: Params) -> Gradients:
     return Gradients(leaves, divisor, norm / divisor)
 
 
-def _laid_out_as(model: Tensor, leaf: Tensor) -> Tensor:
-    return leaf if leaf.stride() == model.stride() else torch.empty_like(model, dtype=leaf.dtype).copy_(leaf)
+def _laid_out_as(param: Tensor, leaf: Tensor) -> Tensor:
+    return leaf if leaf.stride() == param.stride() else torch.empty_like(param, dtype=leaf.dtype).copy_(leaf)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:

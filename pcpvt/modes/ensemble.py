@@ -77,7 +77,7 @@ def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params
 
 
 def vmaps(session: Session) -> bool:
-    """Whether the members run as one: compiled code is shared by members anyway, and no compiler sees through vmap."""
+    """Whether the members run as one; compiled blocks take one member after the other."""
     return session.device.vmaps and backend(session.device, session.config.compile) == "none"
 
 

@@ -148,12 +148,12 @@ class Trainer:
             self.recorder.replaced += replaced
             self.metrics = None
             ends = self.now == plan.steps
-            records = ends or self.due(plan.log_every)
+            logs = ends or self.due(plan.log_every)
             evaluates = self.due(plan.eval_every) or (ends and self.evaluates())
-            seconds = self.recorder.step(self.now, metrics, began, waited, read=records)
+            seconds = self.recorder.step(self.now, metrics, began, waited, read=logs)
             exits.defer(self.config.grace)  # from the first step on there is something to save
             timing.step(seconds, waited)
-            if records:
+            if logs:
                 self.recorder.record(self.now)
             if ends or evaluates or self.due(plan.save_every):
                 self._save()
