@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pcpvt.checkpoints.load import class_names, load_model
 from pcpvt.data import augment
-from pcpvt.data.decode import Source
+from pcpvt.data.decode import ImageSource
 from pcpvt.functional import mixing, optim, schedules
 from pcpvt.functional import state as states
 from pcpvt.functional import step as steps
@@ -29,7 +30,6 @@ from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objecti
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
-from pcpvt.modes import chosen
 
 Step = Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Tensor]]]
 
@@ -61,13 +61,13 @@ def load(path: str | Path, which: str = "auto") -> Loaded:
     Raises:
         UserError: one line, when the file is missing, damaged or of another model.
     """
-    found = chosen.load(path, which=which)
+    found = load_model(path, which=which)
     height, width = found.meta.get("image_size", (224, 224))
     crop = found.meta.get("config", {}).get("eval.crop", 0.875)
-    return Loaded(found.model, found.params, chosen.class_names(found), (height, width), crop)
+    return Loaded(found.model, found.params, class_names(found), (height, width), crop)
 
 
-def read(source: Source, size: tuple[int, int], crop: float = 0.875) -> Tensor:
+def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875) -> Tensor:
     """An image as evaluation takes it: uint8 `[1, height, width, 3]`, the short side resized, the centre cropped.
 
     Args:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import TextIO
 
 
@@ -22,6 +26,11 @@ class PeerError(UserError):
 def show(message: str) -> None:
     """The line that an ending run leaves on standard error."""
     put(f"pcpvt: error: {printable(message)}\n", sys.stderr)
+
+
+def warn(text: str) -> None:
+    """One warning line on standard error."""
+    put(f"pcpvt: warning: {printable(text)}\n", sys.stderr)
 
 
 def put(text: str, stream: TextIO) -> None:
@@ -48,3 +57,16 @@ def silence(stream: TextIO) -> None:
 def printable(text: str) -> str:
     """A message as one line for a terminal: names of files and classes in it may hold line breaks or escape codes."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+@contextlib.contextmanager
+def suppress_logging() -> Iterator[None]:
+    """Without log lines up to WARNING and without Python warnings; exceptions and errors come through."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

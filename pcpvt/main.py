@@ -15,39 +15,39 @@ import os
 import sys
 import threading
 
+from pcpvt.distributed import signals
 from pcpvt.errors import UserError, printable, put, show
-from pcpvt.modes import exits
 
 
 def main(argv: list[str]) -> int:
     from absl import flags
 
-    from pcpvt import cli
+    from pcpvt.config import cli
 
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r}: not understood: fields are given as --config.NAME=VALUE")
     run = cli.read_run(flags.FLAGS)
     if run.config.processes > 1 and not cli.inside_torchrun():
-        from pcpvt import launcher
+        from pcpvt.distributed import launch
 
-        return launcher.launch(run.config, sys.argv[1:])
-    from pcpvt.modes import dispatch
+        return launch.launch(run.config, sys.argv[1:])
+    from pcpvt import dispatch
 
     return dispatch.run(run)
 
 
 def entry() -> None:
-    """Runs the program. An error meant for the user is one line on standard error; see `modes.exits` for exit codes."""
+    """Runs the program. A user error is one line on standard error; exit codes are in `distributed.signals`."""
     try:
-        exits.install()  # before anything slow is imported: a signal must find its handler
+        signals.install()  # before anything slow is imported: a signal must find its handler
         if os.environ.get("TORCHELASTIC_RUN_ID"):
-            exits.follow_parent()
+            signals.follow_parent()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _say_thread_failed
         from absl import app
 
-        from pcpvt import cli
+        from pcpvt.config import cli
 
         cli.define_flags()
         sys.modules["__main__"].__doc__ = f"{__doc__}\n{cli.field_help()}"
@@ -64,11 +64,11 @@ def entry() -> None:
         # What `import torch` says when the NPU backend is installed and its libraries are not there.
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
-    except exits.Stopped:
-        exits.ignore()
+    except signals.Stopped:
+        signals.ignore()
         if os.environ.get("RANK", "0") == "0":
             put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
-        sys.exit(exits.PREEMPTED)
+        sys.exit(signals.PREEMPTED)
     except OSError as error:
         where = error.filename if error.filename is not None else type(error).__name__
         _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
@@ -84,7 +84,7 @@ def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _fail(message: str, code: int, speaks: bool = True) -> None:
-    exits.ignore()
+    signals.ignore()
     if speaks:
         show(message)
     sys.exit(code)

@@ -9,8 +9,8 @@ import pathlib
 import pytest
 import torch
 
+from pcpvt.checkpoints import checkpoint, foreign
 from pcpvt.errors import UserError
-from pcpvt.store import checkpoint, weights
 
 
 def leaves(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def refused(path: object, *, which: str = "params", words: tuple[str, ...] = ()) -> str:
     with pytest.raises(UserError) as caught:
-        weights.read(path, which=which)
+        foreign.read(path, which=which)
     message = str(caught.value)
     assert "\n" not in message and "\x1b" not in message
     assert str(path) in message

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pcpvt.store import checkpoint
+from pcpvt.checkpoints import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).parent / "faults"

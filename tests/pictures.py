@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pcpvt import torchvision_compat  # noqa: F401 - before timm
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -7,8 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pcpvt import torchvision_compat  # noqa: F401 - before timm
-from pcpvt.functional import rng
+from pcpvt import (
+    rng,
+    torchvision_compat,  # noqa: F401 - before timm
+)
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
 

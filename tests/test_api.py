@@ -37,7 +37,8 @@ def test_the_documented_lines_run(trained, tmp_path, monkeypatch):
 
 def test_the_package_alone_imports_no_torch():
     code = (
-        "import sys, pcpvt, pcpvt.cli; assert 'torch' not in sys.modules; pcpvt.api.load; assert 'torch' in sys.modules"
+        "import sys, pcpvt, pcpvt.config.cli; assert 'torch' not in sys.modules;"
+        "pcpvt.api.load; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -35,7 +35,7 @@ def files(room: str) -> list[Path]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_point_downward(room):
-    # functional and models are one floor: the objective applies the model, the model's init draws from functional.rng.
+    # functional and models are one floor: the objective applies the model, the model's init draws from rng.
     allowed = set(ROOMS[: ROOMS.index(room) + 1]) | (PURE if room in PURE else set()) | {"torchvision_compat"}
     for path in files(room):
         for name, line in imports(path):
@@ -60,7 +60,7 @@ def test_only_the_npu_device_names_torch_npu():
 
 
 def test_no_module_reads_torchs_global_generator():
-    """Draws come from functional.rng; a call that takes no generator would tie a run to its history."""
+    """Draws come from rng; a call that takes no generator would tie a run to its history."""
     drawing = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "dropout", "manual_seed"}
     for path in PACKAGE.rglob("*.py"):
         if path.name.startswith("bench"):

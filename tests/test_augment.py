@@ -15,7 +15,7 @@ from PIL import Image
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError, Picture
 from pcpvt.functional.mixing import decode_images
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 # ---- random resized crop, flip, padding ----
 

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from pcpvt import dispatch
+from pcpvt.bench import baseline as bench_peer
+from pcpvt.bench import loop as bench_loop
+from pcpvt.bench import scaling as bench_scaling
+from pcpvt.bench import subprocess as bench_process
 from pcpvt.config import fields, plan, recipes
 from pcpvt.config.request import Run
 from pcpvt.errors import UserError
-from pcpvt.modes import bench_loop, bench_peer, bench_process, bench_scaling, dispatch
-from pcpvt.modes import session as sessions
+from pcpvt.runtime import session as sessions
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def scaled(tmp_path_factory):
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
     config.image_size, config.batch_size, config.bench.steps, config.bench.scaling = 32, 2, 1, True
     words = ["pcpvt", "--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.batch_size=2"]
-    alone = bench_scaling.alone
+    alone = bench_scaling.run_in_subprocess
 
     def tight(measure, config):
         if config.batch_size == 4:
@@ -58,7 +62,7 @@ def scaled(tmp_path_factory):
         patch.setattr(bench_scaling, "BATCHES", (1, 2, 4))
         patch.setattr(bench_scaling, "SIZES", (224, 256))
         patch.setattr(bench_scaling, "PROCESSES", (1, 2))
-        patch.setattr(bench_scaling, "alone", tight)
+        patch.setattr(bench_scaling, "run_in_subprocess", tight)
         said = []
         patch.setattr(bench_scaling.Console, "say", lambda self, text: said.append(text))
         assert dispatch.run(Run(config, workdir, "bench")) == 0
@@ -124,7 +128,7 @@ def killed(session):
 
 def test_a_measurement_that_the_kernel_kills_has_run_out_of_memory():
     with pytest.raises(bench_process.OutOfMemory):
-        bench_process.alone(killed, fields.base())
+        bench_process.run_in_subprocess(killed, fields.base())
 
 
 def faulty(session):
@@ -133,7 +137,7 @@ def faulty(session):
 
 def test_a_users_error_of_a_measurement_is_told_as_it_is():
     with pytest.raises(UserError, match=r"^config\.x: 1: choose 2$"):
-        bench_process.alone(faulty, fields.base())
+        bench_process.run_in_subprocess(faulty, fields.base())
 
 
 def test_scaling_beside_a_peer_is_refused_in_one_line():

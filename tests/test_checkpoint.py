@@ -13,12 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints.atomic import remove_leftovers, write_atomically
+from pcpvt.checkpoints.writer import Saver
 from pcpvt.functional import state
-from pcpvt.modes import build, resume
-from pcpvt.modes.console import Console
-from pcpvt.store import checkpoint, manifest
-from pcpvt.store.durable import remove_leftovers, write_atomically
-from pcpvt.store.saver import Saver
+from pcpvt.runtime.console import Console
+from pcpvt.train import resume, setup
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_p
 
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
     saver = Saver(tmp_path, keep=1)
-    saver.save(build.to_host(state.flatten(first)), meta(0))  # returns although nothing is written
+    saver.save(setup.copy_to_host(state.flatten(first)), meta(0))  # returns although nothing is written
     assert writing.wait(30) and not checkpoint.steps(tmp_path)
     first.params["w"].zero_()  # the next step reuses the memory
     go.set()

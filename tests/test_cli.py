@@ -8,12 +8,12 @@ import pytest
 import torch
 from absl import flags
 
-from pcpvt import cli
+from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.load import load_model
+from pcpvt.config import cli
 from pcpvt.errors import UserError
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
-from pcpvt.modes import chosen
-from pcpvt.store import checkpoint
 
 # Python's own warning about how ml_collections loads a file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -155,9 +155,9 @@ def test_tilde_is_the_home_folder_in_every_path(read, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "A" / "checkpoints", weights(1), meta)
     (tmp_path / "A" / "config.json").write_text('{"image_size": 40}')
     assert read("--mode=eval", STOCK, "--config.checkpoint=~/A").config.image_size == 40
-    assert chosen.load("~/A").path == str(tmp_path / "A" / "checkpoints" / "step-00000001.safetensors")
+    assert load_model("~/A").path == str(tmp_path / "A" / "checkpoints" / "step-00000001.safetensors")
     with pytest.raises(UserError, match=r"~nobody-here/a\.pth: no such file"):
-        chosen.load("~nobody-here/a.pth")
+        load_model("~nobody-here/a.pth")
 
 
 def test_checkpoint_without_a_config_is_taken_as_weights_from_elsewhere(read, tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_step import batches, nano_state
 
-from pcpvt import devices
-from pcpvt.devices import compilation
+from pcpvt import devices, errors, rng
+from pcpvt.devices import compile
 from pcpvt.errors import UserError
-from pcpvt.functional import mixing, optim, precision, rng, schedules, state
+from pcpvt.functional import mixing, optim, precision, schedules, state
 from pcpvt.functional.objective import make_objective, make_predict
 from pcpvt.functional.step import autograd_value_and_grad, functional_value_and_grad, make_step
 from pcpvt.models import pcpvt
@@ -50,7 +50,9 @@ def recipe_batches(model, count: int, n: int) -> list[dict[str, torch.Tensor]]:
         draws = rng.generator(i, "test draws")
         lam, box = mixing.mixing_draws(draws, n, (32, 32), mixing.MixSpec(mode="elem"))
         batch["lam"], batch["box"] = torch.from_numpy(lam), torch.from_numpy(box)
-        batch["keep"] = torch.stack([torch.from_numpy(pcpvt.draw_keep(draws, rates)) for _ in range(n)])
+        batch["drop_path_scale"] = torch.stack(
+            [torch.from_numpy(pcpvt.draw_drop_path_scale(draws, rates)) for _ in range(n)]
+        )
         batch["erase"] = torch.tensor([[2, 9, 3, 20]] * n, dtype=torch.int32)
     return made
 
@@ -61,7 +63,7 @@ def train(seam, steps: int = 3, kernels: Kernels = PLAIN):
     optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
     policy = precision.parse("bfloat16")
     objective = make_objective(model, smoothing=0.1, policy=policy, kernels=kernels)
-    step = make_step(objective, optimizer, global_batch=8, accumulate=2, policy=policy, value_and_grad=seam)
+    step = make_step(objective, optimizer, global_batch=8, grad_accum_steps=2, policy=policy, value_and_grad=seam)
     ts, losses = state.create(params, optimizer.init(params), {}, ema=False), []
     for batch in recipe_batches(model, steps, 8):
         ts, metrics = step(ts, batch)
@@ -83,7 +85,7 @@ def test_a_run_compiles_its_gradient_once_and_equals_eager_to_the_bit():
     tests/test_step.py holds the two ways of taking a gradient against each other.
     """
     count = Counting()
-    found = train(compilation.value_and_grad(device(), count))
+    found = train(compile.value_and_grad(device(), count))
     assert count.graphs == 1
     assert_same_run(found, train(functional_value_and_grad))
 
@@ -92,14 +94,14 @@ def test_evaluation_compiles_once_and_its_padded_last_batch_too():
     count = Counting()
     model, params = nano_state(torch.float32)
     predict = make_predict(model)
-    fast = compilation.compiled(predict, device(), count)
+    fast = compile.compiled(predict, device(), count)
     for batch in [*batches(2, 32, 4), {"image": torch.zeros(4, 32, 32, 3, dtype=torch.uint8)}]:
         assert torch.equal(fast(params, batch["image"]), predict(params, batch["image"]))
     assert count.graphs == 1
 
 
 def blocks(backend: object, falls_back: bool = False) -> Kernels:
-    return PLAIN._replace(run=compilation.Blocks(PLAIN, backend, falls_back))
+    return PLAIN._replace(block_fn=compile.Blocks(PLAIN, backend, errors.warn if falls_back else None))
 
 
 def test_all_blocks_of_a_stage_share_one_compiled_code_and_equal_eager_to_the_bit():
@@ -136,11 +138,11 @@ def test_inductor_agrees_with_eager():
         block = Block(8, 2, 2, 2)
     draws = torch.Generator().manual_seed(0)
     params = {n: 0.3 * torch.randn(p.shape, generator=draws) for n, p in block.named_parameters()}
-    batch = {"x": torch.randn(2, 4, 4, 8, generator=draws), "keep": torch.tensor([[2.0, 0.0], [0.0, 2.0]])}
+    batch = {"x": torch.randn(2, 4, 4, 8, generator=draws), "drop_path_scale": torch.tensor([[2.0, 0.0], [0.0, 2.0]])}
     cpu = devices.get("cpu")
 
     def gradient(choice):
-        kernels = compilation.compiled_blocks(PLAIN, cpu, choice)
+        kernels = compile.compiled_blocks(PLAIN, cpu, choice)
 
         def objective(params, batch, factor):
             class Around(torch.nn.Module):
@@ -149,12 +151,12 @@ def test_inductor_agrees_with_eager():
                     self.block = block
 
                 def forward(self):
-                    return kernels.run(self.block, batch["x"], kernels, batch["keep"])
+                    return kernels.block_fn(self.block, batch["x"], kernels, batch["drop_path_scale"])
 
             inside = {f"block.{n}": v for n, v in params.items()}
             return torch.func.functional_call(Around(), inside, ()).square().sum() * factor
 
-        return compilation.value_and_grad(cpu, choice)(objective)(params, batch, torch.tensor(0.5))
+        return compile.value_and_grad(cpu, choice)(objective)(params, batch, torch.tensor(0.5))
 
     value, grads = gradient("inductor")
     expected, reference = gradient("none")
@@ -174,7 +176,7 @@ ARGS = {"w": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 4.0])}, torch.t
 
 
 def test_auto_goes_on_in_eager_mode_with_one_warning(capsys):
-    fast = compilation.value_and_grad(device(broken), "auto")(squares)
+    fast = compile.value_and_grad(device(broken), "auto")(squares)
     for _ in range(3):
         value, grads = fast(*ARGS)
         assert value == 36.5 and grads["w"].tolist() == [9.0, 32.0]
@@ -184,7 +186,7 @@ def test_auto_goes_on_in_eager_mode_with_one_warning(capsys):
 
 def test_a_backend_that_was_named_stops_the_run_in_one_line():
     for choice in (broken, "no_such_backend"):
-        fast = compilation.value_and_grad(device(), choice)(squares)
+        fast = compile.value_and_grad(device(), choice)(squares)
         with pytest.raises(UserError, match=r"config.compile.*config.compile=none") as error:
             fast(*ARGS)
         assert "\n" not in str(error.value)
@@ -218,13 +220,13 @@ def test_an_error_while_compiled_code_runs_is_no_failure_to_compile(capsys):
         return run
 
     with pytest.raises(torch.OutOfMemoryError):
-        compilation.compiled(torch.sin, device(full), "auto")(torch.ones(2))
+        compile.compiled(torch.sin, device(full), "auto")(torch.ones(2))
     assert not capsys.readouterr().err
 
 
 def test_an_error_of_the_function_itself_keeps_its_type():
     with pytest.raises(RuntimeError, match="cannot be multiplied") as error:
-        compilation.compiled(torch.mm, device("eager"), "auto")(torch.ones(2, 3), torch.ones(2, 3))
+        compile.compiled(torch.mm, device("eager"), "auto")(torch.ones(2, 3), torch.ones(2, 3))
     assert type(error.value) is RuntimeError
 
 
@@ -232,6 +234,6 @@ def test_cpu_is_eager_by_default():
     def function(x):
         return x
 
-    assert compilation.compiled(function, devices.get("cpu"), "auto") is function
-    assert compilation.value_and_grad(devices.get("cpu"), "auto") is autograd_value_and_grad
-    assert compilation.compiled_blocks(PLAIN, devices.get("cpu"), "auto") is PLAIN
+    assert compile.compiled(function, devices.get("cpu"), "auto") is function
+    assert compile.value_and_grad(devices.get("cpu"), "auto") is autograd_value_and_grad
+    assert compile.compiled_blocks(PLAIN, devices.get("cpu"), "auto") is PLAIN

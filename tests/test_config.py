@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcpvt.config import fields, plan, recipes
+from pcpvt.config import fields, plan, recipes, stored
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules
-from pcpvt.store import records
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -78,7 +77,7 @@ def test_perf_is_a_fixed_number_of_steps_without_evaluation():
 @pytest.mark.parametrize(("name", "decay"), [("pcpvt_s", 0.83), ("pcpvt_b", 0.9), ("pcpvt_l", 0.93)])
 @pytest.mark.parametrize("arg", ["npu1", "cpu"])
 def test_finetune_changes_these_fields_of_the_recipe_before_it_and_no_other(arg, name, decay):
-    before, after = (records.flat(config(words, name)) for words in (arg, f"{arg},finetune"))
+    before, after = (stored.flat(config(words, name)) for words in (arg, f"{arg},finetune"))
     tuned = {
         "epochs": 10, "warmup_epochs": 1, "lr": None, "base_lr": 5e-4, "min_lr": 1e-6, "layer_decay": decay,
         "model.drop_path": 0.1, "mixup": 0, "cutmix": 0, "augment.scale": [0.35, 1], "augment.erase": 0,
@@ -199,7 +198,7 @@ def test_accumulation_is_derived_from_what_fits():
         changes = {} if mixes else {"mixup": 0.0, "cutmix": 0.0}
         made = config("npu1", batch_size=local, **changes)
         p = plan.plan(made, examples=1000, num_classes=10, micro_batch=micro)
-        assert p.accumulate == expected and p.local_batch % p.accumulate == 0
+        assert p.grad_accum_steps == expected and p.local_batch % p.grad_accum_steps == 0
 
 
 @pytest.mark.parametrize(

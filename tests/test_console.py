@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcpvt.functional import mixing
 from pcpvt.models import pcpvt as models
-from pcpvt.modes import tensorboard, utilisation
-from pcpvt.modes.console import Console, Progress, Rate, duration
+from pcpvt.runtime.console import Console, Progress, Rate, duration
+from pcpvt.train import tensorboard, utilisation
 
 
 class Terminal(io.StringIO):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from reference import images, nano
 
-from pcpvt import devices
+from pcpvt import devices, rng
 from pcpvt.devices import cpu_kernels
-from pcpvt.functional import precision, rng
+from pcpvt.functional import precision
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import attend_plain, gelu_linear_plain, norm_plain, residual_plain
 
@@ -91,8 +91,8 @@ def test_packed_parameters_give_the_same_logits(dtype):
     need(dtype)
     model, params = nano()
     cpu, x = devices.get("cpu"), images(2, 64, 64, 3).to(dtype)
-    params = precision.cast(params, precision.Policy(compute=dtype), cpu.wide_norms)
-    packed = cpu.kernels(dtype).pack(params)
+    params = precision.cast(params, precision.Policy(compute=dtype), cpu.fp32_norms)
+    packed = cpu.kernels(dtype).prepack(params)
     assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
     with torch.no_grad():
         found, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcpvt import rng
 from pcpvt.data import order
 from pcpvt.data.augment import AugmentSpec
 from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
 from pcpvt.data.sources import Arrays
 from pcpvt.errors import UserError
-from pcpvt.functional import rng
 from pcpvt.functional.mixing import MixSpec
 from pcpvt.models import pcpvt
 
@@ -119,7 +119,7 @@ def test_the_loader_tells_how_long_one_process_read_a_batch(workers):
 
 def test_another_seed_changes_every_draw():
     one, other = train_batches(seed=0)[0], train_batches(seed=1)[0]
-    for name in ("image", "id", "keep", "lam"):
+    for name in ("image", "id", "drop_path_scale", "lam"):
         assert not torch.equal(one[name], other[name]), name
 
 
@@ -129,7 +129,7 @@ def test_a_batch_has_the_promised_shapes_and_types():
         "image": ((16, 16, 16, 3), torch.uint8),
         "label": ((16,), torch.int64),
         "id": ((16,), torch.int64),
-        "keep": ((16, 10), torch.float32),
+        "drop_path_scale": ((16, 10), torch.float32),
         "lam": ((16,), torch.float32),
         "box": ((16, 4), torch.int32),
         "erase": ((16, 4), torch.int32),

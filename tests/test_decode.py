@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from pcpvt.data import decode
 from pcpvt.errors import UserError
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -55,7 +55,7 @@ def test_the_cpu_gives_its_figures():
     cpu = devices.get("cpu")
     cpu.require(64)  # processes may share cores
     assert cpu.bind(0) == torch.device("cpu") and "cores" in cpu.describe()
-    used, total = cpu.memory()
+    used, total = cpu.memory_stats()
     assert 50e6 < used < total
     assert cpu.precision() in ("bfloat16", "float32")
     elapsed = cpu.timer()
@@ -145,7 +145,7 @@ def test_a_gpu_gives_its_figures_and_attends_like_the_plain_kernel():
     here = cuda.bind(0)
     cuda.reset_memory()
     kept = torch.ones(1 << 20, device=here)
-    used, total = cuda.memory()
+    used, total = cuda.memory_stats()
     assert kept.nbytes <= used < total and cuda.describe()
     host = [{"image": torch.full((2,), i).pin_memory()} for i in range(3)]
     assert [batch["image"].tolist() for batch in cuda.prefetch(host)] == [[0, 0], [1, 1], [2, 2]]

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from reference import images, nano, nchw, timm_model
 
-from pcpvt import devices
-from pcpvt.functional import rng
+from pcpvt import devices, rng
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN
 
@@ -32,7 +31,9 @@ def test_logits_and_gradients_are_timms_under_the_same_factors(kernels):
     theirs = timm_model("pcpvt_s", num_classes=10).double()
     model = pcpvt.build("pcpvt_s", 10)
     rates = pcpvt.drop_rates(model.spec, 0.5)
-    keep = torch.from_numpy(np.stack([pcpvt.draw_keep(rng.generator(0, "test", i), rates) for i in range(4)])).double()
+    keep = torch.from_numpy(
+        np.stack([pcpvt.draw_drop_path_scale(rng.generator(0, "test", i), rates) for i in range(4)])
+    ).double()
     assert (keep == 0).sum() > 20 and len(keep.unique()) > 15
     blocks = [block for stage in theirs.blocks for block in stage]
     for i, block in enumerate(blocks):
@@ -55,7 +56,7 @@ def test_drop_path_rates_rise_linearly_and_masks_have_the_right_expectation():
     assert len(rates) == 32 and rates[0] == rates[1] == 0 and rates[-1] == pytest.approx(0.2)
     steps = np.diff(rates[::2])
     assert np.allclose(steps, steps[0]) and np.array_equal(rates[::2], rates[1::2])
-    draws = np.stack([pcpvt.draw_keep(rng.generator(0, "drop_path", 0, i), rates) for i in range(20_000)])
+    draws = np.stack([pcpvt.draw_drop_path_scale(rng.generator(0, "drop_path", 0, i), rates) for i in range(20_000)])
     # Kept with probability 1 - r and scaled by 1 / (1 - r): mean 1, variance r / (1 - r); five standard errors.
     assert np.all(np.abs(draws.mean(0) - 1) <= 5 * np.sqrt(rates / (1 - rates) / len(draws)) + 1e-6)
     np.testing.assert_allclose(draws.var(0), rates / (1 - rates), atol=0.02)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from pcpvt.functional import rng
+from pcpvt import rng
 
 
 @pytest.fixture

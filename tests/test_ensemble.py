@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pcpvt.checkpoints import checkpoint
 from pcpvt.config import recipes
 from pcpvt.devices.cpu import Cpu
 from pcpvt.devices.npu import Npu
 from pcpvt.errors import UserError
+from pcpvt.evaluate import ensemble, evaluator
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
-from pcpvt.modes import ensemble, evaluate
-from pcpvt.modes import session as sessions
-from pcpvt.store import checkpoint
+from pcpvt.runtime import session as sessions
 
 A, B = 1, 4  # seeds with which no image's two best classes are nearer than 0.003: float32 is off by 6e-6
 
@@ -46,7 +46,7 @@ def session(tmp_path, monkeypatch):
 def result(session, text: str, **fields) -> dict:
     session.config.eval.ensemble = text
     session.config.update(fields)
-    assert evaluate.run(session) == 0
+    assert evaluator.run(session) == 0
     return json.loads((session.workdir / "result-eval.json").read_text())
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pcpvt.checkpoints import checkpoint, foreign
+from pcpvt.checkpoints.load import check_labels, class_names, load_model
 from pcpvt.config import fields
 from pcpvt.data.augment import eval_sample
 from pcpvt.errors import UserError
@@ -18,8 +20,6 @@ from pcpvt.functional.mixing import decode_images
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt as model_of
 from pcpvt.models.init import init
-from pcpvt.modes import chosen
-from pcpvt.store import checkpoint, weights
 
 CLASSES = ["cat", "dog", "eel"]
 
@@ -116,7 +116,7 @@ def test_class_count_of_a_foreign_file_is_held_against_the_data_in_one_line(pcpv
 def test_file_of_another_model_is_refused_in_one_line(tmp_path, options, said):
     torch.save(nano_params(), tmp_path / "a.pth")
     with pytest.raises(UserError) as caught:
-        chosen.load(tmp_path / "a.pth", **options)
+        load_model(tmp_path / "a.pth", **options)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -140,8 +140,8 @@ def test_training_refuses_a_checkpoint_field_that_it_would_ignore(pcpvt, nano):
 
 
 def test_model_is_told_from_the_weights(tmp_path):
-    weights.write_timm(nano_params(7), tmp_path / "a.safetensors")
-    found = chosen.load(tmp_path / "a.safetensors")
+    foreign.write_timm(nano_params(7), tmp_path / "a.safetensors")
+    found = load_model(tmp_path / "a.safetensors")
     assert found.model.spec == model_of.SPECS["pcpvt_nano"] and found.model.num_classes == 7
     assert found.params.keys() == nano_params().keys() and found.classes is None and found.meta == {}
 
@@ -151,48 +151,48 @@ def test_workdir_means_its_best_whole_checkpoint(tmp_path, capsys):
     better = checkpoint.read_meta(path) | {"step": 9, "metrics": {"acc1": 20.0}}
     tensors = {f"params/{n}": v for n, v in nano_params(seed=2).items()}
     second = checkpoint.save(tmp_path / "checkpoints", tensors, better)
-    assert chosen.load(tmp_path).path == str(second)
+    assert load_model(tmp_path).path == str(second)
     data = bytearray(second.read_bytes())
     data[-1] ^= 1
     second.write_bytes(data)
-    found = chosen.load(tmp_path)
+    found = load_model(tmp_path)
     assert found.path == str(path) and found.which == "ema"
     assert capsys.readouterr().err.count("checksum") == 1
     torch.testing.assert_close(found.params, nano_params(seed=1), rtol=0, atol=0)
     path.unlink()
     second.unlink()
     with pytest.raises(UserError, match="no usable checkpoint"):
-        chosen.load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_classes_must_be_those_of_the_file_or_as_many(tmp_path):
-    named = chosen.load(ours(tmp_path, outputs=4))
-    chosen.check_classes(named, CLASSES)
+    named = load_model(ours(tmp_path, outputs=4))
+    check_labels(named, CLASSES)
     for other in (["dog", "cat", "eel"], ["cat", "dog"], ["cat", "dog", "eel", "fox"]):
         with pytest.raises(UserError, match="was trained on 3 classes"):
-            chosen.check_classes(named, other, 4)
-    assert chosen.class_names(named) == ["cat", "dog", "eel", "3"]
+            check_labels(named, other, 4)
+    assert class_names(named) == ["cat", "dog", "eel", "3"]
 
     torch.save(nano_params(5), tmp_path / "a.pth")
-    unnamed = chosen.load(tmp_path / "a.pth")
-    chosen.check_classes(unnamed, list("abcde"))
-    chosen.check_classes(unnamed, CLASSES, 5)
+    unnamed = load_model(tmp_path / "a.pth")
+    check_labels(unnamed, list("abcde"))
+    check_labels(unnamed, CLASSES, 5)
     for count, told in ((3, None), (6, 5), (6, 6)):
         with pytest.raises(UserError, match="has 5 classes"):
-            chosen.check_classes(unnamed, list("abcdef")[:count], told)
-    assert chosen.class_names(unnamed) == ["0", "1", "2", "3", "4"]
+            check_labels(unnamed, list("abcdef")[:count], told)
+    assert class_names(unnamed) == ["0", "1", "2", "3", "4"]
 
 
 def test_thousand_unnamed_outputs_are_imagenets(tmp_path):
     torch.save(nano_params(1000), tmp_path / "a.pth")
-    names = chosen.class_names(chosen.load(tmp_path / "a.pth"))
+    names = class_names(load_model(tmp_path / "a.pth"))
     assert len(names) == 1000 and names[0].startswith("tench") and names[281].startswith("tabby")
 
 
 def test_float64_weights_are_evaluated_as_they_are(tmp_path):
     params = {name: value.double() + 1e-12 for name, value in nano_params().items()}
     torch.save(params, tmp_path / "a.pth")
-    torch.testing.assert_close(chosen.load(tmp_path / "a.pth").params, params, rtol=0, atol=0)
+    torch.testing.assert_close(load_model(tmp_path / "a.pth").params, params, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 SHAPES = [(100, 140), (140, 100), (99, 99), (37, 41), (61, 300), (256, 301), (20, 15)]
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from pcpvt import torchvision_compat  # noqa: F401
+from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.load import load_model
 from pcpvt.config import fields, recipes
 from pcpvt.errors import UserError
+from pcpvt.export import graph as export_graph
+from pcpvt.export import run as export
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
 from pcpvt.models.layers import PatchLinear
-from pcpvt.modes import chosen, export, export_graph
-from pcpvt.modes import session as sessions
-from pcpvt.store import checkpoint
+from pcpvt.runtime import session as sessions
 
 CLASSES = ["cat", "dog", "eel"]
 needs_onnx = pytest.mark.skipif(
@@ -143,7 +145,7 @@ def test_timm_loads_the_export_with_equal_logits_and_so_do_we(tmp_path, capsys):
     images = torch.randn((2, 3, 64, 96), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         close(theirs(images), expected(params("pcpvt_s"), images, "pcpvt_s"))
-    again = chosen.load(path)
+    again = load_model(path)
     assert again.classes is None
     torch.testing.assert_close(again.params, params("pcpvt_s"), rtol=0, atol=0)
 
@@ -152,7 +154,7 @@ def test_class_names_travel_with_the_file_for_timm(tmp_path):
     tensors = {f"params/{n}": v for n, v in params().items()}
     path = checkpoint.save(tmp_path / "c", tensors, {"step": 5, "model": "pcpvt_nano", "classes": CLASSES})
     assert export.run(session(tmp_path, checkpoint=str(path))) == 0
-    again = chosen.load(tmp_path / "export" / "pcpvt_nano.safetensors")
+    again = load_model(tmp_path / "export" / "pcpvt_nano.safetensors")
     assert again.classes == CLASSES
     torch.testing.assert_close(again.params, params(), rtol=0, atol=0)
 

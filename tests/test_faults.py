@@ -16,10 +16,11 @@ from pathlib import Path
 import miniature
 import pytest
 
+from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.checkpoint import CheckpointError
+from pcpvt.distributed.signals import ONE_SIGNAL
 from pcpvt.errors import UserError
-from pcpvt.modes.exits import ONE_SIGNAL
-from pcpvt.store import checkpoint, lock, records
-from pcpvt.store.checkpoint import CheckpointError
+from pcpvt.runtime import lock, records
 
 
 def steps(workdir: Path) -> list[int]:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pcpvt import rng
+from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.match import match_params
 from pcpvt.config import recipes
-from pcpvt.functional import rng
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
-from pcpvt.modes import build
-from pcpvt.store import checkpoint
-from pcpvt.store.fit import fit
+from pcpvt.train import setup
 
 CIFAR = Path(os.environ.get("PCPVT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10"
 
@@ -140,7 +140,9 @@ def test_fresh_leaves_start_as_a_new_runs_and_the_others_come_over(pcpvt, digits
 
 def test_fresh_leaves_need_not_fit_and_need_not_exist():
     expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
-    fitted, _ = fit({"a": torch.ones(2), "b": torch.ones(9)}, expected, head="exact", fresh={"b", "c"}, path="x")
+    fitted, _ = match_params(
+        {"a": torch.ones(2), "b": torch.ones(9)}, expected, head="exact", fresh={"b", "c"}, path="x"
+    )
     assert list(fitted) == ["a"]
 
 
@@ -184,10 +186,10 @@ def test_names_are_shortened_to_the_stems_that_cover_exactly_them():
     names = list(models.shapes(models.build("pcpvt_nano", 10)))
     for pattern in (r"^(patch_embeds|pos_block|blocks)\.[01]\.", r"bias$", r"attn", r"^head", r"."):
         picked = [name for name in names if re.search(pattern, name)]
-        stems = build.stems(picked, names)
+        stems = setup.stems(picked, names)
         covered = [n for n in names if any(n == s or n.startswith(f"{s}.") or s == "" for s in stems)]
         assert covered == picked
-    assert build.stems([n for n in names if n.startswith("blocks.0.") or n == "head.bias"], names) == [
+    assert setup.stems([n for n in names if n.startswith("blocks.0.") or n == "head.bias"], names) == [
         "blocks.0",
         "head.bias",
     ]

@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from pcpvt.config import plan
+from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints.checkpoint import CheckpointError
+from pcpvt.config import plan, stored
 from pcpvt.config.fields import base
 from pcpvt.errors import UserError, printable
 from pcpvt.functional import state
-from pcpvt.modes import resume
-from pcpvt.modes.console import Console
-from pcpvt.store import checkpoint, manifest, records
-from pcpvt.store.checkpoint import CheckpointError
+from pcpvt.runtime import records
+from pcpvt.runtime.console import Console
+from pcpvt.train import resume
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TENSORS = {
@@ -129,7 +130,7 @@ def test_valid_checksum_over_hostile_values_is_no_licence(written, tmp_path, fie
         if found is not None:
             resume.check_compatible(session, found.meta, ["a", "b"], 20)
         config = base()
-        records.apply_config(config, records.nested(checkpoint.read(target).meta["config"]), "x")
+        stored.apply_config(config, stored.nested(checkpoint.read(target).meta["config"]), "x")
         plan.check(config)
     except UserError:
         pass
@@ -146,7 +147,7 @@ def test_any_value_in_a_stored_config_is_taken_or_refused_in_one_line(name, valu
     config = base()
     config.epochs = 1.0
     try:
-        records.apply_config(config, records.nested({"seed": 1, name: value}), "config.json")
+        stored.apply_config(config, stored.nested({"seed": 1, name: value}), "config.json")
         plan.check(config)
     except UserError as error:
         assert "config" in str(error)

@@ -15,9 +15,10 @@ import miniature
 import pytest
 import torch
 
-from pcpvt import cli, devices, launcher
+from pcpvt import devices
+from pcpvt.config import cli
+from pcpvt.distributed import launch, signals
 from pcpvt.errors import PeerError, UserError
-from pcpvt.modes import exits
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LONG = {"steps": 5000, "eval_every": "0", "save_every": "0", "log_every": "1 step"}
@@ -78,14 +79,14 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
     """It does not even take signals. Torchelastic would kill it 30 s later; here it wakes up, to be quicker."""
     stuck = {"at": "inside step", "n": 3, "do": "hold:12", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
-    assert ended.code == exits.PEER_LOST == PeerError.exit_code
+    assert ended.code == signals.PEER_LOST == PeerError.exit_code
     assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path):
     absent = {"at": "join", "n": 1, "do": "sleep:60", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), absent)
-    assert ended.code == exits.PEER_LOST and "rank 1 gave no answer" in ended.error
+    assert ended.code == signals.PEER_LOST and "rank 1 gave no answer" in ended.error
 
 
 def test_a_run_of_several_processes_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
@@ -115,7 +116,7 @@ def test_child_processes_are_found_while_threads_end(monkeypatch):
     thread.start()
     child = started.get()
     try:
-        assert child.pid in exits.children() and child.pid in exits.descendants()
+        assert child.pid in signals.children() and child.pid in signals.descendants()
     finally:
         child.kill()
         child.wait()
@@ -217,7 +218,7 @@ class Failure:
     ],
 )
 def test_the_exit_code_is_that_of_the_first_rank_that_failed_by_itself(failures, code, said, capsys):
-    assert launcher._exit_code(failures) == code
+    assert launch._exit_code(failures) == code
     err = capsys.readouterr().err
     assert said in err and bool(err) == bool(said)
 

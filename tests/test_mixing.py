@@ -6,7 +6,7 @@ import torch
 from pictures import MEAN, STD, agree
 
 from pcpvt.functional import mixing
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 
 def our_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:

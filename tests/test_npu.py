@@ -116,13 +116,17 @@ def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
 
     model, params = nano_state(torch.float32)
     params = {name: value.to(device.torch) for name, value in params.items()}
-    adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
+    adamw = optim.adamw(
+        schedules.constant(1e-3),
+        optim.groups(params, 0.05),
+        honors_found_inf=device.fused_adamw_honors_found_inf,
+    )
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), adamw)
     step = make_step(
         make_objective(model, smoothing=0.1, kernels=Kernels(device.attend(torch.float32))),
         optimizer,
         global_batch=8,
-        accumulate=2,
+        grad_accum_steps=2,
         ema_decay=0.9,
         value_and_grad=take or autograd_value_and_grad,
     )
@@ -136,7 +140,7 @@ def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
 @on_npu()
 def test_steps_equal_the_cpus_to_the_bit():
     from pcpvt import devices
-    from pcpvt.devices.compilation import value_and_grad
+    from pcpvt.devices.compile import value_and_grad
     from pcpvt.functional.step import functional_value_and_grad
 
     torch.set_num_threads(1)
@@ -153,7 +157,7 @@ def test_steps_equal_the_cpus_to_the_bit():
 def test_inductor_without_its_compiler_stops_a_run_that_named_it():
     from test_step import nano_state
 
-    from pcpvt.devices.compilation import compiled_blocks
+    from pcpvt.devices.compile import compiled_blocks
     from pcpvt.errors import UserError
     from pcpvt.functional.objective import make_predict
     from pcpvt.models.layers import PLAIN
@@ -175,7 +179,7 @@ def test_the_interface_of_the_device():
     assert device.overflow(torch.float16) is None  # this one has inf and nan
     device.reset_memory()
     kept = torch.ones(1 << 20, device=device.torch)
-    used, total = device.memory()
+    used, total = device.memory_stats()
     assert kept.nbytes <= used < total
     elapsed = device.timer()
     assert elapsed() >= 0
@@ -197,7 +201,11 @@ def poisoned_fp16(device, watched: bool):
     model, params = nano_state(torch.float32)
     params = {name: value.to(device.torch) for name, value in params.items()}
     objective = make_objective(model, policy=policy, kernels=device.kernels(policy.compute))
-    adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
+    adamw = optim.adamw(
+        schedules.constant(1e-3),
+        optim.groups(params, 0.05),
+        honors_found_inf=device.fused_adamw_honors_found_inf,
+    )
     now = {"factor": 1.0}
     scaler = precision.DynamicScale(initial=2.0**10)
     step = make_step(

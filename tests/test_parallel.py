@@ -12,7 +12,7 @@ from test_compile import recipe_batches
 from test_step import nano_state
 
 from pcpvt import devices
-from pcpvt.devices import collectives
+from pcpvt.distributed import collectives
 from pcpvt.functional import optim, precision, schedules, state
 from pcpvt.functional.objective import make_objective
 from pcpvt.functional.precision import Overflow

@@ -13,7 +13,9 @@ from PIL import Image
 from pcpvt import api
 from pcpvt.data import sources
 from pcpvt.errors import UserError
-from pcpvt.modes import explain, predict, predict_output
+from pcpvt.predict import attribution
+from pcpvt.predict import output as predict_output
+from pcpvt.predict import run as predict
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ def test_a_heat_map_sums_to_what_the_image_adds_to_the_logit(trained, size, grid
     net = api.load(trained)
     x = images(net, 6, size)
     labels = api.logits(net.model, net.params, x).argmax(-1)
-    heat, added = explain.attribute(net.model, net.params, x, labels)
+    heat, added = attribution.attribute(net.model, net.params, x, labels)
     assert heat.shape == (6, *grid)
     torch.testing.assert_close(heat.sum((1, 2)), added, rtol=0.03, atol=0.03)
 
@@ -168,7 +170,7 @@ def test_a_heat_map_points_at_what_decides(trained):
     x = images(net, 40)
     before = api.logits(net.model, net.params, x)
     labels = before.argmax(-1)
-    heat, _ = explain.attribute(net.model, net.params, x, labels)
+    heat, _ = attribution.attribute(net.model, net.params, x, labels)
     fields = torch.nn.functional.interpolate(heat[:, None], net.size, mode="bilinear")[:, 0].flatten(1)
     mean = x.float().mean((1, 2), keepdim=True).to(torch.uint8)
     lost = []
@@ -182,7 +184,7 @@ def test_a_heat_map_points_at_what_decides(trained):
 
 def test_a_picture_shows_for_and_against(tmp_path):
     heat = np.array([[1.0, 0.0], [0.0, -1.0]])
-    picture = np.asarray(explain.draw(np.full((300, 400, 3), 128, np.uint8), heat), np.int64)
+    picture = np.asarray(attribution.draw(np.full((300, 400, 3), 128, np.uint8), heat), np.int64)
     assert picture.shape == (300, 2 * 400 + 8, 3)
     assert (picture[:, :400] == 128).all()
     right = picture[:, 408:]

@@ -10,13 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pcpvt.config import plan, recipes
+from pcpvt.checkpoints import checkpoint
+from pcpvt.config import plan, recipes, stored
 from pcpvt.config.fields import FIELDS, base
 from pcpvt.data import order
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules, state
-from pcpvt.modes import resume
-from pcpvt.store import checkpoint, records
+from pcpvt.runtime import records
+from pcpvt.train import resume
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = st.integers(0, 2**32)
@@ -208,10 +209,10 @@ def test_config_comes_back_from_its_file(tmp_path, data):
             config.update_from_flattened_dict({name: data.draw(st.floats(0, 1))})
     records.write_json(tmp_path / "config.json", config.to_dict())
     other = base()
-    records.apply_config(other, records.read_config(tmp_path / "config.json"), "config.json")
+    stored.apply_config(other, stored.read_config(tmp_path / "config.json"), "config.json")
     assert other.to_dict() == config.to_dict()
     third = base()
-    records.apply_config(third, records.nested(records.flat(config)), "checkpoint")
+    stored.apply_config(third, stored.nested(stored.flat(config)), "checkpoint")
     assert third.to_dict() == config.to_dict()
 
 

@@ -12,7 +12,7 @@ from pictures import POLICY, agree, picture
 from PIL import Image
 
 from pcpvt.data import randaugment
-from pcpvt.functional.rng import generator
+from pcpvt.rng import generator
 
 
 def test_operations_equal_timms(timm_posterize, theirs_seeded):

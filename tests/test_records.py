@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from pcpvt.store.records import MetricsFile, read_metrics, write_json
+from pcpvt.runtime.records import MetricsFile, read_metrics, write_json
 
 
 def test_results_are_json_that_every_reader_takes(tmp_path):

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from pcpvt.errors import UserError
-from pcpvt.modes import report, report_charts, report_data
-from pcpvt.modes.console import Console
+from pcpvt.report import charts as report_charts
+from pcpvt.report import data as report_data
+from pcpvt.report import run as report
+from pcpvt.runtime.console import Console
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "img", "br", "circle", "line", "polyline"}

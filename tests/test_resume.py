@@ -11,12 +11,13 @@ from pathlib import Path
 import miniature
 import pytest
 
+from pcpvt.checkpoints import checkpoint
+from pcpvt.config import stored
 from pcpvt.config.fields import base
+from pcpvt.distributed.signals import PREEMPTED
 from pcpvt.errors import UserError
 from pcpvt.functional import state
-from pcpvt.modes import preflight, resume
-from pcpvt.modes.exits import PREEMPTED
-from pcpvt.store import checkpoint, records
+from pcpvt.train import preflight, resume
 
 SIGTERM_AFTER = {"at": "step", "do": "SIGTERM"}
 
@@ -138,7 +139,7 @@ class Session:
 
 
 def meta(**fields):
-    flat = {**records.flat(base()), **fields}
+    flat = {**stored.flat(base()), **fields}
     return {"config": flat, "classes": ["a", "b"], "examples": 7}
 
 
@@ -160,7 +161,7 @@ def test_harmless_changes_pass_and_are_noted():
     ],
 )
 def test_incompatible_change_names_the_field_and_both_values(field, value):
-    before = records.flat(base())[field]
+    before = stored.flat(base())[field]
     shown = list(value) if isinstance(value, tuple) else value
     with pytest.raises(UserError) as error:
         resume.check_compatible(Session(**{field: value}), meta(), ["a", "b"], 7)

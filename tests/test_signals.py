@@ -9,8 +9,8 @@ import time
 import miniature
 import pytest
 
-from pcpvt.modes.exits import ONE_SIGNAL, PREEMPTED
-from pcpvt.store import checkpoint
+from pcpvt.checkpoints import checkpoint
+from pcpvt.distributed.signals import ONE_SIGNAL, PREEMPTED
 
 
 def saved(workdir) -> list[int]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from reference import nchw, timm_model
 
-from pcpvt.functional import optim, precision, rng, schedules, state
+from pcpvt import rng
+from pcpvt.functional import optim, precision, schedules, state
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective
 from pcpvt.functional.precision import Policy
 from pcpvt.functional.step import autograd_value_and_grad, functional_value_and_grad, make_step, split
@@ -127,7 +128,7 @@ def test_accumulation_equals_the_big_batch(parts):
     for accumulate in (1, parts):
         _, params = nano_state()
         ts, history = our_loop(
-            params, "pcpvt_nano", data, schedules.constant(1e-3), torch.float64, 3, accumulate=accumulate
+            params, "pcpvt_nano", data, schedules.constant(1e-3), torch.float64, 3, grad_accum_steps=accumulate
         )
         runs.append((ts, history))
     for name, value in runs[0][0].params.items():

@@ -6,7 +6,7 @@ import json
 
 import miniature
 
-from pcpvt.modes.exits import PREEMPTED
+from pcpvt.distributed.signals import PREEMPTED
 
 
 def test_unreadable_images_are_named_once_and_counted_over_all_processes_and_parts_of_a_run(tmp_path):

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from foreign import assert_same, leaves, ours, refused, twins
 
+from pcpvt.checkpoints import foreign, unpickle
 from pcpvt.errors import UserError
-from pcpvt.store import unpickle, weights
 
 
 def test_missing_folder_and_empty_files_are_one_line(tmp_path):
@@ -32,7 +32,7 @@ def test_truncated_files_are_one_line(tmp_path, kind):
     else:
         torch.save(twins(leaves()), path, _use_new_zipfile_serialization=kind == "zip")
     data = path.read_bytes()
-    weights.read(path)
+    foreign.read(path)
     for kept in [*range(1, 40), *range(40, len(data), max(1, len(data) // 60)), len(data) - 1]:
         path.write_bytes(data[:kept])
         refused(path)
@@ -46,7 +46,7 @@ def test_flipped_bytes_never_crash_and_in_a_zip_never_load_wrong(tmp_path, new_f
     for place in draws.integers(len(data), size=150):
         path.write_bytes(data[:place] + bytes([data[place] ^ int(draws.integers(1, 256))]) + data[place + 1 :])
         try:
-            found, _ = weights.read(path)
+            found, _ = foreign.read(path)
         except UserError as error:
             assert "\n" not in str(error)
         else:

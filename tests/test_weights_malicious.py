@@ -14,7 +14,7 @@ import pytest
 import torch
 from foreign import assert_same, leaves, refused, twins
 
-from pcpvt.store import weights
+from pcpvt.checkpoints import foreign
 
 
 class Payload:
@@ -91,7 +91,7 @@ def test_names_that_others_allowed_stay_refused_here_and_allowed_there(tmp_path,
         assert set(torch.serialization.get_safe_globals()) == inside
     assert not (tmp_path / "mark").exists()
     torch.save(twins(leaves()), tmp_path / "b.pth")
-    weights.read(tmp_path / "b.pth")
+    foreign.read(tmp_path / "b.pth")
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
@@ -117,7 +117,7 @@ def test_attributes_put_on_unpickled_objects_do_not_replace_their_methods(tmp_pa
     torch.save(Disguised({"model": Disguised(state)}), tmp_path / "a.pth")
     raw = torch.load(tmp_path / "a.pth")
     assert isinstance(raw.items, torch.Size) and isinstance(raw["model"]["norm.weight"].clone, torch.device)
-    assert_same(weights.read(tmp_path / "a.pth")[0], leaves())
+    assert_same(foreign.read(tmp_path / "a.pth")[0], leaves())
 
 
 def test_dict_that_contains_itself_ends_in_an_error(tmp_path):

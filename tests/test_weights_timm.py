@@ -10,8 +10,9 @@ import torch
 from foreign import assert_same, leaves, refused
 
 from pcpvt import torchvision_compat  # noqa: F401
+from pcpvt.checkpoints import foreign
+from pcpvt.checkpoints.match import match_params
 from pcpvt.errors import UserError
-from pcpvt.store import weights
 
 
 def test_unknown_timm_names_and_schemes_are_refused_with_the_known_ones():
@@ -42,7 +43,7 @@ def test_timm_name_gives_what_timm_fetched(monkeypatch, small):
 
     asked = []
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: asked.append((name, kwargs)) or small)
-    found, info = weights.read("timm:twins_pcpvt_small.in1k")
+    found, info = foreign.read("timm:twins_pcpvt_small.in1k")
     assert asked == [("twins_pcpvt_small.in1k", {"pretrained": True})]
     assert_same(found, small.state_dict())
     assert info["source"] == "timm" and info["entry"] == "twins_pcpvt_small.in1k"
@@ -53,13 +54,13 @@ def test_written_file_gives_timm_equal_logits(tmp_path, small):
 
     params = {name: value.detach() for name, value in small.named_parameters()}
     path = tmp_path / "out.safetensors"
-    weights.write_timm(params, path, {"classes": "[]"})
+    foreign.write_timm(params, path, {"classes": "[]"})
     assert list(tmp_path.iterdir()) == [path]
     theirs = timm.create_model("twins_pcpvt_small", num_classes=7, checkpoint_path=str(path)).eval()
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(theirs(image), small(image), rtol=0, atol=0)
-    found, notes = weights.fit(weights.read(path)[0], small.state_dict(), head="exact", path=str(path))
+    found, notes = match_params(foreign.read(path)[0], small.state_dict(), head="exact", path=str(path))
     assert_same(found, params)
     assert notes == []
 
@@ -67,25 +68,25 @@ def test_written_file_gives_timm_equal_logits(tmp_path, small):
 def test_written_file_takes_views_and_keeps_metadata(tmp_path):
     flat = torch.arange(8.0)
     params = {"norm.weight": flat[:4], "norm.bias": flat[4:], "head.weight": flat.view(2, 4).T}
-    weights.write_timm(params, tmp_path / "a.safetensors", {"note": "hello"})
-    assert_same(weights.read(tmp_path / "a.safetensors")[0], params)
+    foreign.write_timm(params, tmp_path / "a.safetensors", {"note": "hello"})
+    assert_same(foreign.read(tmp_path / "a.safetensors")[0], params)
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "note": "hello"}
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    weights.write_timm(leaves(0), path)
+    foreign.write_timm(leaves(0), path)
 
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device") as caught:
-        weights.write_timm(leaves(1), path)
+        foreign.write_timm(leaves(1), path)
     assert str(path) in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
-    assert_same(weights.read(path)[0], leaves(0))
+    assert_same(foreign.read(path)[0], leaves(0))
 
 
 def test_file_is_flushed_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
@@ -94,12 +95,12 @@ def test_file_is_flushed_before_it_gets_its_name_and_the_folder_after(tmp_path, 
     is_folder = lambda number: os.path.isdir(f"/proc/self/fd/{number}")  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda n: (calls.append("folder" if is_folder(n) else "file"), fsync(n)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    weights.write_timm(leaves(), tmp_path / "a.safetensors")
+    foreign.write_timm(leaves(), tmp_path / "a.safetensors")
     assert calls == ["file", "rename", "folder"]
 
 
 def test_names_and_folders_that_cannot_work_are_refused_before_writing(tmp_path):
     for path in (tmp_path / "a.pth", tmp_path / "none" / "a.safetensors"):
         with pytest.raises(UserError, match=path.name):
-            weights.write_timm(leaves(), path)
+            foreign.write_timm(leaves(), path)
     assert list(tmp_path.iterdir()) == []

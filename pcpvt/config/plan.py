@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     steps: int
     batch: int  # global
     local_batch: int  # of one process
-    accumulate: int  # micro-batches per step in one process
+    grad_accum_steps: int  # micro-batches per step in one process
     lr: float
     schedule: schedules.Schedule
     eval_every: int  # steps; 0 never
@@ -209,7 +209,7 @@ def _duration(config: ConfigDict, field: str, batch: int, examples: int) -> int:
     return max(1, in_steps(float(match[1]), match[2] + "s", batch, examples))
 
 
-def plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: int) -> Plan:
+def make_plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: int) -> Plan:
     """Derives the plan of a checked config.
 
     Args:
@@ -229,10 +229,10 @@ def plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: in
         raise UserError(
             f"config.batch_size: {batch} leaves {local} per process, and mixing pairs samples: make it even"
         )
-    accumulate = config.accumulate or _pieces(local, micro_batch, 2 if mixes else 1)
-    if local % accumulate or (mixes and local // accumulate % 2):
+    grad_accum_steps = config.accumulate or _pieces(local, micro_batch, 2 if mixes else 1)
+    if local % grad_accum_steps or (mixes and local // grad_accum_steps % 2):
         raise UserError(
-            f"config.accumulate: {accumulate} does not cut a batch of {local} per process evenly"
+            f"config.accumulate: {grad_accum_steps} does not cut a batch of {local} per process evenly"
             f"{' into pairs' if mixes else ''}: choose a divisor"
         )
     length = _one_unit(config, "", UNITS, required=True)
@@ -247,7 +247,7 @@ def plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: in
         steps=steps,
         batch=batch,
         local_batch=local,
-        accumulate=accumulate,
+        grad_accum_steps=grad_accum_steps,
         lr=lr,
         schedule=schedules.constant(lr),
         eval_every=_duration(config, "eval_every", batch, examples),

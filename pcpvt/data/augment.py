@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
-from pcpvt.data.decode import Picture, Source, check_pixels
+from pcpvt.data.decode import ImageSource, Picture, check_pixels
 from pcpvt.data.randaugment import rand_augment
 from pcpvt.functional.mixing import NOISE_SCALE, NOISE_ZERO
 
@@ -58,7 +58,7 @@ class AugmentSpec(NamedTuple):
 
 
 def train_sample(
-    source: Source, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
+    source: ImageSource, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """An augmented training image.
 
@@ -95,7 +95,7 @@ def train_sample(
 
 
 def eval_sample(
-    source: Source,
+    source: ImageSource,
     size: tuple[int, int],
     crop: float,
     name: str = "",

@@ -46,7 +46,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Source: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray"
 
 
 class DecodeError(UserError):
@@ -68,7 +68,7 @@ class Picture:
         DecodeError: unreadable, or more than `MAX_PIXELS` pixels.
     """
 
-    def __init__(self, source: Source, name: str = ""):
+    def __init__(self, source: ImageSource, name: str = ""):
         self.name = name or _name(source)
         self._jpeg: JpegImageFile | None = None
         self._used = False
@@ -78,7 +78,7 @@ class Picture:
             assert form == (np.uint8, 3, 3), f"{self.name}: {source.dtype} {source.shape}"
             self._pixels = source
         else:
-            with naming(self.name):
+            with decode_errors(self.name):
                 self._open(source)
         if self._jpeg is None:
             self.height, self.width = self._pixels.shape[:2]
@@ -119,7 +119,7 @@ class Picture:
         if self._jpeg is None:
             return self._pixels[top : top + height, left : left + width]
         factor = scale_factor((height, width), at_least) if at_least else 1
-        with naming(self.name):
+        with decode_errors(self.name):
             # Cut in the stored orientation: a side that the factor does not divide has its excess at the end.
             stored = self._stored((left, top, left + width, top + height))
             pixels = self._decode(stored, factor)
@@ -217,7 +217,7 @@ def _bounded(data: bytes) -> bytes:
     return data
 
 
-def _name(source: Source) -> str:
+def _name(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, bytes):
@@ -226,7 +226,7 @@ def _name(source: Source) -> str:
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
+def decode_errors(name: str) -> Iterator[None]:
     """Turns whatever decoders raise (OSError, SyntaxError, struct.error, ...) into one DecodeError that has a name.
 
     Their warnings name no file, and what is wrong enough becomes an error: they are not shown.

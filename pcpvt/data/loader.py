@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pcpvt import rng
 from pcpvt.data import augment, order
 from pcpvt.data.decode import DecodeError
-from pcpvt.data.processes import begin_worker, deaf_children, explained
-from pcpvt.data.sources import Source
+from pcpvt.data.sources import Dataset
+from pcpvt.data.workers import block_signals_in_children, init_worker, worker_errors
 from pcpvt.errors import UserError
-from pcpvt.functional import mixing, rng
-from pcpvt.models.pcpvt import draw_keep
-
-Batch = dict[str, Tensor]
+from pcpvt.functional import mixing
+from pcpvt.functional.objective import Batch
+from pcpvt.models.pcpvt import draw_drop_path_scale
 
 
 class TrainBatches:
@@ -32,7 +32,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        source: Source,
+        source: Dataset,
         spec: augment.AugmentSpec,
         mix: mixing.MixSpec | None,
         drop_rates: np.ndarray,
@@ -70,8 +70,10 @@ class TrainBatches:
         if self.spec.erase_prob:
             batch["erase"] = torch.from_numpy(erase)
         if self.drop_rates.any():
-            keep = [draw_keep(rng.generator(self.seed, "drop_path", *draw), self.drop_rates) for draw in draws]
-            batch["keep"] = torch.from_numpy(np.stack(keep))
+            scales = [
+                draw_drop_path_scale(rng.generator(self.seed, "drop_path", *draw), self.drop_rates) for draw in draws
+            ]
+            batch["drop_path_scale"] = torch.from_numpy(np.stack(scales))
         if self.mix is not None:
             generator = rng.generator(self.seed, "mix", step)
             lam, box = mixing.mixing_draws(generator, self.batch, self.spec.size, self.mix)
@@ -101,7 +103,14 @@ class EvalBatches:
     """
 
     def __init__(
-        self, source: Source, size: tuple[int, int], crop: float, local_batch: int, rank: int, world: int, on_error: str
+        self,
+        source: Dataset,
+        size: tuple[int, int],
+        crop: float,
+        local_batch: int,
+        rank: int,
+        world: int,
+        on_error: str,
     ):
         self.source, self.size, self.crop, self.local_batch, self.on_error = source, size, crop, local_batch, on_error
         self.batches = order.evaluation_batches(len(source), local_batch, rank, world)
@@ -183,7 +192,7 @@ class Loader:
             prefetch_factor=2 if workers else None,
             multiprocessing_context=start if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(begin_worker, os.getpid()),
+            worker_init_fn=functools.partial(init_worker, os.getpid()),
             generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
             pin_memory=pin,
         )
@@ -200,14 +209,14 @@ class Loader:
         self._started = self._begin()
 
     def _begin(self) -> Iterator:
-        with explained(), deaf_children():
+        with worker_errors(), block_signals_in_children():
             return iter(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError: one that a worker met, or that a worker died."""
         batches = self._begin() if self._started is None else self._started
         self._started = None
-        with explained():
+        with worker_errors():
             for read in batches:
                 if isinstance(read, _Failure):
                     raise UserError(read.message)
@@ -225,6 +234,6 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return empty.share_memory_() if torch.utils.data.get_worker_info() else empty
 
 
-def default_workers(source: Source, cores: int) -> int:
+def default_workers(source: Dataset, cores: int) -> int:
     """Loader processes for `config.data.workers=-1`: none for data in memory, else the cores but one, at most 16."""
     return 0 if source.in_memory else max(1, min(16, cores - 1))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcpvt.functional import rng
+from pcpvt import rng
 
 BLOCK = 128  # distinct samples whose repeats stand together
 

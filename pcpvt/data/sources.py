@@ -1,6 +1,6 @@
 """Where samples come from: image folders, timm's dataset readers, the embedded digits, and synthetic images.
 
-A source is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded
+A data set is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded
 uint8 array `[h, w, 3]`; decoding and augmenting are the loader's business.
 """
 
@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pcpvt.data.decode import naming
+from pcpvt import rng
+from pcpvt.data.decode import decode_errors
 from pcpvt.errors import UserError
-from pcpvt.functional import rng
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-class Source(Protocol):
+class Dataset(Protocol):
     classes: list[str]
     in_memory: bool  # decoding costs nothing: no loader processes are needed
 
@@ -138,7 +138,7 @@ class TimmReader:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        with naming(self.name(index)):  # torchvision's sets decode here
+        with decode_errors(self.name(index)):  # torchvision's sets decode here
             image, label, *_ = self.samples[index]
             return image, int(label)
 
@@ -181,7 +181,7 @@ def open_split(
     size: tuple[int, int],
     num_classes: int | None = None,
     val_split: str = "validation",
-) -> Source:
+) -> Dataset:
     """One split of a data set.
 
     Args:
@@ -214,7 +214,7 @@ def open_split(
     return source
 
 
-def check_classes(train: Source, val: Source) -> None:
+def check_classes(train: Dataset, val: Dataset) -> None:
     """Raises UserError unless both splits have the same classes in the same order."""
     if train.classes == val.classes:
         return

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
 
+from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import Overflow
 from pcpvt.models.layers import Attend, Kernels, attend_plain
-
-Batch = dict[str, Tensor]
 
 
 class Device:
@@ -23,8 +21,8 @@ class Device:
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
     pins = False  # whether host batches go through page-locked memory, for copies that overlap
     default_compile = "none"
-    wide_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
-    kernel_skips = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
+    fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
+    fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
     environment: Mapping[str, str] = {}  # what a launcher sets for its processes, unless it is set already
     vmaps = True  # whether torch.func.vmap works here
 
@@ -61,7 +59,7 @@ class Device:
         """This device's kernels for the model; a compiler fuses the plain operators itself."""
         return Kernels(self.attend(dtype))
 
-    def memory(self) -> tuple[int, int]:
+    def memory_stats(self) -> tuple[int, int]:
         """(peak bytes used by this process so far, bytes that exist)."""
         raise NotImplementedError
 
@@ -76,7 +74,7 @@ class Device:
         """
         pixels = size[0] * size[1] / 224**2
         per_sample = 110e6 * pixels * blocks / 16 * compute.itemsize / 2
-        return max(1, int(0.75 * self.memory()[1] / per_sample))
+        return max(1, int(0.75 * self.memory_stats()[1] / per_sample))
 
     def synchronize(self) -> None:
         """Waits until everything queued is done."""

@@ -20,7 +20,7 @@ class Cpu(Device):
     name = "cpu"
     # layer_norm's backward sums over rows in the input's dtype: in bfloat16 the bias gradient of 25,088 rows (stage 1,
     # 8 images of 224 px) is 92 % off.
-    wide_norms = True
+    fp32_norms = True
 
     def bind(self, index: int) -> torch.device:
         keep_freed_memory()
@@ -53,13 +53,13 @@ class Cpu(Device):
             self.attend(dtype),
             norm=cpu_kernels.norm,
             residual=cpu_kernels.residual,
-            lay_out=cpu_kernels.lay_out,
+            to_train_layout=cpu_kernels.to_train_layout,
         )
         if not cpu_kernels.usable(dtype):
             return own
-        return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, pack=cpu_kernels.pack)
+        return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, prepack=cpu_kernels.prepack)
 
-    def memory(self) -> tuple[int, int]:
+    def memory_stats(self) -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         try:
             # Not ru_maxrss: a process inherits its parent's.

@@ -48,12 +48,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-2).mT @ v
 
 
-def lay_out(params: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_train_layout(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters, patch projections lying as their linear map reads them: a step of 64 px takes 3.5 % less."""
     return {name: laid_out(value) for name, value in params.items()}
 
 
-def pack(params: dict[str, Tensor]) -> dict[str, Tensor]:
+def prepack(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters with the weights of linear maps as oneDNN reads them: `linear` then does it no more each time."""
     return {n: torch.ops.mkldnn._reorder_linear_weight(v) if v.ndim == 2 else v for n, v in params.items()}
 
@@ -80,21 +80,21 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def residual(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
+def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Tensor) -> Tensor:
     """`layers.residual_plain`, with the branch computed for the samples that keep it: the same function, less work.
 
     The draws lie on the host, so looking at them waits for nothing. Some dropped samples are computed all the same
     (and then count 0): sample counts are multiples of an eighth of the batch, because oneDNN prepares, and keeps, code
     for every shape that it meets. Below `_SKIPS` tokens a product waits for its weights, not for its rows.
     """
-    factor = keep.to(x.dtype)[:, None, None, None]
+    factor = drop_path_scale.to(x.dtype)[:, None, None, None]
     step = max(1, len(x) // 8)
-    count = -(-int(keep.count_nonzero()) // step) * step
+    count = -(-int(drop_path_scale.count_nonzero()) // step) * step
     if count >= len(x) or x[..., 0].numel() < _SKIPS:
         return torch.addcmul(x, branch(x), factor)
     if count == 0:
         return x
-    kept = (keep != 0).to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
+    kept = (drop_path_scale != 0).to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
     return x.index_add(0, kept, branch(x.index_select(0, kept)) * factor.index_select(0, kept))
 
 

@@ -43,7 +43,7 @@ class Cuda(Device):
     def attend(self, dtype: torch.dtype) -> Attend:
         return F.scaled_dot_product_attention
 
-    def memory(self) -> tuple[int, int]:
+    def memory_stats(self) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated(self.torch), torch.cuda.mem_get_info(self.torch)[1]
 
     def reset_memory(self) -> None:

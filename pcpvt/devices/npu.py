@@ -31,7 +31,9 @@ class Npu(Device):
     worker_start = "spawn"  # CANN does not survive a fork
     vmaps = False
     pins = True
-    kernel_skips = False  # torch_npu's _fused_adamw_ takes grad_scale and found_inf and never looks at them
+    fused_adamw_honors_found_inf = (
+        False  # torch_npu's _fused_adamw_ takes grad_scale and found_inf and never looks at them
+    )
     environment = {  # noqa: RUF012 - never changed
         "TASK_QUEUE_ENABLE": "2",
         "CPU_AFFINITY_CONF": "1",
@@ -94,7 +96,7 @@ class Npu(Device):
 
         return fused
 
-    def memory(self) -> tuple[int, int]:
+    def memory_stats(self) -> tuple[int, int]:
         return torch.npu.max_memory_allocated(self.torch), torch.npu.mem_get_info(self.torch)[1]
 
     def reset_memory(self) -> None:

@@ -28,7 +28,7 @@ def make_objective(
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params already in the compute dtype.
 
     The batch holds uint8 images `[b, h, w, 3]`, labels, and the draws that the recipe uses: `erase`, `lam` and `box`,
-    `keep` (see `data.loader`).
+    `drop_path_scale` (see `data.loader`).
     """
 
     def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def make_objective(
         if "lam" in batch:
             x = mixing.mix_images(x, batch["lam"], batch["box"])
         targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
-        logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("keep"), kernels=kernels)
+        logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("drop_path_scale"), kernels=kernels)
         return losses.soft_cross_entropy(logits.to(policy.output), targets).sum() * factor
 
     return objective

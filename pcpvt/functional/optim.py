@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional.schedules import Schedule
+from pcpvt.models.pcpvt import Params
 
-Params = dict[str, Tensor]
 Tree = dict[str, Any]
 
 
@@ -97,15 +97,15 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     *,
-    kernel_skips: bool = True,
+    honors_found_inf: bool = True,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with torch.optim.AdamW's arithmetic, one fused kernel call per group.
 
     State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
 
     Args:
-        kernel_skips: the device's fused kernel divides by grad_scale and obeys found_inf. Where it ignores both, the
-            host waits for the two numbers once per step and does as they say, to the same bits.
+        honors_found_inf: whether the device's fused kernel divides by grad_scale and skips on found_inf. Where it
+            ignores both, the host reads the two numbers once per step and applies them, with bit-identical results.
     """
 
     def init(params: Params) -> Tree:
@@ -123,7 +123,7 @@ def adamw(
         divisor = grads.divisor
         grad_scale: Tensor | None = divisor
         found_inf: Tensor | None = skip
-        if not kernel_skips:
+        if not honors_found_inf:
             halt, number = torch.stack([skip, divisor.to(skip.dtype)]).tolist()
             if halt:
                 return params, {"count": state["count"], "mu": mu, "nu": nu}

@@ -34,10 +34,10 @@ class Policy(NamedTuple):
         return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in self._asdict().items())
 
 
-def cast(params: dict[str, Tensor], policy: Policy, wide_norms: bool = False) -> dict[str, Tensor]:
+def cast(params: dict[str, Tensor], policy: Policy, fp32_norms: bool = False) -> dict[str, Tensor]:
     """Parameters in the compute dtype; with `wide_norms` those of norms in float32 at least (`layers.LayerNorm`)."""
     wide = torch.promote_types(policy.compute, torch.float32)
-    return {n: laid_out(v.to(wide if wide_norms and _NORM.search(n) else policy.compute)) for n, v in params.items()}
+    return {n: laid_out(v.to(wide if fp32_norms and _NORM.search(n) else policy.compute)) for n, v in params.items()}
 
 
 def laid_out(value: Tensor) -> Tensor:

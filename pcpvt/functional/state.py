@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Params = dict[str, Tensor]
+from pcpvt.models.pcpvt import Params
 
 
 class TrainState(NamedTuple):

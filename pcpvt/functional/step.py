@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pcpvt.functional import optim, precision
+from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import FLOAT32, UNSCALED, DynamicScale, NoScale, Overflow, Policy
 from pcpvt.functional.state import TrainState
+from pcpvt.models.pcpvt import Params
 
-Params = dict[str, Tensor]
-Batch = dict[str, Tensor]
 Objective = Callable[[Params, Batch, Tensor], Tensor]  # (params, batch, factor) -> factor * sum of losses
 ValueAndGrad = Callable[[Objective], Callable[..., tuple[Tensor, Params]]]
 
@@ -55,7 +55,7 @@ def make_step(
     optimizer: optim.Optimizer,
     *,
     global_batch: int,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     policy: Policy = FLOAT32,
     scaler: DynamicScale | NoScale = UNSCALED,
     ema_decay: float = 0.0,
@@ -63,7 +63,7 @@ def make_step(
     value_and_grad: Callable = autograd_value_and_grad,
     psum: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
     overflow: Overflow | None = None,
-    wide_norms: bool = False,
+    fp32_norms: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
     """Builds the train step.
 
@@ -71,11 +71,11 @@ def make_step(
         objective: `(params, batch, factor) -> factor * sum of per-sample losses`.
         optimizer: see `optim.chain`.
         global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
-        accumulate: micro-batches per step, exact because nothing in the model mixes samples; it must divide the batch.
+        grad_accum_steps: micro-batches per step; exact, because no layer mixes samples. Must divide the batch.
         trainable: names to differentiate; None means all.
         value_and_grad: how a gradient is taken, compiled if it is to be; called once, here.
         psum: sum over replicas of a list of tensors. Whether a step counts is decided behind it, so all decide alike.
-        wide_norms: norms compute in float32, for devices whose kernel does not sum their gradients in it.
+        fp32_norms: norms compute in float32, for devices whose kernel does not sum their gradients in it.
         overflow: for devices that saturate; an overflow on any replica then skips the step as a nan would.
 
     Returns:
@@ -91,11 +91,11 @@ def make_step(
         one = torch.ones((), dtype=torch.promote_types(policy.params, torch.float32), device=device)
         divisor = one if scale is None else scale
         factor = divisor / global_batch
-        compute = precision.cast(state.params, policy, wide_norms)
+        compute = precision.cast(state.params, policy, fp32_norms)
         if overflow is not None:
             overflow.clear()
 
-        first, *others = split(batch, accumulate)
+        first, *others = split(batch, grad_accum_steps)
         loss, new = differentiate(compute, first, factor)
         leaves = {n: g.to(policy.params) for n, g in new.items()}
         for part in others:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pcpvt.functional import rng
+from pcpvt import rng
 from pcpvt.models.layers import PatchLinear
 
 

@@ -20,9 +20,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-Pack = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+ParamsFn = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
-Run = Callable[[nn.Module, Tensor, "Kernels", Tensor | None], Tensor]
+BlockFn = Callable[[nn.Module, Tensor, "Kernels", Tensor | None], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ def norm_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 
 
-def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
-    """x + keep * branch(x): a residual branch under drop path.
+def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Tensor) -> Tensor:
+    """x + drop_path_scale * branch(x): a residual branch under drop path.
 
     Args:
         x: `[b, h, w, c]`.
         branch: maps samples to samples of the same shape, each on its own.
-        keep: float32 `[b]`, 0 where the branch is dropped and 1/keep_prob elsewhere.
+        drop_path_scale: float32 `[b]`, 0 where the branch is dropped and 1/keep_prob elsewhere.
     """
-    return x + branch(x) * rearrange(keep, "b -> b 1 1 1").to(x.dtype)
+    return x + branch(x) * rearrange(drop_path_scale, "b -> b 1 1 1").to(x.dtype)
 
 
 class Kernels(NamedTuple):
@@ -68,9 +68,11 @@ class Kernels(NamedTuple):
     gelu_linear: Linear = gelu_linear_plain
     norm: Norm = norm_plain
     residual: Residual = residual_plain
-    run: Run = lambda block, x, kernels, keep: block(x, kernels, keep)  # one block of a stage, compiled perhaps
-    lay_out: Pack = lambda params: params  # parameters to be trained, in memory as these kernels read them
-    pack: Pack = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
+    block_fn: BlockFn = lambda block, x, kernels, drop_path_scale: block(
+        x, kernels, drop_path_scale
+    )  # one block of a stage, compiled perhaps
+    to_train_layout: ParamsFn = lambda params: params  # parameters to be trained, in memory as these kernels read them
+    prepack: ParamsFn = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
 
 
 PLAIN = Kernels()
@@ -156,7 +158,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `keep` holds the drop-path factors of its two branches."""
+    """Pre-norm transformer block; `drop_path_scale` holds the drop-path factors of its two branches."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int, reduction: int):
         super().__init__()
@@ -165,8 +167,8 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio * dim)
 
-    def forward(self, x: Tensor, kernels: Kernels = PLAIN, keep: Tensor | None = None) -> Tensor:
-        """`x` is `[b, h, w, c]`; `keep` is `[b, 2]`, 0 where the branch is dropped and 1/keep_prob elsewhere."""
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN, drop_path_scale: Tensor | None = None) -> Tensor:
+        """`x`: `[b, h, w, c]`; `drop_path_scale`: `[b, 2]`, 0 where a branch is dropped, 1/keep_prob elsewhere."""
 
         def attn(x: Tensor) -> Tensor:
             return self.attn(self.norm1(x, kernels), kernels)
@@ -174,11 +176,11 @@ class Block(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return self.mlp(self.norm2(x, kernels), kernels)
 
-        if keep is None:
+        if drop_path_scale is None:
             x = x + attn(x)
             return x + mlp(x)
-        x = kernels.residual(x, attn, keep[:, 0])
-        return kernels.residual(x, mlp, keep[:, 1])
+        x = kernels.residual(x, attn, drop_path_scale[:, 0])
+        return kernels.residual(x, mlp, drop_path_scale[:, 1])
 
 
 class Peg(nn.Module):

@@ -77,7 +77,7 @@ class PCPVT(nn.Module):
     def stages(
         self,
         images: Tensor,
-        keep: Tensor | None = None,
+        drop_path_scale: Tensor | None = None,
         kernels: Kernels = PLAIN,
         capture: Capture | None = None,
         attention: bool = False,
@@ -92,7 +92,9 @@ class PCPVT(nn.Module):
                 here = kernels
                 if capture is not None and attention:
                     here = _captured(kernels, capture, f"blocks.{s}.{i}.attention")
-                x = here.run(block, x, here, None if keep is None else keep[:, index : index + 2])
+                x = here.block_fn(
+                    block, x, here, None if drop_path_scale is None else drop_path_scale[:, index : index + 2]
+                )
                 index += 2
                 if i == 0:
                     x = position(x)
@@ -106,7 +108,7 @@ class PCPVT(nn.Module):
     def forward(
         self,
         images: Tensor,
-        keep: Tensor | None = None,
+        drop_path_scale: Tensor | None = None,
         kernels: Kernels = PLAIN,
         capture: Capture | None = None,
         attention: bool = False,
@@ -116,7 +118,7 @@ class PCPVT(nn.Module):
 
         Args:
             images: NHWC, any height and width.
-            keep: drop-path factors `[b, branches]` (see `draw_keep`), or None for none.
+            drop_path_scale: drop-path factors `[b, branches]` (see `draw_drop_path_scale`), or None for none.
             kernels: the device's own kernels.
             capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `pooled` and `logits`; None costs
                 nothing.
@@ -124,7 +126,7 @@ class PCPVT(nn.Module):
                 `blocks.{s}.{i}.attention`: of S at 224 px 4.5 MB an image in float32, all other maps being 5.8 MB.
             dense: return the four stage outputs `[b, h, w, c]` instead of logits.
         """
-        stages = self.stages(images, keep, kernels, capture, attention)
+        stages = self.stages(images, drop_path_scale, kernels, capture, attention)
         if dense:
             return stages
         pooled = reduce(self.norm(stages[-1], kernels), "b h w c -> b c", "mean")
@@ -140,7 +142,7 @@ def _captured(kernels: Kernels, capture: Capture, name: str) -> Kernels:
         capture(name, ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1))
         return kernels.attend(q, k, v)
 
-    return kernels._replace(attend=attend, run=PLAIN.run)  # compiled code captures nothing
+    return kernels._replace(attend=attend, block_fn=PLAIN.block_fn)  # compiled code captures nothing
 
 
 def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:
@@ -158,9 +160,9 @@ def n_parameters(model: PCPVT) -> int:
     return sum(math.prod(shape) for shape in shapes(model).values())
 
 
-def apply(model: PCPVT, params: Params, images: Tensor, keep: Tensor | None = None, **options) -> Tensor:
+def apply(model: PCPVT, params: Params, images: Tensor, drop_path_scale: Tensor | None = None, **options) -> Tensor:
     """Logits `[b, num_classes]`; see `PCPVT.forward` for the arguments."""
-    return functional_call(model, params, (images, keep), options, tie_weights=_TIED)
+    return functional_call(model, params, (images, drop_path_scale), options, tie_weights=_TIED)
 
 
 def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Tensor]:
@@ -187,7 +189,7 @@ def drop_rates(spec: Spec, rate: float) -> np.ndarray:
     return np.repeat(np.linspace(0.0, rate, sum(spec.depths)), 2)
 
 
-def draw_keep(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
+def draw_drop_path_scale(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
     """One sample's drop-path factors, float32 `[branches]`: 0 with probability `rate`, else 1 / (1 - rate)."""
     kept = rng.random(len(rates), dtype=np.float32) >= rates
     return np.where(kept, 1.0 / (1.0 - rates), 0.0).astype(np.float32)

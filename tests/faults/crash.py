@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from pcpvt.store.saver import Saver
+from pcpvt.checkpoints.writer import Saver
 
 METRICS = {"acc1": 10.0, "acc5": 50.0, "loss": 1.0, "seen": 4}
 

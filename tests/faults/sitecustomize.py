@@ -33,7 +33,7 @@ def happen(fault: dict) -> None:
         if fault.get("to") == "group":
             os.killpg(0, number)
         elif fault.get("to") == "child":
-            from pcpvt.modes.exits import descendants
+            from pcpvt.distributed.signals import descendants
 
             os.kill(descendants()[-1], number)
         else:
@@ -114,16 +114,16 @@ def poison(fault: dict) -> None:
 
         collectives.psum = psum
 
-    sys.meta_path.insert(0, AfterImport("pcpvt.devices.collectives", patch))
+    sys.meta_path.insert(0, AfterImport("pcpvt.distributed.collectives", patch))
 
 
 PLACES = {
-    "join": in_module("pcpvt.devices.collectives", "join"),
-    "step": in_module("pcpvt.modes.recorder", "Recorder.step", after=True),
+    "join": in_module("pcpvt.distributed.collectives", "join"),
+    "step": in_module("pcpvt.train.history", "Recorder.step", after=True),
     "inside step": in_module("pcpvt.functional.optim", "gradients"),
     "evaluation": in_module("pcpvt.functional.metrics", "sums"),
-    "start": in_module("pcpvt.modes.build", "train_step"),
-    "save": in_module("pcpvt.store.checkpoint", "write_tensors"),
+    "start": in_module("pcpvt.train.setup", "train_step"),
+    "save": in_module("pcpvt.checkpoints.checkpoint", "write_tensors"),
     "disk": in_system("fsync", "replace", "unlink"),
     "gradient": poison,
 }

@@ -31,7 +31,7 @@ def batch(branches: int) -> dict[str, torch.Tensor]:
         "lam": torch.ones(N, device="npu"),
         "box": torch.zeros(N, 4, dtype=torch.int32, device="npu"),
         "erase": torch.zeros(N, 4, dtype=torch.int32, device="npu"),
-        "keep": torch.ones(N, branches, device="npu"),
+        "drop_path_scale": torch.ones(N, branches, device="npu"),
     }
 
 
@@ -40,7 +40,11 @@ def steps(device, seam) -> None:
     policy = precision.parse(device.precision())
     model = pcpvt.build("pcpvt_nano", CLASSES)
     params = {name: torch.zeros(shape, device="npu") for name, shape in pcpvt.shapes(model).items()}
-    adamw = optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05), kernel_skips=device.kernel_skips)
+    adamw = optim.adamw(
+        schedules.constant(1e-3),
+        optim.groups(params, 0.05),
+        honors_found_inf=device.fused_adamw_honors_found_inf,
+    )
     optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
     scaler, kernels = precision.loss_scale(policy), device.kernels(policy.compute)
     watch = device.overflow(policy.compute)
@@ -51,19 +55,19 @@ def steps(device, seam) -> None:
         make_objective(model, smoothing=0.1, policy=policy, kernels=kernels),
         optimizer,
         global_batch=N,
-        accumulate=2,
+        grad_accum_steps=2,
         policy=policy,
         scaler=scaler,
         ema_decay=0.9,
         value_and_grad=seam,
         overflow=watch,
-        wide_norms=device.wide_norms,
+        fp32_norms=device.fp32_norms,
     )
     ts = state.create(params, optimizer.init(params), scaler.init("npu"), ema=True, device="npu")
     given = batch(model.branches)
     ts, _ = step(ts._replace(step=torch.tensor(0)), given)  # a constant: the host reads it
     logits = make_predict(model, policy=policy, kernels=kernels)(
-        precision.cast(ts.ema, policy, device.wide_norms), given["image"]
+        precision.cast(ts.ema, policy, device.fp32_norms), given["image"]
     )
     metrics.sums(logits, given["label"], torch.ones(N, dtype=torch.bool, device="npu"))
 

@@ -1,0 +1,148 @@
+"""`details.json`: what an evaluation knows beyond its averages - the confusion matrix and the most confident mistakes.
+
+A `PredictionLog` records each evaluation of a training, and the file is written when that evaluation is the best so
+far, so a run needs no extra pass at its end and a killed run has its details too. The cost per batch is a softmax and a
+maximum; nothing is read back from the device before the end. Every process fills in its own samples, so the
+file is exact at any world size.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pcpvt.data import augment
+from pcpvt.data.decode import DecodeError
+from pcpvt.data.sources import Dataset
+from pcpvt.distributed import collectives
+from pcpvt.runtime import records
+from pcpvt.runtime.console import Console
+from pcpvt.runtime.session import Session
+
+MISTAKES = 24  # shown in the report
+THUMBNAIL = 96  # pixels of the shorter side: 24 JPEGs of this size take some 80 kB
+PAIRS = 40 * 40, 10  # confusions kept: all of 40 classes, else 10 per class; at 1000 classes the rest are single cases
+
+
+class PredictionLog:
+    """Called with each evaluation batch and its logits, on the device."""
+
+    def __init__(self, samples: int):
+        self.samples = samples
+        self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, batch: dict[str, Tensor], logits: Tensor) -> None:
+        probabilities = logits.float().softmax(-1)
+        confidence, predicted = probabilities.max(-1)
+        own = probabilities.gather(1, batch["label"][:, None])[:, 0]
+        valid = batch["valid"] & torch.isfinite(confidence)
+        # New tensors, on the device: the batch's own memory is used again, and reading it back now would stall.
+        self._rows.append(
+            (torch.stack((batch["id"], valid.long(), batch["label"], predicted)), torch.stack((confidence, own)))
+        )
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Per sample, from all processes: `seen` (bool), `label`, `predicted`, `confidence`, `own` (of the label).
+
+        A sample that was unreadable, or whose logits are not finite, is not `seen`.
+        """
+        table: np.ndarray = np.zeros((5, self.samples))
+        for whole, fractions in self._rows:
+            ids, valid, *labels = whole.cpu().numpy()
+            where, rows = ids[valid > 0], valid > 0
+            table[0, where] = 1
+            for row, values in enumerate((*labels, *fractions.cpu().numpy()), 1):
+                table[row, where] = values[rows]
+        # Each sample is one process's, so these sums add zeros only.
+        table = np.array(collectives.sum_numbers(table.reshape(-1).tolist())).reshape(table.shape)
+        seen, label, predicted, confidence, own = table
+        return {
+            "seen": seen > 0, "label": label.astype(np.int64), "predicted": predicted.astype(np.int64),
+            "confidence": confidence, "own": own,
+        }  # fmt: skip
+
+
+def try_write(session: Session, observer: PredictionLog, source: Dataset, step: int, console: Console) -> None:
+    """`write`, where a failure is a warning: training goes on without."""
+    try:
+        write(session, observer, source, step)
+    except OSError as error:
+        console.warn(
+            f"{session.workdir / records.DETAILS}: not written ({error.strerror or error}); the report will lack it"
+        )
+
+
+def summarize(table: dict[str, np.ndarray], source: Dataset, size: tuple[int, int], crop: float) -> dict[str, Any]:
+    """A table to what the report shows, as JSON values.
+
+    Args:
+        table: see `PredictionLog.table`.
+        source: the data that were evaluated.
+        size, crop: the evaluation's (height, width) and its part of the resized short side, for the pictures.
+
+    Returns:
+        `classes`; `images` and `right` per class; `confusions`, [label, predicted, count] without the right ones, most
+        frequent first; `mistakes`, the most confident ones, with pictures.
+    """
+    seen = table["seen"]
+    label, predicted = table["label"][seen], table["predicted"][seen]
+    # A head may have more outputs than the data have classes.
+    n = max(len(source.classes), int(predicted.max(initial=-1)) + 1)
+    classes = [*source.classes, *(f"output {i}" for i in range(len(source.classes), n))]
+    pairs, counts = np.unique(label * n + predicted, return_counts=True)
+    wrong = [(int(c), int(p) // n, int(p) % n) for p, c in zip(pairs, counts, strict=True) if p // n != p % n]
+    wrong.sort(key=lambda item: (-item[0], item[1:]))
+    ids = np.flatnonzero(seen & (table["label"] != table["predicted"]))
+    ids = ids[np.lexsort((ids, -table["confidence"][ids]))][:MISTAKES]
+    return {
+        "classes": classes,
+        "images": np.bincount(label, minlength=n).tolist(),
+        "right": np.bincount(label[label == predicted], minlength=n).tolist(),
+        "confusions": [[i, j, c] for c, i, j in wrong[: max(PAIRS[0], PAIRS[1] * n)]],
+        "confusions_in_all": len(wrong),
+        "mistakes": [
+            {
+                "name": source.name(int(i)),
+                "label": int(table["label"][i]),
+                "predicted": int(table["predicted"][i]),
+                "confidence": round(float(table["confidence"][i]), 4),
+                "own": round(float(table["own"][i]), 4),
+                "picture": thumbnail(source[int(i)][0], size, crop),
+            }
+            for i in ids
+        ],
+    }  # fmt: skip
+
+
+def write(session: Session, observer: PredictionLog, source: Dataset, step: int | None) -> None:
+    """`details.json` in the workdir, by the main process; all must call this, after the same evaluation.
+
+    Args:
+        step: of the checkpoint that was evaluated.
+
+    Raises:
+        OSError: on the main process, when the file cannot be written.
+    """
+    table = observer.table()
+    if session.world.is_main:
+        summary = summarize(table, source, session.size, session.config.eval.crop)
+        records.write_json(session.workdir / records.DETAILS, {"step": step, **summary})
+
+
+def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:
+    """A sample's evaluation crop as a small JPEG data URI; empty when it can no longer be read."""
+    scale = min(1.0, THUMBNAIL / min(size))
+    small = round(size[0] * scale), round(size[1] * scale)
+    try:
+        pixels = augment.eval_sample(image, small, crop)
+    except DecodeError:
+        return ""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

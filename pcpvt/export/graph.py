@@ -1,0 +1,202 @@
+"""A model as a graph for other programs: captured by torch.export, written as `.pt2` or ONNX, and compared with ours.
+
+The graph takes `images`, float32 `[batch, 3, height, width]`, RGB, normalised ((pixel / 255 - mean) / std), as
+deployment tools feed them, and gives `logits`, float32 `[batch, classes]`. Attention is written out, so the graph is
+made of matrix products, softmax, layer norm, erf and one depthwise convolution per stage, which every converter knows.
+
+From ONNX to Ascend's offline `.om` (one file per batch size; `npu-smi info` names the SoC):
+
+    atc --framework=5 --model=M.onnx --output=M_b8 --input_format=NCHW --input_shape="images:8,3,224,224"
+        --soc_version=Ascend310P3 --precision_mode_v2=mixed_float16
+
+- ATC reads opsets 9 to 18 since CANN 7.0; the files here are opset 18, and their LayerNormalization needs 17.
+- ATC's default precision, `fp16`, also forces norms and softmax into 16 bits; `mixed_float16` keeps those in float32,
+  `origin` keeps all. Compare the `.om` with onnxruntime on some images before it is used.
+- ATC takes uint8 images only through AIPP (`--insert_op_conf`), which can also do the normalisation.
+- Not verified here, for want of CANN: the conversion itself, its accuracy and its speed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pcpvt import rng
+from pcpvt.errors import UserError, suppress_logging
+from pcpvt.models import pcpvt
+from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
+
+OPSET = 18  # the highest that ATC reads
+SMALLEST = 33  # pixels, with a dynamic size: torch.export takes a last stage of one token for a constant
+TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 rounding over 41 blocks stays a hundred times below it
+DESCRIPTION = "description.json"  # of a .pt2: the file beside the graph
+
+Size = tuple[int, int]  # height, width
+
+
+class AnySize(PatchLinear):
+    """PatchLinear without a branch on the size, so that one graph holds for all of them; equal results."""
+
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        p = self.patch
+        rows, columns = (x.shape[1] + p - 1) // p, (x.shape[2] + p - 1) // p
+        x = F.pad(x, (0, 0, 0, columns * p - x.shape[2], 0, rows * p - x.shape[1]))
+        x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", h=rows, w=columns, p=p, q=p)
+        return kernels.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
+
+
+class Deployed(nn.Module):
+    """The model with its weights inside, from NCHW images to logits."""
+
+    def __init__(self, model: pcpvt.PCPVT, params: pcpvt.Params, dynamic_size: bool):
+        super().__init__()
+        with torch.device("meta"):
+            self.model = pcpvt.PCPVT(model.spec, model.num_classes, model.pad)
+            if dynamic_size:
+                _replace_patches(self.model)
+        self.model.load_state_dict(params, assign=True)
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(rearrange(images, "b c h w -> b h w c"))
+
+
+def _replace_patches(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, PatchLinear):
+            out, into, patch, _ = child.weight.shape
+            setattr(module, name, AnySize(into, out, patch))
+        else:
+            _replace_patches(child)
+
+
+class Graph(NamedTuple):
+    """A captured model, with what is needed to compare a written file with it."""
+
+    program: torch.export.ExportedProgram
+    model: pcpvt.PCPVT
+    params: pcpvt.Params
+    sizes: list[Size]  # to compare at
+
+
+def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: bool) -> Graph:
+    """The graph of a model for any batch and one size, or any size.
+
+    Args:
+        params: float32.
+        size: (height, width), the only one that the graph takes unless `dynamic_size`.
+
+    Raises:
+        UserError: when a dynamic size is asked for and `model` refuses to pad, or `size` is too small for it.
+    """
+    example, sizes, axes = size, [size], {}
+    if dynamic_size:
+        if model.pad != "pad":
+            raise UserError("config.export.dynamic_size: needs padding: use config.model.pad=pad, or leave it out")
+        if min(size) < SMALLEST:
+            raise UserError(
+                f"config.export.dynamic_size: takes images from {SMALLEST} px and config.image_size is {min(size)}: "
+                "leave it out, or give a larger config.image_size"
+            )
+        example = size[0] + 13, size[1] + 38  # not square, and divisible by no patch of a square size's
+        sizes = [size, example]
+        axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
+    deployed = Deployed(model, params, dynamic_size)
+    shapes = {"images": {0: torch.export.Dim("batch"), **axes}}
+    with suppress_logging():
+        program = torch.export.export(deployed, (torch.zeros(2, 3, *example),), dynamic_shapes=shapes)
+    return Graph(program, model, params, sizes)
+
+
+def compare(
+    model: pcpvt.PCPVT,
+    params: pcpvt.Params,
+    sizes: Sequence[Size],
+    run: Callable[[Tensor], Any],
+    what: str,
+    batches: Sequence[int] = (1, 3),
+) -> list[dict[str, Any]]:
+    """Holds a written model against ours at each size and batch.
+
+    Args:
+        run: normalised images `[b, 3, h, w]` to logits `[b, classes]`, as the written model computes them.
+        what: its name, for the error.
+
+    Returns:
+        `batch`, `size` and relative `difference` of each case.
+
+    Raises:
+        UserError: when one exceeds TOLERANCE.
+    """
+    found = []
+    for size in sizes:
+        for batch in batches:
+            noise = rng.generator(0, "export", batch, *size).standard_normal((batch, 3, *size), dtype=np.float32)
+            images = torch.from_numpy(noise)
+            with torch.no_grad():
+                expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
+                difference = (torch.as_tensor(run(images)) - expected).abs().max().item()
+            relative = difference / max(1.0, expected.abs().max().item())
+            if not relative <= TOLERANCE:  # also nan
+                raise UserError(
+                    f"config.export.format: the {what}, with batch {batch} at {size[0]}x{size[1]} px, differs from the "
+                    f"model by {relative:.1e}: it was not kept: try another version of torch"
+                )
+            found.append({"batch": batch, "size": list(size), "difference": relative})
+    return found
+
+
+def write_pt2(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
+    """Writes `.pt2` for `torch.export.load`, loads it again and compares."""
+    made = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+    torch.export.save(graph.program, made, extra_files={DESCRIPTION: description})
+    path.write_bytes(made.getbuffer())
+    extra = {DESCRIPTION: ""}
+    loaded = torch.export.load(path, extra_files=extra).module()
+    assert extra[DESCRIPTION] == description, extra
+    return compare(graph.model, graph.params, graph.sizes, loaded, "pt2 file")
+
+
+def need(*packages: str) -> None:
+    """Raises UserError when an optional package is missing."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"config.export.format: onnx needs the package {name}: pip install 'pcpvt[export]'")
+
+
+def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
+    """Writes ONNX with the description in its metadata, runs it in onnxruntime and compares; see `need`."""
+    import onnxruntime
+
+    with suppress_logging():
+        program = torch.onnx.export(
+            graph.program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
+        )
+    assert program is not None
+    program.model.metadata_props["description"] = description
+    program.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["description"] == description
+
+    def run(images: Tensor) -> np.ndarray:
+        return session.run(["logits"], {"images": images.numpy()})[0]
+
+    return compare(graph.model, graph.params, graph.sizes, run, "ONNX file")
+
+
+def atc(path: Path, size: Size, batch: int = 8) -> str:
+    """The command that makes an `.om` for one batch size of an ONNX file; see the top of this module."""
+    return (
+        f"atc --framework=5 --model={path} --output={path.with_suffix('')}_b{batch} --input_format=NCHW "
+        f'--input_shape="images:{batch},3,{size[0]},{size[1]}" --soc_version=YOUR_SOC '
+        "--precision_mode_v2=mixed_float16"
+    )

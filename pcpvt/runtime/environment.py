@@ -1,0 +1,37 @@
+"""`environment.json`: on what a run ran - versions, device, processes, precision; written when training starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from typing import Any
+
+import torch
+
+from pcpvt.runtime.session import Session
+
+FILE = "environment.json"
+PACKAGES = ("pcpvt", "torch", "torch_npu", "torchvision", "timm", "einops", "numpy", "pillow", "ml_collections")
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """The surroundings of a session, as JSON values; packages that are not installed are left out."""
+    return {
+        "device": session.device.describe(),
+        "processes": session.world.size,
+        "precision": str(session.policy),
+        "compile": session.config.compile,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        # torch's own word tells a build for CUDA from one for CPUs; its package's does not always.
+        "versions": {n: v for n in PACKAGES if (v := _version(n))} | {"torch": str(torch.__version__)},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

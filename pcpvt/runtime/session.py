@@ -1,0 +1,116 @@
+"""What every mode needs before its own work: the device and the world, the data, the model, the policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from pcpvt import devices
+from pcpvt.data import sources
+from pcpvt.data.loader import default_workers
+from pcpvt.devices import base
+from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
+from pcpvt.distributed import collectives
+from pcpvt.distributed.collectives import World
+from pcpvt.errors import UserError
+from pcpvt.functional import precision
+from pcpvt.functional.objective import make_predict
+from pcpvt.functional.precision import Policy
+from pcpvt.models import pcpvt
+from pcpvt.models.layers import PLAIN, Kernels
+from pcpvt.runtime.console import warn_once
+
+
+class Session(NamedTuple):
+    """The surroundings of one process; nothing of it changes after start."""
+
+    config: ConfigDict
+    workdir: Path
+    device: base.Device
+    world: World
+    policy: Policy
+    size: tuple[int, int]  # height, width
+    kernels: Kernels
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.workdir / "checkpoints"
+
+    def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters on the device in the compute dtype."""
+        here = {name: value.to(self.device.torch) for name, value in params.items()}
+        return precision.cast(here, self.policy, self.device.fp32_norms)
+
+    def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`compute`, with weights packed once for repeated evaluation."""
+        return self.kernels.prepack(self.compute(params))
+
+    def predictor(self, model: pcpvt.PCPVT) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`, compiled as `config.compile` says."""
+        predict = make_predict(model, policy=self.policy, kernels=self.kernels)
+        return compiled(predict, self.device, self.config.compile, warn_once)
+
+    def value_and_grad(self) -> Callable:
+        """The gradient implementation for `functional.step.make_step`."""
+        return value_and_grad(self.device, self.config.compile, warn_once)
+
+
+def start(config: ConfigDict, workdir: Path) -> Session:
+    """Joins the world, binds the device and settles the precision.
+
+    Raises:
+        UserError: when the device, the process count or the precision cannot be had here.
+    """
+    device = devices.get(config.device)
+    world = collectives.join(device, config.timeout)
+    policy = precision.parse(device.precision() if config.precision == "auto" else config.precision)
+    device.check_precision(policy.compute)
+    kernels = _choose_kernels(config, device, policy)
+    return Session(config, workdir, device, world, policy, image_size(config), kernels)
+
+
+def image_size(config: ConfigDict) -> tuple[int, int]:
+    return config.image_size, config.image_width or config.image_size
+
+
+def open_data(session: Session, split: str) -> sources.Dataset:
+    """One split of the configured data set."""
+    config = session.config
+    name = config.data.name or "folder"
+    return sources.open_split(name, config.data.path, split, session.size, config.num_classes, config.data.val_split)
+
+
+def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
+    """The class count from the data, or the configured one when it covers the data."""
+    found = len(source.classes)
+    if config.num_classes is None:
+        return found
+    if config.num_classes < found:
+        raise UserError(f"config.num_classes: {config.num_classes} but the data have {found} classes: leave it unset")
+    return config.num_classes
+
+
+def _choose_kernels(config: ConfigDict, device: base.Device, policy: Policy) -> Kernels:
+    """The device's kernels for the compute dtype, or the plain ones, as `config.kernels` and `config.compile` say."""
+    own = PLAIN
+    if config.kernels != "plain":
+        own = device.kernels(policy.compute, compiled=backend(device, config.compile) != "none")
+    return compiled_blocks(own, device, config.compile, warn_once)
+
+
+def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
+    return pcpvt.build(config.model.name, num_classes, config.model.pad)
+
+
+def workers(session: Session, source: sources.Dataset) -> int:
+    """Loader processes for this training process."""
+    configured = session.config.data.workers
+    if configured >= 0:
+        return configured
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return default_workers(source, base.cores() // local)

@@ -1,0 +1,171 @@
+"""Before a long run: what it will be, whether its checkpoints fit the disk, and how long it will take.
+
+A trial checkpoint of the real size is written, synced, read back and removed. The trial step is the run's own first
+one, so nothing is done twice; the second, which neither compiles nor starts loader processes, gives the duration.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from pcpvt.checkpoints import checkpoint
+from pcpvt.config import fields, stored
+from pcpvt.errors import UserError
+from pcpvt.functional import state as states
+from pcpvt.models import pcpvt
+from pcpvt.runtime.console import duration
+from pcpvt.train import setup
+
+if TYPE_CHECKING:
+    from pcpvt.train.loop import Trainer
+
+EVALUATION = 1 / 3  # of a training step's time per image: no backward pass (an estimate)
+WIDTH = 118
+
+
+def announce(trainer: Trainer) -> None:
+    """What the run will be, in about ten lines."""
+    session, plan, config, say = trainer.session, trainer.plan, trainer.config, trainer.console.say
+    micro, pieces = plan.local_batch // plan.grad_accum_steps, plan.grad_accum_steps
+    say(
+        f"model: {config.model.name}, {pcpvt.n_parameters(trainer.model):,} parameters, {plan.num_classes} classes, "
+        f"{plan.size[0]}x{plan.size[1]} px, {session.policy}"
+    )
+    say(f"device: {session.world.size} x {session.device.name} ({session.device.describe()}), compile {config.compile}")
+    say(
+        f"data: {config.data.name or 'folder'} {config.data.path}: {plan.examples} training, "
+        f"{len(trainer.val_source)} validation images"
+    )
+    say(
+        f"batch: {plan.batch} = {session.world.size} processes x {plan.local_batch} ({pieces} x {micro}); "
+        f"{plan.steps} steps = {plan.epochs:.4g} epochs; peak lr {plan.lr:.3g}"
+    )
+    for line in textwrap.wrap(f"config: {changed(config)}", WIDTH, subsequent_indent="    "):
+        say(line)
+    for note in trainer.notes:
+        say(f"note: {note}")
+    if trainer.resumed is not None:
+        say(f"resumed: step {trainer.now} of {plan.steps}, from {trainer.resumed.path}")
+
+
+def changed(config: ConfigDict) -> str:
+    """The fields that differ from their defaults; `config.json` has them all."""
+    now, default = stored.flat(config), stored.flat(fields.base())
+    shown = [f"{name}={value}" for name, value in now.items() if value != default[name]]
+    return " ".join(shown) or "all defaults"
+
+
+def check(trainer: Trainer) -> None:
+    """Disk and a trial checkpoint, on the main process; one line.
+
+    Raises:
+        UserError: when the disk cannot hold the run's checkpoints, or the trial cannot be written.
+    """
+    session, config, plan = trainer.session, trainer.config, trainer.plan
+    if not session.world.is_main:
+        return
+    tensors = states.flatten(trainer.state)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    # The kept ones, the best, and the one being written, which takes its place before another is removed.
+    files = min(config.keep + 2, 2 + sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every))
+    have, free = disk(session.checkpoints)
+    if have + free < files * size:
+        raise UserError(
+            f"--workdir: {session.workdir}: {files} checkpoints of {amount(size)} need {amount(files * size)} and "
+            f"{amount(have + free)} are free: make room, lower config.keep, or choose another --workdir"
+        )
+    seconds = trial(session.checkpoints, setup.copy_to_host(tensors))
+    trainer.console.say(
+        f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(have + free)} free; "
+        f"trial save {seconds:.2f} s"
+    )
+
+
+def disk(folder: Path) -> tuple[int, int]:
+    """(bytes of the checkpoints that are there, bytes free to this user)."""
+    status = os.statvfs(folder)
+    have = sum(path.stat().st_size for path in checkpoint.steps(folder).values())
+    return have, status.f_bavail * status.f_frsize
+
+
+def trial(folder: Path, tensors: dict) -> float:
+    """Seconds that a checkpoint takes to write by the real protocol; it is removed again.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    began = time.perf_counter()
+    trial = folder / "trial.tmp"
+    try:
+        checkpoint.write_tensors(trial, tensors, {"step": 0})
+        return time.perf_counter() - began
+    except OSError as error:
+        raise UserError(
+            f"--workdir: {folder}: a trial checkpoint could not be written ({error.strerror or error}): free space, or "
+            "choose another --workdir"
+        ) from None
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def amount(size: float) -> str:
+    """Bytes for a reader: `385 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+class FirstSteps:
+    """Says, after the second step, what the run costs in time and memory, and how many loader processes keep it fed."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.seconds: list[float] = []
+
+    def step(self, seconds: float, waited: float) -> None:
+        """After every step, of which `waited` seconds went by waiting for its batch; only the first two matter."""
+        if len(self.seconds) < 2:
+            self.seconds.append(seconds)
+            if len(self.seconds) == 2:
+                self._say(seconds - waited)
+
+    def _say(self, computing: float) -> None:
+        trainer, plan = self.trainer, self.trainer.plan
+        first, second = self.seconds
+        left = (plan.steps - trainer.now) * second
+        rounds = (plan.steps - trainer.now) // plan.eval_every if plan.eval_every else 0
+        left += rounds * len(trainer.val_source) * EVALUATION * second / plan.batch
+        peak, total = trainer.session.device.memory_stats()
+        until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+        trainer.console.say(
+            f"first step {first:.2f} s, second {second:.3g} s; memory {amount(peak)} of {amount(total)}; "
+            f"expected duration: {duration(left)}, until {until}"
+        )
+        trainer.console.say(feeding(trainer.loader.seconds, computing, trainer.loader.workers))
+
+
+def feeding(reading: float, computing: float, workers: int) -> str:
+    """The log's line about loader processes.
+
+    Args:
+        reading: seconds that one process takes to read a batch.
+        computing: seconds of a step without waiting for its batch.
+        workers: loader processes there are.
+    """
+    needed = math.ceil(reading / max(computing, 1e-6))
+    said = f"reading: {reading:.3g} s a batch, a step computes {computing:.3g} s: "
+    if workers == 0:
+        share = reading / (reading + computing)
+        return said + f"{share:.0%} of the time, in this process; config.data.workers={needed} would hide it"
+    if workers >= needed:
+        return said + f"config.data.workers={workers} keeps it fed ({needed} would)"
+    return said + f"config.data.workers={needed} would keep it fed where there are cores for them; it is {workers}"

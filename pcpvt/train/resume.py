@@ -1,0 +1,154 @@
+"""Where a run starts: at the newest checkpoint that is whole, if its config agrees; otherwise at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pcpvt.checkpoints import checkpoint
+from pcpvt.config import fields, stored
+from pcpvt.distributed import collectives
+from pcpvt.errors import UserError
+from pcpvt.functional import state
+from pcpvt.models import pcpvt
+from pcpvt.runtime.console import Console
+from pcpvt.runtime.session import Session
+
+# Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
+# A longer or shorter run changes the learning rates still to come, which is what asking for it means.
+HARMLESS = (
+    "device", "processes", "timeout", "grace", "compile", "kernels", "precision", "accumulate", "checkpoint", "epochs",
+    "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "tensorboard", "data.path",
+    "data.workers", "data.on_error",
+)  # fmt: skip
+# Read at step 0 only: the parts of a run that go on from there may leave them out.
+ORIGIN = ("finetune", "fresh", "weights")
+HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
+
+
+def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of the workdir; damaged ones are named and passed over.
+
+    Raises:
+        CheckpointError: when one verifies and yet does not hold what a run goes on from.
+    """
+    for path in reversed(checkpoint.steps(session.checkpoints).values()):
+        try:
+            found = checkpoint.read(path)
+        except checkpoint.CheckpointError as error:
+            if console.speaks:  # all processes look at the same files
+                console.warn(f"{error}; falling back to an earlier one")
+            continue
+        missing = [name for name, fits in NEEDED.items() if not fits(found.meta.get(name))]
+        if missing:
+            raise checkpoint.CheckpointError(f"{path}: no run goes on from it ({missing[0]} is missing): remove it")
+        return found
+    return None
+
+
+def _numbers(*names: str, unset: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is an object that holds numbers of these names."""
+    return lambda value: (
+        (unset and value is None)
+        or (isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names))
+    )
+
+
+# What the checkpoints of training hold, beside what `checkpoints.checkpoint` asks of all.
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "classes": lambda value: isinstance(value, list),
+    "examples": lambda value: isinstance(value, int),
+    "records": lambda value: isinstance(value, int),
+    "window": _numbers("loss", "steps", "skipped", "grad_norm"),
+    "clock": _numbers("steps", "seconds", "elapsed"),
+    "metrics": _numbers("acc1", "acc5", "loss", "seen", unset=True),
+    "best": _numbers("acc1", "acc5", "loss", "seen", "step", unset=True),
+}
+
+
+def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:
+    """What has changed since the checkpoint, for the log.
+
+    Raises:
+        UserError: for a field that may not change, with both values, or for other data.
+    """
+    notes = []
+    default = stored.flat(fields.base())
+    now, then = stored.flat(session.config), meta["config"]
+    for name in sorted(now.keys() | then.keys()):
+        # A field that another version added had its default.
+        before, after = then.get(name, default.get(name)), now.get(name, default.get(name))
+        if before == after or (name in ORIGIN and after == default[name]):
+            continue
+        if name in HARMLESS or name.startswith(HARMLESS_ROOMS):
+            notes.append(f"config.{name}: {before} -> {after}")
+        else:
+            raise UserError(
+                f"config.{name}: {after!r} but {session.workdir} was trained with {before!r}: "
+                "restore it, or start anew with --workdir=DIR"
+            )
+    if list(meta["classes"]) != classes:
+        raise UserError(
+            f"config.data.path: the classes are not those that {session.workdir} was trained on: use another --workdir"
+        )
+    if meta["examples"] != examples:
+        raise UserError(
+            f"config.data.path: {examples} training images but {session.workdir} was trained on {meta['examples']}: "
+            "restore them, or start anew with --workdir=DIR"
+        )
+    return notes
+
+
+def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
+    """What a run began with, for its next checkpoint: this part of it may not have named it again."""
+    stored = resumed.meta["config"] if resumed else {}
+    return {name: stored[name] for name in ORIGIN if name in stored}
+
+
+def check_agreement(step: int) -> None:
+    """Raises UserError unless all processes start from the same step, which needs one workdir for all."""
+    steps, count = collectives.sum_numbers([float(step), 1.0])
+    if collectives.any_true(steps != step * count):
+        raise UserError(
+            f"--workdir: the processes found different checkpoints (this one step {step}): "
+            "put it on a file system that all hosts share"
+        )
+
+
+def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params:
+    """The parameters of a checkpoint in the model's order, which is that of a new run.
+
+    Raises:
+        CheckpointError: when they are not the model's.
+    """
+    shapes = pcpvt.shapes(model)
+    found = {n.removeprefix("params/"): v for n, v in loaded.tensors.items() if n.startswith("params/")}
+    if {n: v.shape for n, v in found.items()} != shapes:
+        raise checkpoint.CheckpointError(f"{loaded.path}: holds another model's parameters: use another --workdir")
+    return {name: found[name] for name in shapes}
+
+
+def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.TrainState:
+    """The TrainState of a checkpoint, in the template's memory: as aligned as a new one, hence the same kernels.
+
+    The loss scale belongs to the precision, which may change: where only one side has one, the template's is kept.
+
+    Raises:
+        UserError: when its tensors are not those of this run.
+    """
+    expected = state.flatten(template)
+    found = dict(loaded.tensors)
+    if not any(name in found for name in expected if name.startswith("scale/")):
+        found = {n: v for n, v in found.items() if not n.startswith("scale/")}
+        found |= {name: value for name, value in expected.items() if name.startswith("scale/")}
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if name not in expected or name not in found
+        or expected[name].shape != found[name].shape or expected[name].dtype != found[name].dtype
+    )  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise checkpoint.CheckpointError(
+            f"{loaded.path}: holds another run's state ({', '.join(wrong[:3])}{more} differ): use another --workdir"
+        )
+    return state.unflatten(template, {name: expected[name].copy_(found[name]) for name in expected})

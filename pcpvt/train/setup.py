@@ -1,0 +1,171 @@
+"""A config's training run, piece by piece: batches, optimizer, step, first state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from pcpvt.checkpoints.load import read_weights
+from pcpvt.checkpoints.match import match_params
+from pcpvt.config.plan import Plan
+from pcpvt.data import augment, loader, sources
+from pcpvt.distributed import collectives
+from pcpvt.errors import UserError
+from pcpvt.functional import mixing, optim, precision, state, step
+from pcpvt.functional.objective import make_objective
+from pcpvt.models import pcpvt
+from pcpvt.models.init import init
+from pcpvt.runtime.session import Session
+
+Step = Callable[[state.TrainState, dict[str, Tensor]], tuple[state.TrainState, dict[str, Tensor]]]
+
+
+def train_batches(session: Session, model: pcpvt.PCPVT, source: sources.Dataset) -> loader.TrainBatches:
+    """This process's batches, by step."""
+    config, world, a = session.config, session.world, session.config.augment
+    spec = augment.AugmentSpec(
+        size=session.size,
+        scale=tuple(a.scale),
+        ratio=tuple(a.ratio),
+        hflip=a.hflip,
+        randaugment=a.randaugment,
+        color_jitter=a.color_jitter,
+        erase_prob=a.erase,
+        crop_padding=a.crop_pad,
+    )
+    mix = None
+    if (config.mixup or config.cutmix) and config.mix_prob:
+        mix = mixing.MixSpec(config.mixup, config.cutmix, config.mix_prob, config.mix_switch, config.mix_mode)
+    return loader.TrainBatches(
+        source,
+        spec,
+        mix,
+        pcpvt.drop_rates(model.spec, config.model.drop_path),
+        seed=config.seed,
+        batch=config.batch_size,
+        rank=world.rank,
+        world=world.size,
+        repeats=a.repeats,
+        on_error=config.data.on_error,
+    )
+
+
+def trainable(session: Session, names: Sequence[str]) -> list[str]:
+    """The parameters that `config.frozen` leaves to train.
+
+    Raises:
+        UserError: when it matches none or all of them.
+    """
+    frozen = matched(session.config, "frozen", names)
+    return [name for name in names if name not in frozen]
+
+
+def matched(config: ConfigDict, field: str, names: Sequence[str]) -> set[str]:
+    """The names that the regular expression of a field matches; none when it is empty.
+
+    Raises:
+        UserError: when it matches none or all of them.
+    """
+    pattern = config[field]
+    found = {name for name in names if pattern and re.search(pattern, name)}
+    if pattern and len(found) in (0, len(names)):
+        which = "all" if found else "none"
+        raise UserError(f"config.{field}: {pattern!r} matches {which} of the {len(names)} parameters: correct it")
+    return found
+
+
+def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
+    """Clipping and AdamW as the config says, over what is not frozen."""
+    config = session.config
+    train = set(trainable(session, list(params)))
+    groups = optim.groups(
+        {name: value for name, value in params.items() if name in train},
+        config.weight_decay,
+        pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay),
+    )
+    betas, skips = (config.beta1, config.beta2), session.device.fused_adamw_honors_found_inf
+    adamw = optim.adamw(plan.schedule, groups, betas, config.eps, honors_found_inf=skips)
+    return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
+
+
+def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer) -> Step:
+    """The pure step with this device's kernels, compilation and sums put in."""
+    config, policy = session.config, session.policy
+    objective = make_objective(model, smoothing=config.label_smoothing, policy=policy, kernels=session.kernels)
+    names = list(pcpvt.shapes(model))
+    return step.make_step(
+        objective,
+        opt,
+        global_batch=plan.batch,
+        grad_accum_steps=plan.grad_accum_steps,
+        policy=policy,
+        scaler=precision.loss_scale(policy),
+        ema_decay=config.ema,
+        trainable=trainable(session, names) if config.frozen else None,
+        value_and_grad=session.value_and_grad(),
+        psum=collectives.psum,
+        overflow=session.device.overflow(policy.compute),
+        fp32_norms=session.device.fp32_norms,
+    )
+
+
+def init_params(
+    session: Session, model: pcpvt.PCPVT, classes: Sequence[str] | None = None
+) -> tuple[pcpvt.Params, list[str]]:
+    """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`.
+
+    Args:
+        classes: of the data, to tell when a head is kept for other classes.
+    """
+    config = session.config
+    params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
+    notes = []
+    if config.finetune:
+        path, found, info = read_weights(config.finetune, config.weights)
+        fresh = matched(config, "fresh", list(params))
+        fitted, said = match_params(found, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
+        params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
+        notes = [f"fine-tuning from {path} ({info['which']})", *info["notes"], *said]
+        theirs = info["classes"]
+        if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
+            notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
+    for field in ("fresh", "frozen"):
+        if config[field]:
+            notes.append(f"{field}: {_listed(matched(config, field, list(params)), params)}")
+    return params, notes
+
+
+def _listed(picked: Collection[str], params: pcpvt.Params) -> str:
+    share = sum(params[n].numel() for n in picked) / sum(v.numel() for v in params.values())
+    listed = stems(picked, list(params))
+    more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
+    return f"{len(picked)} of {len(params)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}"
+
+
+def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:
+    """Names in short: a stem such as `blocks.0` stands for all names below it when all of them are picked."""
+    inside = set(picked)
+    if inside.issuperset(names):
+        return [stem]
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part = name.removeprefix(stem).lstrip(".").partition(".")[0]
+        parts.setdefault(f"{stem}.{part}".lstrip("."), []).append(name)
+    return [s for part, below in parts.items() if inside.intersection(below) for s in stems(picked, below, part)]
+
+
+def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
+    """The state before the first step, on the device."""
+    device = session.device.torch
+    params = session.kernels.to_train_layout({name: value.to(device) for name, value in params.items()})
+    scale = precision.loss_scale(session.policy).init(device)
+    return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
+
+
+def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the host that later steps do not touch."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}

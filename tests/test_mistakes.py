@@ -1,0 +1,104 @@
+"""What an evaluation knows beyond its averages, and how the report shows it, at any world size and of any file."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcpvt.data import sources
+from pcpvt.data.loader import EvalBatches
+from pcpvt.evaluate import mistakes
+from pcpvt.report import classes as report_classes
+from pcpvt.report import run as report
+from pcpvt.runtime import records
+
+
+def test_details_agree_with_the_best_evaluation(trained):
+    found = json.loads((trained / "details.json").read_text())
+    result = json.loads((trained / "result.json").read_text())
+    assert found["step"] == result["best_step"] and sum(found["images"]) == 364
+    assert 100 * sum(found["right"]) / 364 == pytest.approx(result["acc1"])
+    assert sum(c for _, _, c in found["confusions"]) == 364 - sum(found["right"])
+    confidence = [m["confidence"] for m in found["mistakes"]]
+    assert confidence == sorted(confidence, reverse=True) and all(
+        m["label"] != m["predicted"] for m in found["mistakes"]
+    )
+
+
+def observed(source, logits, world, rank):
+    """An observer that has seen one process's part of the data."""
+    observer = mistakes.PredictionLog(len(source))
+    for batch in EvalBatches(source, (32, 32), 1.0, 7, rank, world, "error"):
+        observer(batch, logits[batch["id"].clamp(min=0)])
+    return observer
+
+
+def test_details_are_the_same_at_any_number_of_processes(monkeypatch):
+    source = sources.digits("val", (32, 32))
+    logits = torch.randn(len(source), 10, generator=torch.Generator().manual_seed(0)) * 3
+    alone = observed(source, logits, 1, 0).table()
+    assert alone["seen"].all() and (alone["predicted"] == logits.argmax(-1).numpy()).all()
+    np.testing.assert_array_equal(alone["confidence"], logits.softmax(-1).max(-1).values.numpy())
+
+    parts = []
+    monkeypatch.setattr(mistakes.collectives, "sum_numbers", lambda values: parts.append(values) or values)
+    for rank in range(3):
+        observed(source, logits, 3, rank).table()
+    monkeypatch.setattr(mistakes.collectives, "sum_numbers", lambda values: np.sum(parts, axis=0).tolist())
+    together = mistakes.PredictionLog(len(source)).table()
+    for name, values in alone.items():
+        np.testing.assert_array_equal(values, together[name], err_msg=name)
+
+
+def test_unreadable_samples_are_not_counted(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "val" / name / "good.png")
+    (tmp_path / "val" / "b" / "bad.png").write_bytes(b"nothing")
+    source = sources.open_split("folder", str(tmp_path), "val", (32, 32))
+    observer = mistakes.PredictionLog(3)
+    for batch in EvalBatches(source, (32, 32), 1.0, 2, 0, 1, "skip"):
+        observer(batch, torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
+    found = mistakes.summarize(observer.table(), source, (32, 32), 1.0)
+    assert found["images"] == [1, 1] and found["right"] == [1, 0] and found["confusions"] == [[1, 0, 1]]
+    assert [m["name"] for m in found["mistakes"]] == [str(tmp_path / "val" / "b" / "good.png")]
+    assert found["mistakes"][0]["picture"].startswith("data:image/jpeg;base64,")
+
+
+def test_a_thousand_classes_stay_light(tmp_path):
+    rng = np.random.default_rng(0)
+    label = np.arange(50_000) % 1000
+    predicted = np.where(rng.random(50_000) < 0.25, rng.integers(0, 1000, 50_000), label)
+    table = {"seen": np.ones(50_000, bool), "label": label, "predicted": predicted}
+    table |= {"confidence": rng.random(50_000), "own": rng.random(50_000)}
+    image = np.full((320, 480, 3), 90, np.uint8)
+    source = sources.Arrays(
+        np.broadcast_to(image, (50_000, *image.shape)), label, [f"class {i}" for i in range(1000)], "x"
+    )
+    found = mistakes.summarize(table, source, (224, 224), 0.875)
+    counts = [c for _, _, c in found["confusions"]]
+    assert len(found["mistakes"]) == 24 and len(counts) == 10_000 and counts == sorted(counts, reverse=True)
+    page = report_classes.sections(found)
+    assert len(json.dumps(found)) < 500_000 and len(page) < 200_000
+    assert "Most frequent confusions" in page and "the 25 lowest of 1000" in page.lower()
+
+
+DETAILS = {
+    "step": 3, "classes": ["a", "b"], "images": [2, 1], "right": [1, 1], "confusions": [[0, 1, 1]],
+    "mistakes": [{"name": "x", "label": 0, "predicted": 1, "confidence": 0.9, "own": 0.1, "picture": ""}],
+}  # fmt: skip
+
+
+def test_damaged_details_cost_the_report_their_part_alone(trained, tmp_path):
+    assert "taken for" in report_classes.sections(DETAILS)
+    for name in DETAILS.keys() - {"step", "classes"}:
+        assert report_classes.sections({n: v for n, v in DETAILS.items() if n != name}) == ""
+    for change in ({"images": 3}, {"images": []}, {"classes": [1, 2]}, {"confusions": [1]}, {"mistakes": [{}]}):
+        assert report_classes.sections(DETAILS | change) == ""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / records.DETAILS).write_text("[" * 100_000)
+    text = report.write(tmp_path).read_text()
+    assert "Confusion matrix" not in text and "Learning rate" in text
