@@ -13,7 +13,7 @@ from pcpvt.config import recipes
 from pcpvt.devices.cpu import Cpu
 from pcpvt.devices.npu import Npu
 from pcpvt.errors import UserError
-from pcpvt.evaluate import ensemble, evaluator
+from pcpvt.evaluate import ensemble, run
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
@@ -46,7 +46,7 @@ def session(tmp_path, monkeypatch):
 def result(session, text: str, **fields) -> dict:
     session.config.eval.ensemble = text
     session.config.update(fields)
-    assert evaluator.run(session) == 0
+    assert run.run(session) == 0
     return json.loads((session.workdir / "result-eval.json").read_text())
 
 
@@ -115,7 +115,7 @@ def test_vmap_gives_way_on_npus():
 def test_average_is_normalised_and_survives_certainty():
     sure = torch.tensor([[1e4, 0.0], [0.0, 3.0]])
     unsure = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    found = ensemble.averaged([sure, unsure]).exp()
+    found = ensemble.average_probabilities([sure, unsure]).exp()
     torch.testing.assert_close(found, (sure.softmax(-1) + unsure.softmax(-1)) / 2)
     torch.testing.assert_close(found.sum(-1), torch.ones(2))
 

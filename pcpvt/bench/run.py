@@ -52,7 +52,7 @@ def run(session: Session) -> int:
         for side in (["ours", "peer"] if against else ["ours"])
     }
     peak = matmul_flops(session)
-    per_image = 2 * utilisation.multiply_adds(bench.model.spec, session.size, bench.plan.num_classes)
+    per_image = utilisation.forward_flops(bench.model, session.size)
     for figures in sides.values():
         for part, passes in (("train", 3), ("eval", 1)):
             rate = figures[part]["images_per_sec"]

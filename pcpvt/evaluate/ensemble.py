@@ -26,7 +26,8 @@ from pcpvt.config.plan import eval_batch
 from pcpvt.devices.compile import backend
 from pcpvt.errors import UserError
 from pcpvt.evaluate import evaluator
-from pcpvt.functional.objective import make_predict
+from pcpvt.functional import metrics
+from pcpvt.functional.objective import Batch, make_predict
 from pcpvt.models import pcpvt
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -61,7 +62,9 @@ def soup(params: Sequence[pcpvt.Params]) -> pcpvt.Params:
     return {name: torch.stack([p[name] for p in params]).mean(0) for name in params[0]}
 
 
-def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params]) -> Callable[[Tensor], list[Tensor]]:
+def predict_each(
+    session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params]
+) -> Callable[[Tensor], list[Tensor]]:
     """uint8 images `[b, h, w, 3]` to the logits `[b, classes]` of each set of parameters."""
     each = [session.compute(p) for p in params]
     if not vmaps(session):
@@ -78,33 +81,36 @@ def vmaps(session: Session) -> bool:
     return session.device.vmaps and backend(session.device, session.config.compile) == "none"
 
 
-def averaged(logits: Sequence[Tensor]) -> Tensor:
+def average_probabilities(logits: Sequence[Tensor]) -> Tensor:
     """Members' logits to the logarithm of their mean probabilities, `[b, classes]`."""
     return torch.stack([member.log_softmax(-1) for member in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def run(session: Session) -> int:
-    """Evaluates the ensemble and writes `result-eval.json`; its own figures are those of the averaged probabilities."""
+    """Evaluate the ensemble and write `result-eval.json`, whose own metrics are those of the averaged probabilities."""
     began = time.perf_counter()
     config = session.config
     console = Console(session.world.is_main)
-    picked = members(session)
-    source = sessions.open_data(session, "val")
-    for member in picked:
-        check_labels(member, source.classes, config.num_classes)
-    model, count = picked[0].model, len(picked)
-    predict = together(session, model, [*(m.params for m in picked), soup([m.params for m in picked])])
+    loaded = members(session)
+    dataset = sessions.open_data(session, "val")
+    for member in loaded:
+        check_labels(member, dataset.classes, config.num_classes)
+    model, count = loaded[0].model, len(loaded)
+    predict = predict_each(session, model, [*(m.params for m in loaded), soup([m.params for m in loaded])])
     # As many activations at once as for one model.
-    measurer = evaluator.Evaluator(session, model, source, max(1, eval_batch(config) // (count + 1)))
+    split = evaluator.open_split(session, dataset, max(1, eval_batch(config) // (count + 1)))
     how = "together (vmap)" if vmaps(session) else "one by one"
-    console.say(f"evaluating {count} members {how} on {len(source)} images of {config.data.path or config.data.name}")
+    console.say(f"evaluating {count} members {how} on {len(dataset)} images of {config.data.path or config.data.name}")
 
-    def outputs(batch: dict[str, Tensor]) -> list[Tensor]:
+    def eval_step(batch: Batch) -> list[evaluator.Scored]:
         *each, blend = predict(batch["image"])
-        return [*each, blend, averaged(each)]
+        outputs = [*each, blend, average_probabilities(each)]
+        return [(logits, metrics.sums(logits, batch["label"], batch["valid"])) for logits in outputs]
 
-    *each, blend, average = measurer.measure(outputs, count + 2)
-    names = [f"{m.path} ({m.which})" for m in picked]
+    summaries = evaluator.evaluate(session, split, eval_step)
+    assert summaries is not None  # nothing stops it
+    *each, blend, average = summaries
+    names = [f"{m.path} ({m.which})" for m in loaded]
     rows = [
         *zip(names, each, strict=True),
         ("soup (mean of weights)", blend),
@@ -112,7 +118,7 @@ def run(session: Session) -> int:
     ]
     for name, summary in rows:
         console.say(f"{name}: {evaluator.report(summary)}")
-    described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(picked, each, strict=True)]
+    described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(loaded, each, strict=True)]
     figures = {
         **average,
         "epochs": None,

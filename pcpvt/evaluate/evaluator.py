@@ -1,9 +1,9 @@
-"""`--mode=eval` and the evaluation inside training: exact counts over a whole split at any world size."""
+"""Evaluation of a whole split: exact counts at any world size, in a loop that can be stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,99 +13,106 @@ from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.distributed import collectives
 from pcpvt.functional import metrics
+from pcpvt.functional.objective import Batch
 from pcpvt.models import pcpvt
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-Observe = Callable[[dict[str, Tensor], Tensor], None]
+Scored = tuple[Tensor, metrics.Sums]  # logits [b, classes] of one model, and their sums (see functional.metrics)
 
 
-class Unreadable:
-    """Names the samples of a source that cannot be read: each once, by the first process that meets it."""
+class UnreadableLog:
+    """Warns about samples that cannot be read: once each, from the first process that meets it."""
 
-    def __init__(self, source: sources.Dataset, console: Console):
-        self._source, self._console, self._named = source, console, set[int]()
+    def __init__(self, dataset: sources.Dataset, console: Console):
+        self._dataset, self._console, self._named = dataset, console, set[int]()
 
-    def name(self, index: int, consequence: str) -> None:
-        text = f"{self._source.name(index)}: unreadable; {consequence}"
+    def add(self, index: int, consequence: str) -> None:
+        text = f"{self._dataset.name(index)}: unreadable; {consequence}"
         if index not in self._named and collectives.first_to_say(text):
             self._console.warn(text)
         self._named.add(index)
 
 
-class Evaluator:
-    """Called with parameters, evaluates them on one split; loader processes and compiled code live as long as this."""
+class Split(NamedTuple):
+    """A data set to evaluate on; its loader processes live as long as this value."""
 
-    def __init__(self, session: Session, model: pcpvt.PCPVT, source: sources.Dataset, local_batch: int):
-        config, world = session.config, session.world
-        self.session, self.source = session, source
-        self.unreadable = Unreadable(source, Console(world.is_main))
-        batches = EvalBatches(
-            source, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
-        )
-        self.loader = Loader(
-            batches,
-            range(len(batches)),
-            sessions.workers(session, source),
-            start=session.device.worker_start,
-            pin=session.device.pins,
-        )
-        self.predict = session.predictor(model)
-
-    def __call__(self, params: dict[str, Tensor], observe: Observe | None = None) -> dict[str, float]:
-        """See `measure`; `observe` is called with each batch and its logits, on the device."""
-        weights = self.session.inference(params)
-
-        def outputs(batch: dict[str, Tensor]) -> list[Tensor]:
-            logits = self.predict(weights, batch["image"])
-            if observe is not None:
-                observe(batch, logits)
-            return [logits]
-
-        return self.measure(outputs, 1)[0]
-
-    def measure(self, outputs: Callable[[dict[str, Tensor]], list[Tensor]], count: int) -> list[dict[str, float]]:
-        """One pass over the split, for `count` sets of logits at once.
-
-        Args:
-            outputs: a batch on the device to `count` tensors `[b, classes]`.
-
-        Returns:
-            For each of them `acc1`, `acc5`, `loss`, `seen`, and `unreadable` when samples were skipped.
-
-        Raises:
-            AssertionError: when not every sample was seen exactly once.
-        """
-        totals = [dict.fromkeys(("seen", "top1", "top5", "loss"), 0.0) for _ in range(count)]
-        skipped = 0.0
-        for batch in self.session.device.prefetch(self.loader):
-            for total, logits in zip(totals, outputs(batch), strict=True):
-                for name, value in metrics.sums(logits, batch["label"], batch["valid"]).items():
-                    total[name] += value.item()
-            for index, valid in zip(batch["id"].tolist(), batch["valid"].tolist(), strict=True):
-                if index >= 0 and not valid:
-                    self.unreadable.name(index, "left out of the evaluation")
-                    skipped += 1
-        unreadable = int(collectives.sum_numbers([skipped])[0])
-        summaries = []
-        for total in totals:
-            total = dict(zip(total, collectives.sum_numbers(list(total.values())), strict=True))
-            assert int(total["seen"]) + unreadable == len(self.source), (total["seen"], unreadable, len(self.source))
-            summaries.append(metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {}))
-        return summaries
+    dataset: sources.Dataset
+    loader: Loader
+    unreadable: UnreadableLog
 
 
-def epochs(picked: LoadedModel) -> float | None:
-    """How long the weights were trained, where the file says so."""
-    meta = picked.meta
+def open_split(session: Session, dataset: sources.Dataset, local_batch: int) -> Split:
+    """Prepare a data set for evaluation in batches of `local_batch` samples per process."""
+    config, world = session.config, session.world
+    batches = EvalBatches(
+        dataset, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
+    )
+    loader = Loader(
+        batches,
+        range(len(batches)),
+        sessions.workers(session, dataset),
+        start=session.device.worker_start,
+        pin=session.device.pins,
+    )
+    return Split(dataset, loader, UnreadableLog(dataset, Console(world.is_main)))
+
+
+def evaluate(
+    session: Session,
+    split: Split,
+    eval_step: Callable[[Batch], Sequence[Scored]],
+    *,
+    observe: Callable[[Batch, Tensor], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, float]] | None:
+    """Evaluate one or several models in one pass over a split.
+
+    Args:
+        eval_step: a batch on the device to the scores of each model (see `functional.step.make_eval_step`).
+        observe: called with each batch and the first model's logits, on the device.
+        stop: asked before each batch, on all processes alike; True ends the evaluation.
+
+    Returns:
+        For each model `acc1`, `acc5`, `loss`, `seen`, and `unreadable` when samples were skipped; None when stopped.
+
+    Raises:
+        AssertionError: when not every sample was seen exactly once.
+    """
+    batches: list[list[metrics.Sums]] = []
+    skipped = 0.0
+    for batch in session.device.prefetch(split.loader):
+        if stop():
+            return None
+        scores = eval_step(batch)
+        if observe is not None:
+            observe(batch, scores[0][0])
+        batches.append([sums for _, sums in scores])  # read from the device after the last batch
+        if session.config.data.on_error == "skip":
+            for index in batch["id"][(batch["id"] >= 0) & ~batch["valid"]].tolist():
+                split.unreadable.add(index, "left out of the evaluation")
+                skipped += 1
+    unreadable = int(collectives.sum_numbers([skipped])[0])
+    summaries = []
+    for model in zip(*batches, strict=True):
+        local = {name: sum(sums[name].item() for sums in model) for name in model[0]}
+        total = dict(zip(local, collectives.sum_numbers([float(v) for v in local.values()]), strict=True))
+        assert int(total["seen"]) + unreadable == len(split.dataset), (total["seen"], unreadable, len(split.dataset))
+        summaries.append(metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {}))
+    return summaries
+
+
+def trained_epochs(loaded: LoadedModel) -> float | None:
+    """The epochs that the weights were trained for, where the file says so."""
+    meta = loaded.meta
     batch, examples = meta.get("config", {}).get("batch_size"), meta.get("examples")
     return meta["step"] * batch / examples if batch and examples else None
 
 
 def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:
-    """`result-eval.json`, by the main process; and `result.json` where no training has left one."""
+    """Write `result-eval.json`, and `result.json` unless a training has left one, on the main process."""
     path = session.workdir / "result-eval.json"
     result = {
         "mode": "eval",
@@ -123,7 +130,7 @@ def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], 
     Console(session.world.is_main).say(f"{figures['seen']} images in {duration(seconds)}; written to {path}")
 
 
-def report(summary: dict[str, float]) -> str:
-    """The figures as one line, alike in training and evaluation."""
+def report(summary: Mapping[str, Any]) -> str:
+    """The metrics as one line, the same in training and evaluation."""
     text = f"top-1 {summary['acc1']:.3f} %   top-5 {summary['acc5']:.3f} %   loss {summary['loss']:.6f}"
     return text + (f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else "")

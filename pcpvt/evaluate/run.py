@@ -7,29 +7,32 @@ import time
 from pcpvt.checkpoints.load import check_labels, load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
-from pcpvt.evaluate.evaluator import Evaluator, epochs, report, write_result
+from pcpvt.evaluate.evaluator import evaluate, open_split, report, trained_epochs, write_result
+from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
 
 def run(session: Session) -> int:
-    """Evaluates one checkpoint, or an ensemble, and writes `result-eval.json`; returns the exit code."""
+    """Evaluate one checkpoint, or an ensemble, and write `result-eval.json`; returns the exit code."""
     began = time.perf_counter()
     config = session.config
     if config.eval.ensemble:
         return ensemble.run(session)
     console = Console(session.world.is_main)
-    picked = load_configured(config, session.workdir)
-    source = sessions.open_data(session, "val")
-    check_labels(picked, source.classes, config.num_classes)
-    for note in picked.notes:
+    loaded = load_configured(config, session.workdir)
+    dataset = sessions.open_data(session, "val")
+    check_labels(loaded, dataset.classes, config.num_classes)
+    for note in loaded.notes:
         console.say(f"note: {note}")
-    evaluator = Evaluator(session, picked.model, source, eval_batch(config))
+    split = open_split(session, dataset, eval_batch(config))
     data = config.data.path or config.data.name
-    console.say(f"evaluating {picked.path} ({picked.which}) on {len(source)} images of {data}")
-    summary = evaluator(picked.params)
-    console.say(report(summary))
-    result = {"epochs": epochs(picked), "checkpoint": picked.path, "weights": picked.which}
-    write_result(session, picked.model, {**summary, **result}, time.perf_counter() - began)
+    console.say(f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}")
+    eval_step, params = make_eval_step(session.predictor(loaded.model)), session.inference(loaded.params)
+    summaries = evaluate(session, split, lambda batch: [eval_step(params, batch)])
+    assert summaries is not None  # nothing stops it
+    console.say(report(summaries[0]))
+    result = {"epochs": trained_epochs(loaded), "checkpoint": loaded.path, "weights": loaded.which}
+    write_result(session, loaded.model, {**summaries[0], **result}, time.perf_counter() - began)
     return 0

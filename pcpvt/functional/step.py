@@ -1,8 +1,8 @@
-"""The train step and the eval step as pure functions, with one differentiation seam and one compile seam.
+"""The train step and the eval step as pure functions of state, parameters and batch.
 
-`step(state, batch) -> (state, metrics)` knows no device, rank, file or clock. What differs by device is passed in:
-the attention kernel (inside `objective`), the sum over replicas, how a gradient is taken, what is compiled. The step
-donates: it may reuse the memory of the state it is given.
+`step(state, batch) -> (state, metrics)` depends on no device, rank, file or clock. What differs by device is passed in:
+the kernels (inside `objective`), the sum over replicas, the gradient implementation and its compilation. The step
+donates its input: it may reuse the memory of the state it is given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pcpvt.functional import optim, precision
+from pcpvt.functional import metrics, optim, precision
+from pcpvt.functional.metrics import Sums
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import FLOAT32, UNSCALED, DynamicScale, NoScale, Overflow, Policy
 from pcpvt.functional.state import TrainState
@@ -23,13 +24,13 @@ ValueAndGrad = Callable[[Objective], Callable[..., tuple[Tensor, Params]]]
 
 
 def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
-    """The seam by `torch.autograd.grad`: no device-specific limits, and the faster one in eager mode."""
+    """Gradients by `torch.autograd.grad`: works on every device, and is the faster way in eager mode."""
 
     def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
         names = list(params) if trainable is None else [n for n in params if n in trainable]
         leaves = {n: params[n].detach().requires_grad_() for n in names}
         value = objective({**params, **leaves}, *args)
-        # A branch that drop path skips for every sample leaves its parameters without a gradient: it is zero.
+        # Parameters of a branch that drop path skips for every sample get no gradient: zeros take its place.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return value.detach(), dict(zip(names, grads, strict=True))
 
@@ -37,7 +38,7 @@ def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | N
 
 
 def functional_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
-    """The seam by `torch.func.grad_and_value`: one traceable function, forward and backward together."""
+    """Gradients by `torch.func.grad_and_value`: forward and backward as one traceable function."""
 
     def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
         names = list(params) if trainable is None else [n for n in params if n in trainable]
@@ -73,10 +74,10 @@ def make_step(
         global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
         grad_accum_steps: micro-batches per step; exact, because no layer mixes samples. Must divide the batch.
         trainable: names to differentiate; None means all.
-        value_and_grad: how a gradient is taken, compiled if it is to be; called once, here.
-        psum: sum over replicas of a list of tensors. Whether a step counts is decided behind it, so all decide alike.
-        fp32_norms: norms compute in float32, for devices whose kernel does not sum their gradients in it.
-        overflow: for devices that saturate; an overflow on any replica then skips the step as a nan would.
+        value_and_grad: the gradient implementation, compiled or not; called once, here.
+        psum: sum over replicas of a list of tensors. Skipping is decided after it, so all replicas agree.
+        fp32_norms: norms compute in float32, for devices whose kernel does not sum their gradients in float32.
+        overflow: the overflow flag of devices that saturate; an overflow on any replica skips the step as a nan would.
 
     Returns:
         The step. Its metrics are 0-d tensors on the device: `loss`, `grad_norm` (before clipping), `skipped`
@@ -120,6 +121,20 @@ def make_step(
         return new_state, {"loss": loss / divisor, "grad_norm": grads.norm, "skipped": skipped}
 
     return step
+
+
+def make_eval_step(predict: Callable[[Params, Tensor], Tensor]) -> Callable[[Params, Batch], tuple[Tensor, Sums]]:
+    """Build the eval step: `(params, batch) -> (logits [b, classes], sums)`; see `metrics.sums` for the sums.
+
+    Args:
+        predict: `(params, uint8 images [b, h, w, 3]) -> logits`, e.g. of `objective.make_predict`.
+    """
+
+    def eval_step(params: Params, batch: Batch) -> tuple[Tensor, Sums]:
+        logits = predict(params, batch["image"])
+        return logits, metrics.sums(logits, batch["label"], batch["valid"])
+
+    return eval_step
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

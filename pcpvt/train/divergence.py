@@ -1,8 +1,9 @@
-"""What to say, and to keep, when step after step is not finite: which steps, which samples, and where to go on from."""
+"""Divergence: the error and the file that name the non-finite steps, their samples and the last good checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,24 @@ FILE = "nonfinite.json"
 LISTED = 8  # sample ids in the message; the file has them all
 
 
-def explain(session: Session, plan: Plan, source: Dataset, bad: list[BadStep], last_good: Path | None) -> UserError:
-    """The error that ends the run; `nonfinite.json` in the workdir lists the steps with all their samples.
+def divergence_error(
+    session: Session, plan: Plan, dataset: Dataset, bad: Sequence[BadStep], last_good: Path | None
+) -> UserError:
+    """The error that ends the run; also writes `nonfinite.json`, which lists the steps with all their samples.
 
     Args:
-        bad: the steps that were not finite, all processes agreeing on them.
+        bad: the non-finite steps in a row, the same on all processes.
         last_good: the newest whole checkpoint.
     """
     config = session.config
     steps: list[dict[str, Any]] = []
-    for step, loss, grad_norm in bad:
+    for step, loss, grad_norm, _ in bad:
         draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
-        samples = [{"id": draw.index, "name": source.name(draw.index)} for draw in draws]
+        samples = [{"id": draw.index, "name": dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
     where = session.workdir / FILE
     if session.world.is_main:
-        with contextlib.suppress(OSError):  # the message must come, disk or not
+        with contextlib.suppress(OSError):  # the error matters more than the file
             records.write_json(where, {"steps": steps, "last_good": str(last_good)})
     ids = [sample["id"] for sample in steps[-1]["samples"]]
     more = f" and {len(ids) - LISTED} more" if len(ids) > LISTED else ""

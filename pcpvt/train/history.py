@@ -1,205 +1,193 @@
-"""What the steps of a run have measured: sums until the next record, records to the metrics file and to the console.
-
-Metrics stay on the device until they are needed, which keeps it busy; they are read in the order of their steps, so a
-record's numbers do not depend on when. All that a record depends on is in `memory`, which a checkpoint keeps.
-"""
+"""Training history: what a run has measured so far, as immutable data that checkpoints store."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pcpvt.config.plan import Plan
-from pcpvt.evaluate import evaluator
-from pcpvt.models.pcpvt import SPECS
-from pcpvt.runtime import environment, records
-from pcpvt.runtime.console import Console, Progress
-from pcpvt.runtime.session import Session
-from pcpvt.train import tensorboard, utilisation
-
-PENDING = 100  # steps whose metrics may wait on the device
 
 
 class BadStep(NamedTuple):
     """A step whose loss or gradient was not finite."""
 
-    step: int  # the number of steps done, this one included
+    step: int  # steps done, this one included
     loss: float
     grad_norm: float
+    in_a_row: int  # consecutive steps without an update, this one included, also those before a resume
 
 
-class Diverged(Exception):
-    """`config.max_skipped` steps in a row were not finite."""
+class Window(NamedTuple):
+    """Sums over the steps since the last record."""
 
-    def __init__(self, steps: list[BadStep]):
-        super().__init__(steps)
-        self.steps = steps
+    loss: float = 0.0  # of the steps that were applied
+    steps: int = 0  # applied
+    skipped: int = 0  # not applied, because the loss or gradient was not finite
+    grad_norm: float = 0.0  # of the last step
 
 
-class Recorder:
-    """Measures steps, and writes records.
+class Clock(NamedTuple):
+    """Durations over all parts of a run."""
+
+    steps: int = 0  # timed steps; the first step of each part is excluded, because it starts loaders and may compile
+    seconds: float = 0.0  # of the timed steps
+    elapsed: float = 0.0  # of the earlier parts, evaluations and checkpoints included
+
+
+class History(NamedTuple):
+    """Everything measured up to a step; the loop replaces it, a checkpoint stores it (`to_meta`, `from_meta`)."""
+
+    window: Window = Window()
+    clock: Clock = Clock()
+    records: int = 0  # lines of metrics.jsonl
+    replaced: int = 0  # draws of unreadable training images that were replaced by the next image
+    metrics: dict[str, Any] | None = None  # evaluation of the current parameters, if there was one
+    best: dict[str, Any] | None = None  # the best evaluation, with its step
+    streak: tuple[BadStep, ...] = ()  # non-finite steps in a row up to now, in this part of the run; not stored
+
+    def to_meta(self, elapsed: float) -> dict[str, Any]:
+        """The JSON in a checkpoint; `elapsed`: seconds of the run so far."""
+        return {
+            "metrics": self.metrics,
+            "best": self.best,
+            "window": self.window._asdict(),
+            "clock": self.clock._replace(elapsed=elapsed)._asdict(),
+            "records": self.records,
+            "replaced": self.replaced,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> History:
+        """The history that a checkpoint stores (`resume.REQUIRED` checks its types)."""
+        return cls(
+            Window(**{name: meta["window"][name] for name in Window._fields}),
+            Clock(**{name: meta["clock"][name] for name in Clock._fields}),
+            meta["records"],
+            meta.get("replaced", 0),
+            meta["metrics"],
+            meta["best"],
+        )
+
+    def images_per_sec(self, batch: int) -> float:
+        return self.clock.steps * batch / self.clock.seconds if self.clock.seconds else 0.0
+
+    def diverged(self, max_skipped: int) -> bool:
+        """Whether `max_skipped` steps in a row were not finite (`config.max_skipped`)."""
+        return bool(self.streak) and self.streak[-1].in_a_row >= max_skipped
+
+
+def add_metrics(
+    history: History, pending: Sequence[tuple[int, Mapping[str, Tensor]]], max_skipped: int
+) -> tuple[History, list[BadStep]]:
+    """Read the pending metrics from the device, in the order of their steps, and add them to the history.
+
+    Reading stops at the step at which the run counts as diverged.
 
     Args:
-        step: how many are done.
-        memory: of the checkpoint that the run goes on from; None at its beginning.
+        pending: (steps done, the step's metrics).
+
+    Returns:
+        The new history, and the non-finite steps among the pending ones.
+    """
+    bad_steps = []
+    for step, metrics in pending:
+        loss, grad_norm, skipped = (metrics[name].item() for name in ("loss", "grad_norm", "skipped"))
+        window = history.window._replace(grad_norm=grad_norm)
+        if not skipped and math.isfinite(loss):
+            window = window._replace(loss=window.loss + loss, steps=window.steps + 1)
+            history = history._replace(window=window, streak=())
+            continue
+        bad_steps.append(BadStep(step, loss, grad_norm, int(skipped)))
+        window = window._replace(skipped=window.skipped + 1)
+        history = history._replace(window=window, streak=(*history.streak, bad_steps[-1]))
+        if history.diverged(max_skipped):
+            break
+    return history, bad_steps
+
+
+def add_step(history: History, seconds: float, *, timed: bool) -> History:
+    """Add the duration of one step, unless it is excluded from the clock."""
+    if not timed:
+        return history
+    clock = history.clock
+    return history._replace(clock=clock._replace(steps=clock.steps + 1, seconds=clock.seconds + seconds))
+
+
+def train_record(history: History, plan: Plan, step: int, rate: Rate, mfu: float | None) -> dict[str, Any]:
+    """The record of the steps since the last one, as a line of `metrics.jsonl`; `start_window` follows it."""
+    window = history.window
+    entry: dict[str, Any] = {
+        "kind": "train",
+        "step": step,
+        "epoch": _epoch(plan, step),
+        "loss": window.loss / window.steps if window.steps else math.nan,
+        "lr": plan.schedule(step - 1),
+        "grad_norm": window.grad_norm,
+        "skipped": window.skipped,
+        "images_per_sec": round(rate.images_per_sec, 2),
+        "waiting": round(rate.waiting, 4),
+    }
+    if history.replaced:
+        entry["replaced"] = history.replaced
+    if mfu is not None:
+        entry["mfu"] = round(mfu, 4)
+    return entry
+
+
+def eval_record(plan: Plan, step: int, metrics: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """The record of one evaluation."""
+    return {"kind": "eval", "step": step, "epoch": _epoch(plan, step), **metrics, "seconds": round(seconds, 2)}
+
+
+def start_window(history: History) -> History:
+    """The history after a training record was written: one record more, and an empty window."""
+    return history._replace(window=Window(), records=history.records + 1)
+
+
+def _epoch(plan: Plan, step: int) -> float:
+    return round(step * plan.batch / plan.examples, 4)
+
+
+class Rate:
+    """Images per second and the share of time spent waiting for data, over a sliding window of recent steps.
+
+    The caller measures the durations, so evaluations and checkpoints between two steps do not count. The first step is
+    excluded, because it may compile.
+
+    Args:
+        window: seconds of steps to average over; at least two steps are.
     """
 
-    def __init__(self, session: Session, plan: Plan, console: Console, step: int, memory: Mapping[str, Any] | None):
-        self.plan, self.console, self.max_skipped = plan, console, session.config.max_skipped
-        self.progress = Progress(console, steps=plan.steps, epochs=plan.epochs, batch=plan.batch)
-        memory = memory or {"window": _window(), "clock": {"steps": 0, "seconds": 0.0, "elapsed": 0.0}, "records": 0}
-        self.window: dict[str, float] = dict(memory["window"])  # since the last record
-        self.clock: dict[str, float] = dict(memory["clock"])  # of the whole run, over all its parts
-        self.replaced: int = memory.get("replaced", 0)  # draws of unreadable images, of the whole run
-        self._records = memory["records"]
-        self._path = session.workdir / "metrics.jsonl" if session.world.is_main else None
-        self._file: records.MetricsFile | None = None
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
-        self._bad: list[BadStep] = []
-        self._steps = 0  # of this part of the run
-        self._began = time.perf_counter()
-        self._session, self._start = session, step
-        self._board: tensorboard.Board | None = None
-        self._per_image = utilisation.multiply_adds(SPECS[session.config.model.name], plan.size, plan.num_classes)
-        self._peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
-        self._warned = False
+    def __init__(self, window: float = 30.0):
+        self.window = window
+        self._steps: deque[tuple[int, float, float]] = deque()
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0
+        self._started = False
 
-    def open(self) -> None:
-        """Opens the metrics file; its records of steps that will be done again are dropped."""
-        if self._path is not None:
-            self._file = records.MetricsFile(self._path, self._records)
-            records.write_json(self._session.workdir / environment.FILE, environment.describe(self._session))
-            if self._session.config.tensorboard:
-                self._board = tensorboard.Board(self._session.workdir, self._start, self.console.warn)
-                self._board.config(self._session.config.to_dict(), self._start)
-                for entry in records.read_metrics(self._path):
-                    if entry["step"] == self._start:  # events of this step are purged: perhaps it is evaluated again
-                        self._board.record(entry)
+    def add(self, images: int, seconds: float, waited: float = 0.0) -> None:
+        """Add one step: images over all processes, its seconds, and the seconds of those spent waiting for data."""
+        if not self._started:
+            self._started = True
+            return
+        self._steps.append((images, seconds, waited))
+        self._shift(1, images, seconds, waited)
+        while len(self._steps) > 2 and self._seconds - self._steps[0][1] >= self.window:
+            self._shift(-1, *self._steps.popleft())
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def images(self, batch: dict[str, Tensor]) -> None:
-        """Shows the run's first batch."""
-        if self._board is not None:
-            self._board.images(batch, 0)
-
-    def sync(self) -> None:
-        """Makes the records durable; raises OSError when they are not."""
-        if self._file is not None:
-            self._file.sync()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to write the same records."""
-        self.drain()
-        clock = {**self.clock, "elapsed": self.elapsed}
-        written = self._file.count if self._file else 0
-        return {"window": dict(self.window), "clock": clock, "records": written, "replaced": self.replaced}
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of the run so far, over all its parts."""
-        return self.clock["elapsed"] + time.perf_counter() - self._began
+    def _shift(self, sign: int, images: int, seconds: float, waited: float) -> None:
+        self._images += sign * images
+        self._seconds += sign * seconds
+        self._waited += sign * waited
 
     @property
     def images_per_sec(self) -> float:
-        """Over all steps, without the first one of each part, which starts the loader and may compile."""
-        return self.clock["steps"] * self.plan.batch / self.clock["seconds"] if self.clock["seconds"] else 0.0
+        return self._images / self._seconds if self._images and self._seconds > 0 else 0.0
 
-    def step(self, step: int, metrics: dict[str, Tensor], began: float, waited: float, *, read: bool) -> float:
-        """One step done.
-
-        Args:
-            step: how many are done.
-            began: `time.perf_counter()` when it began, by waiting for its batch `waited` seconds.
-            read: read the metrics now, for what is due after this step.
-
-        Returns:
-            its seconds.
-        """
-        self._pending.append((step, metrics))
-        self._steps += 1
-        if read or len(self._pending) >= PENDING or self._steps <= 2:  # the first two are timed for the preflight
-            self.drain()
-        seconds = time.perf_counter() - began
-        if self._steps > 1 or self.plan.steps == 1:
-            self.clock["steps"] += 1
-            self.clock["seconds"] += seconds
-        self.progress.tick(step, seconds, waited)
-        return seconds
-
-    def drain(self) -> None:
-        """Reads the pending metrics.
-
-        Raises:
-            Diverged: when too many steps in a row were not finite.
-        """
-        pending, self._pending = self._pending, []
-        for step, metrics in pending:
-            loss, grad_norm, skipped = (metrics[name].item() for name in ("loss", "grad_norm", "skipped"))
-            self.window["grad_norm"] = grad_norm
-            if not skipped and math.isfinite(loss):
-                self.window["loss"] += loss
-                self.window["steps"] += 1
-                self._bad.clear()
-                continue
-            self.window["skipped"] += 1
-            self._bad.append(BadStep(step, loss, grad_norm))
-            if self.console.speaks:  # all processes know
-                self.console.warn(
-                    f"step {step}: the loss or gradient is not finite; updates skipped in a row: {skipped}"
-                )
-            if skipped >= self.max_skipped:
-                raise Diverged(self._bad)
-
-    def record(self, step: int) -> None:
-        """One record of the steps since the last."""
-        self.drain()
-        rate, n = self.progress.rate, self.window["steps"]
-        entry: dict[str, Any] = {
-            "kind": "train",
-            "step": step,
-            "epoch": self._epoch(step),
-            "loss": self.window["loss"] / n if n else math.nan,
-            "lr": self.plan.schedule(step - 1),
-            "grad_norm": self.window["grad_norm"],
-            "skipped": self.window["skipped"],
-            "images_per_sec": round(rate.images_per_sec, 2),
-            "waiting": round(rate.waiting, 4),
-        }
-        if self.replaced:
-            entry["replaced"] = self.replaced
-        share = utilisation.mfu(rate.images_per_sec, self._per_image, self._peak, self._session.world.size)
-        if share is not None:
-            entry["mfu"] = round(share, 4)
-        self.window = _window()
-        self._write(entry)
-        self.progress.record(entry)
-
-    def evaluation(self, step: int, summary: dict[str, float], seconds: float) -> None:
-        """One record of an evaluation."""
-        entry = {"kind": "eval", "step": step, "epoch": self._epoch(step), **summary, "seconds": round(seconds, 2)}
-        self._write(entry)
-        self.console.say(f"epoch {entry['epoch']:.2f}  {evaluator.report(summary)}")
-
-    def _epoch(self, step: int) -> float:
-        return round(step * self.plan.batch / self.plan.examples, 4)
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self._board is not None:
-            self._board.record(entry)
-        error = self._file.write(entry) if self._file else None
-        if error and not self._warned:
-            self._warned = True
-            self.console.warn(f"{self._path}: not written ({error.strerror}); its records wait until they can be")
-
-
-def _window() -> dict[str, float]:
-    return {"loss": 0.0, "steps": 0, "skipped": 0, "grad_norm": 0.0}
+    @property
+    def waiting(self) -> float:
+        """Between 0 and 1."""
+        return min(1.0, max(0.0, self._waited / self._seconds)) if self._seconds > 0 else 0.0

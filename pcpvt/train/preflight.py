@@ -1,7 +1,7 @@
-"""Before a long run: what it will be, whether its checkpoints fit the disk, and how long it will take.
+"""Preflight of a training run: what it will be, whether its checkpoints fit the disk, and how long it will take.
 
-A trial checkpoint of the real size is written, synced, read back and removed. The trial step is the run's own first
-one, so nothing is done twice; the second, which neither compiles nor starts loader processes, gives the duration.
+A trial checkpoint of the real size is written, synced, read back and removed. No trial step is needed: the run's own
+second step, which neither compiles nor starts loader processes, gives the expected duration.
 """
 
 from __future__ import annotations
@@ -10,38 +10,40 @@ import math
 import os
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.config import fields, stored
+from pcpvt.config.plan import Plan
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
+from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.runtime.console import duration
-from pcpvt.train import setup
+from pcpvt.runtime.session import Session
+from pcpvt.train.setup import TrainSetup, copy_to_host
 
-if TYPE_CHECKING:
-    from pcpvt.train.loop import Trainer
+Say = Callable[[str], None]
 
 EVALUATION = 1 / 3  # of a training step's time per image: no backward pass (an estimate)
 WIDTH = 118
 
 
-def announce(trainer: Trainer) -> None:
-    """What the run will be, in about ten lines."""
-    session, plan, config, say = trainer.session, trainer.plan, trainer.config, trainer.console.say
+def announce_run(setup: TrainSetup, step: int, say: Say) -> None:
+    """Print what the run will be, in about ten lines."""
+    session, plan, config = setup.session, setup.plan, setup.session.config
     micro, pieces = plan.local_batch // plan.grad_accum_steps, plan.grad_accum_steps
     say(
-        f"model: {config.model.name}, {pcpvt.n_parameters(trainer.model):,} parameters, {plan.num_classes} classes, "
+        f"model: {config.model.name}, {pcpvt.n_parameters(setup.model):,} parameters, {plan.num_classes} classes, "
         f"{plan.size[0]}x{plan.size[1]} px, {session.policy}"
     )
     say(f"device: {session.world.size} x {session.device.name} ({session.device.describe()}), compile {config.compile}")
     say(
         f"data: {config.data.name or 'folder'} {config.data.path}: {plan.examples} training, "
-        f"{len(trainer.val_source)} validation images"
+        f"{len(setup.split.dataset)} validation images"
     )
     say(
         f"batch: {plan.batch} = {session.world.size} processes x {plan.local_batch} ({pieces} x {micro}); "
@@ -49,10 +51,10 @@ def announce(trainer: Trainer) -> None:
     )
     for line in textwrap.wrap(f"config: {changed(config)}", WIDTH, subsequent_indent="    "):
         say(line)
-    for note in trainer.notes:
+    for note in setup.notes:
         say(f"note: {note}")
-    if trainer.resumed is not None:
-        say(f"resumed: step {trainer.now} of {plan.steps}, from {trainer.resumed.path}")
+    if setup.resumed_from is not None:
+        say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
 
 
 def changed(config: ConfigDict) -> str:
@@ -62,27 +64,26 @@ def changed(config: ConfigDict) -> str:
     return " ".join(shown) or "all defaults"
 
 
-def check(trainer: Trainer) -> None:
-    """Disk and a trial checkpoint, on the main process; one line.
+def check_disk(session: Session, plan: Plan, state: TrainState, say: Say) -> None:
+    """Check on the main process that the disk holds the run's checkpoints, by space and by a trial checkpoint.
 
     Raises:
-        UserError: when the disk cannot hold the run's checkpoints, or the trial cannot be written.
+        UserError: when the disk cannot hold the checkpoints, or the trial cannot be written.
     """
-    session, config, plan = trainer.session, trainer.config, trainer.plan
     if not session.world.is_main:
         return
-    tensors = states.flatten(trainer.state)
+    tensors, keep = states.flatten(state), session.config.keep
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     # The kept ones, the best, and the one being written, which takes its place before another is removed.
-    files = min(config.keep + 2, 2 + sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every))
+    files = min(keep + 2, 2 + sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every))
     have, free = disk(session.checkpoints)
     if have + free < files * size:
         raise UserError(
             f"--workdir: {session.workdir}: {files} checkpoints of {amount(size)} need {amount(files * size)} and "
             f"{amount(have + free)} are free: make room, lower config.keep, or choose another --workdir"
         )
-    seconds = trial(session.checkpoints, setup.copy_to_host(tensors))
-    trainer.console.say(
+    seconds = trial(session.checkpoints, copy_to_host(tensors))
+    say(
         f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(have + free)} free; "
         f"trial save {seconds:.2f} s"
     )
@@ -124,33 +125,25 @@ def amount(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-class FirstSteps:
-    """Says, after the second step, what the run costs in time and memory, and how many loader processes keep it fed."""
+def announce_duration(setup: TrainSetup, step: int, first: float, second: float, waited: float, say: Say) -> None:
+    """Print the expected duration and memory, and how many loader processes keep a step fed.
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.seconds: list[float] = []
-
-    def step(self, seconds: float, waited: float) -> None:
-        """After every step, of which `waited` seconds went by waiting for its batch; only the first two matter."""
-        if len(self.seconds) < 2:
-            self.seconds.append(seconds)
-            if len(self.seconds) == 2:
-                self._say(seconds - waited)
-
-    def _say(self, computing: float) -> None:
-        trainer, plan = self.trainer, self.trainer.plan
-        first, second = self.seconds
-        left = (plan.steps - trainer.now) * second
-        rounds = (plan.steps - trainer.now) // plan.eval_every if plan.eval_every else 0
-        left += rounds * len(trainer.val_source) * EVALUATION * second / plan.batch
-        peak, total = trainer.session.device.memory_stats()
-        until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
-        trainer.console.say(
-            f"first step {first:.2f} s, second {second:.3g} s; memory {amount(peak)} of {amount(total)}; "
-            f"expected duration: {duration(left)}, until {until}"
-        )
-        trainer.console.say(feeding(trainer.loader.seconds, computing, trainer.loader.workers))
+    Args:
+        step: steps done.
+        first, second: seconds of the first two steps of this part of the run.
+        waited: seconds of the second step spent waiting for its batch.
+    """
+    plan = setup.plan
+    left = (plan.steps - step) * second
+    evaluations = (plan.steps - step) // plan.eval_every if plan.eval_every else 0
+    left += evaluations * len(setup.split.dataset) * EVALUATION * second / plan.batch
+    peak, total = setup.session.device.memory_stats()
+    until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+    say(
+        f"first step {first:.2f} s, second {second:.3g} s; memory {amount(peak)} of {amount(total)}; "
+        f"expected duration: {duration(left)}, until {until}"
+    )
+    say(feeding(setup.loader.seconds, second - waited, setup.loader.workers))
 
 
 def feeding(reading: float, computing: float, workers: int) -> str:

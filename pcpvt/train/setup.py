@@ -1,9 +1,12 @@
-"""A config's training run, piece by piece: batches, optimizer, step, first state."""
+"""Setup of a training run: data, model, plan, optimizer, step, and the state that the run starts from."""
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
@@ -11,21 +14,139 @@ from torch import Tensor
 
 from pcpvt.checkpoints.load import read_weights
 from pcpvt.checkpoints.match import match_params
-from pcpvt.config.plan import Plan
+from pcpvt.config import stored
+from pcpvt.config.plan import Plan, make_plan
 from pcpvt.data import augment, loader, sources
+from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
+from pcpvt.evaluate import evaluator
 from pcpvt.functional import mixing, optim, precision, state, step
-from pcpvt.functional.objective import make_objective
+from pcpvt.functional.objective import Batch, make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
+from pcpvt.runtime import session as sessions
+from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
+from pcpvt.train import resume, utilisation
+from pcpvt.train.history import History
 
-Step = Callable[[state.TrainState, dict[str, Tensor]], tuple[state.TrainState, dict[str, Tensor]]]
+Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
 
 
-def train_batches(session: Session, model: pcpvt.PCPVT, source: sources.Dataset) -> loader.TrainBatches:
-    """This process's batches, by step."""
+class TrainSetup(NamedTuple):
+    """What a training run uses from start to end; only the state and the history change."""
+
+    session: Session
+    train_data: Dataset
+    split: evaluator.Split  # validation
+    model: pcpvt.PCPVT
+    plan: Plan
+    batches: loader.TrainBatches
+    loader: loader.Loader  # of the batches, from the first step on
+    step: Step
+    eval_step: Callable[[pcpvt.Params, Batch], evaluator.Scored]
+    peak_flops: float | None  # of one device, where its data sheet is known
+    meta: dict[str, Any]  # the same JSON in every checkpoint of the run
+    resumed_from: Path | None
+    notes: list[str]  # for the log
+    began: float  # time.perf_counter()
+
+    def mfu(self, images_per_sec: float) -> float | None:
+        """Model FLOPs utilisation over all devices, between 0 and 1; None where the peak is not known."""
+        if self.peak_flops is None:
+            return None
+        flops = utilisation.forward_flops(self.model, self.plan.size)
+        return utilisation.mfu(images_per_sec, flops, self.peak_flops, self.session.world.size)
+
+
+def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.TrainState, History]:
+    """Open the data, build the model and the step, and create, load or resume the state.
+
+    Raises:
+        UserError: when the data, the config and the workdir's checkpoints do not fit each other.
+    """
+    config, began = session.config, time.perf_counter()
+    train_data, val_data = sessions.open_data(session, "train"), sessions.open_data(session, "val")
+    sources.check_classes(train_data, val_data)
+    model = sessions.build_model(config, sessions.count_classes(config, train_data))
+    plan = plan_run(session, model, len(train_data))
+    classes = list(train_data.classes)
+
+    resumed = resume.newest(session, console)
+    first_step, notes = 0, []
+    if resumed is not None:
+        notes = resume.check_compatible(session, resumed.meta, classes, plan.examples)
+        first_step = resumed.meta["step"]
+    # Loader processes take seconds to start: they do so while the state is created.
+    batches = train_batches(session, model, train_data)
+    reader = start_loader(session, batches, train_data, range(first_step, plan.steps))
+
+    if resumed is None:
+        params, notes = init_params(session, model, classes)
+        history = History()
+    else:
+        params = resume.params_of(resumed, model)
+        history = History.from_meta(resumed.meta)
+    opt = optimizer(session, plan, params)
+    start = init_state(session, params, opt)
+    if resumed is not None:
+        start = resume.restore(resumed, start)
+    resume.check_agreement(int(start.step))
+
+    meta = {
+        "config": stored.flat(config) | resume.origin(resumed),
+        "model": config.model.name,
+        "pad": config.model.pad,
+        "classes": classes,
+        "image_size": list(session.size),
+        "examples": plan.examples,
+    }
+    setup = TrainSetup(
+        session,
+        train_data,
+        evaluator.open_split(session, val_data, plan.eval_batch),
+        model,
+        plan,
+        batches,
+        reader,
+        train_step(session, model, plan, opt),
+        step.make_eval_step(session.predictor(model)),
+        utilisation.peak_flops(session.device.describe(), session.policy.compute),
+        meta,
+        resumed.path if resumed else None,
+        notes,
+        began,
+    )
+    return setup, start, history
+
+
+def elapsed(setup: TrainSetup, history: History) -> float:
+    """Seconds of the run so far, over all its parts."""
+    return history.clock.elapsed + time.perf_counter() - setup.began
+
+
+def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
+    """The plan of a run on this session's device, whose memory bounds the micro-batch."""
+    micro_batch = session.device.micro_batch(session.size, session.policy.compute, model.branches // 2)
+    return make_plan(session.config, examples=examples, num_classes=model.num_classes, micro_batch=micro_batch)
+
+
+def start_loader(
+    session: Session, batches: loader.TrainBatches, dataset: Dataset, steps: Sequence[int]
+) -> loader.Loader:
+    """The loader of the batches of `steps`, whose processes start now."""
+    device = session.device
+    reader = loader.Loader(
+        batches, steps, sessions.workers(session, dataset), start=device.worker_start, pin=device.pins
+    )
+    if steps:
+        reader.start()
+    return reader
+
+
+def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:
+    """This process's training batches, by step."""
     config, world, a = session.config, session.world, session.config.augment
     spec = augment.AugmentSpec(
         size=session.size,
@@ -41,7 +162,7 @@ def train_batches(session: Session, model: pcpvt.PCPVT, source: sources.Dataset)
     if (config.mixup or config.cutmix) and config.mix_prob:
         mix = mixing.MixSpec(config.mixup, config.cutmix, config.mix_prob, config.mix_switch, config.mix_mode)
     return loader.TrainBatches(
-        source,
+        dataset,
         spec,
         mix,
         pcpvt.drop_rates(model.spec, config.model.drop_path),

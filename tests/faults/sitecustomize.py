@@ -119,7 +119,7 @@ def poison(fault: dict) -> None:
 
 PLACES = {
     "join": in_module("pcpvt.distributed.collectives", "join"),
-    "step": in_module("pcpvt.train.history", "Recorder.step", after=True),
+    "step": in_module("pcpvt.train.history", "add_step", after=True),
     "inside step": in_module("pcpvt.functional.optim", "gradients"),
     "evaluation": in_module("pcpvt.functional.metrics", "sums"),
     "start": in_module("pcpvt.train.setup", "train_step"),
