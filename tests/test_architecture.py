@@ -1,8 +1,9 @@
-"""The rooms stay separate: imports point downward, the core is pure, and a module does nothing when it is imported."""
+"""The architecture: imports go down only, the core is pure, and modules do nothing when they are imported."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pcpvt"
 
-# Lower rooms first; a room may import itself and what stands before it.
-ROOMS = ["errors", "functional", "models", "devices", "config", "data", "store", "modes"]
+# Upper rooms first; a room imports itself and rooms below it.
+ROOMS = [
+    "main", "api", "bench", "train", "export", "predict", "evaluate", "report", "runtime", "checkpoints", "config",
+    "data", "distributed", "devices", "functional", "models", "rng", "errors", "torchvision_compat",
+]  # fmt: skip
 PURE = {"functional", "models"}
 PURE_IMPORTS = {"torch", "einops", "numpy", "math", "re", "typing", "collections", "functools", "hashlib", "__future__"}
 
@@ -33,14 +37,105 @@ def files(room: str) -> list[Path]:
     return sorted((PACKAGE / room).rglob("*.py")) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_point_downward(room):
-    # functional and models are one floor: the objective applies the model, the model's init draws from rng.
-    allowed = set(ROOMS[: ROOMS.index(room) + 1]) | (PURE if room in PURE else set()) | {"torchvision_compat"}
-    for path in files(room):
-        for name, line in imports(path):
-            if name.startswith("pcpvt."):
-                assert name.split(".")[1] in allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in PACKAGE.rglob("*.py")}  # fmt: skip
+
+
+def imported_modules(path: Path) -> list[tuple[str, str, int]]:
+    """(module, name inside it or "", line) of each import of this package's own code."""
+    found = []
+    for name, line in imports(path):
+        inner = ""
+        while name.startswith("pcpvt") and name not in MODULES:
+            name, _, inner = name.rpartition(".")
+        if name in MODULES and name != "pcpvt":
+            found.append((name, inner, line))
+    return found
+
+
+def edges() -> dict[str, list[tuple[str, int]]]:
+    """Module to the modules it imports, with the line."""
+    return {
+        module: [(name, line) for name, _, line in imported_modules(path) if name != module]
+        for module, path in MODULES.items()
+    }
+
+
+def upward(graph: dict[str, list[tuple[str, int]]]) -> list[str]:
+    """Imports of an upper room from a lower one."""
+    rank = {room: i for i, room in enumerate(ROOMS)}
+
+    def room(module: str) -> int:
+        return rank[module.split(".")[1]] if "." in module else -1
+
+    return [
+        f"{module}:{line} imports {name}"
+        for module, found in graph.items()
+        for name, line in found
+        if room(name) < room(module)
+    ]
+
+
+def circle(graph: dict[str, list[tuple[str, int]]]) -> list[str]:
+    """The modules of one import circle; empty when there is none."""
+    try:
+        graphlib.TopologicalSorter({m: {name for name, _ in found} for m, found in graph.items()}).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_every_module_is_in_a_room():
+    for module in MODULES:
+        assert module == "pcpvt" or module.split(".")[1] in ROOMS, module
+
+
+def test_imports_go_down_between_rooms():
+    assert upward(edges()) == []
+
+
+def test_imports_form_no_circle():
+    assert circle(edges()) == []
+
+
+def test_upward_imports_and_circles_are_detected():
+    graph = edges()
+    graph["pcpvt.models.layers"] = [*graph["pcpvt.models.layers"], ("pcpvt.train.loop", 1)]
+    assert upward(graph) == ["pcpvt.models.layers:1 imports pcpvt.train.loop"]
+    assert {"pcpvt.models.layers", "pcpvt.train.loop"} <= set(circle(graph))
+
+
+def test_private_names_are_not_imported():
+    for path in PACKAGE.rglob("*.py"):
+        for module, name, line in imported_modules(path):
+            private = [part for part in f"{module}.{name}".split(".") if part.startswith("_")]
+            assert not private, f"{path.relative_to(ROOT)}:{line} imports {module}.{name}"
+
+
+def test_no_room_holds_more_than_15_percent_of_the_lines():
+    lines = {room: sum(len(path.read_text().splitlines()) for path in files(room)) for room in ROOMS}
+    for room, count in lines.items():
+        assert count <= 0.15 * sum(lines.values()), f"{room} has {count} of {sum(lines.values())} lines"
+
+
+def test_a_training_run_is_one_function_of_at_most_120_lines():
+    (train,) = (
+        node
+        for node in ast.parse((PACKAGE / "train" / "loop.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "train"
+    )
+    assert train.end_lineno is not None and train.end_lineno - train.lineno < 120
+
+
+def test_params_and_batch_are_defined_once():
+    for name in ("Params", "Batch"):
+        homes = [
+            path
+            for path in PACKAGE.rglob("*.py")
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+        ]
+        assert len(homes) == 1, homes
 
 
 @pytest.mark.parametrize("room", sorted(PURE))
@@ -55,7 +150,7 @@ def test_the_core_knows_no_files_processes_or_devices(room):
 
 def test_only_the_npu_device_names_torch_npu():
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in ("npu.py", "launcher.py"):
+        if path.name != "npu.py":
             assert not any(name.split(".")[0] == "torch_npu" for name, _ in imports(path)), path
 
 
@@ -63,7 +158,7 @@ def test_no_module_reads_torchs_global_generator():
     """Draws come from rng; a call that takes no generator would tie a run to its history."""
     drawing = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "dropout", "manual_seed"}
     for path in PACKAGE.rglob("*.py"):
-        if path.name.startswith("bench"):
+        if path.parent.name == "bench":
             continue  # measures; draws nothing that a result depends on
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("torch", "F"):

@@ -1,4 +1,4 @@
-"""`details.json`: what an evaluation knows beyond its averages - the confusion matrix and the most confident mistakes.
+"""`details.json`: the confusion matrix and the most confident mistakes of an evaluation.
 
 A `PredictionLog` records each evaluation of a training, and the file is written when that evaluation is the best so
 far, so a run needs no extra pass at its end and a killed run has its details too. The cost per batch is a softmax and a
@@ -31,7 +31,7 @@ PAIRS = 40 * 40, 10  # confusions kept: all of 40 classes, else 10 per class; at
 
 
 class PredictionLog:
-    """Called with each evaluation batch and its logits, on the device."""
+    """Collects predictions; called with each evaluation batch and its logits, on the device."""
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -42,15 +42,15 @@ class PredictionLog:
         confidence, predicted = probabilities.max(-1)
         own = probabilities.gather(1, batch["label"][:, None])[:, 0]
         valid = batch["valid"] & torch.isfinite(confidence)
-        # New tensors, on the device: the batch's own memory is used again, and reading it back now would stall.
+        # New tensors on the device: the batch's memory is reused, and reading it back now would stall the device.
         self._rows.append(
             (torch.stack((batch["id"], valid.long(), batch["label"], predicted)), torch.stack((confidence, own)))
         )
 
     def table(self) -> dict[str, np.ndarray]:
-        """Per sample, from all processes: `seen` (bool), `label`, `predicted`, `confidence`, `own` (of the label).
+        """Per sample, over all processes: `seen` (bool), `label`, `predicted`, `confidence`, `own` (of the label).
 
-        A sample that was unreadable, or whose logits are not finite, is not `seen`.
+        Samples that were unreadable or whose logits are not finite are not `seen`.
         """
         table: np.ndarray = np.zeros((5, self.samples))
         for whole, fractions in self._rows:
@@ -59,7 +59,7 @@ class PredictionLog:
             table[0, where] = 1
             for row, values in enumerate((*labels, *fractions.cpu().numpy()), 1):
                 table[row, where] = values[rows]
-        # Each sample is one process's, so these sums add zeros only.
+        # Each sample belongs to one process; the others add zeros.
         table = np.array(collectives.sum_numbers(table.reshape(-1).tolist())).reshape(table.shape)
         seen, label, predicted, confidence, own = table
         return {
@@ -68,22 +68,22 @@ class PredictionLog:
         }  # fmt: skip
 
 
-def try_write(session: Session, observer: PredictionLog, source: Dataset, step: int, console: Console) -> None:
-    """`write`, where a failure is a warning: training goes on without."""
+def try_write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int, console: Console) -> None:
+    """`write`, with a warning instead of an error: training continues without the file."""
     try:
-        write(session, observer, source, step)
+        write(session, predictions, dataset, step)
     except OSError as error:
         console.warn(
             f"{session.workdir / records.DETAILS}: not written ({error.strerror or error}); the report will lack it"
         )
 
 
-def summarize(table: dict[str, np.ndarray], source: Dataset, size: tuple[int, int], crop: float) -> dict[str, Any]:
-    """A table to what the report shows, as JSON values.
+def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float) -> dict[str, Any]:
+    """What the report shows of a table, as JSON values.
 
     Args:
         table: see `PredictionLog.table`.
-        source: the data that were evaluated.
+        dataset: the data that were evaluated.
         size, crop: the evaluation's (height, width) and its part of the resized short side, for the pictures.
 
     Returns:
@@ -93,8 +93,8 @@ def summarize(table: dict[str, np.ndarray], source: Dataset, size: tuple[int, in
     seen = table["seen"]
     label, predicted = table["label"][seen], table["predicted"][seen]
     # A head may have more outputs than the data have classes.
-    n = max(len(source.classes), int(predicted.max(initial=-1)) + 1)
-    classes = [*source.classes, *(f"output {i}" for i in range(len(source.classes), n))]
+    n = max(len(dataset.classes), int(predicted.max(initial=-1)) + 1)
+    classes = [*dataset.classes, *(f"output {i}" for i in range(len(dataset.classes), n))]
     pairs, counts = np.unique(label * n + predicted, return_counts=True)
     wrong = [(int(c), int(p) // n, int(p) % n) for p, c in zip(pairs, counts, strict=True) if p // n != p % n]
     wrong.sort(key=lambda item: (-item[0], item[1:]))
@@ -108,20 +108,20 @@ def summarize(table: dict[str, np.ndarray], source: Dataset, size: tuple[int, in
         "confusions_in_all": len(wrong),
         "mistakes": [
             {
-                "name": source.name(int(i)),
+                "name": dataset.name(int(i)),
                 "label": int(table["label"][i]),
                 "predicted": int(table["predicted"][i]),
                 "confidence": round(float(table["confidence"][i]), 4),
                 "own": round(float(table["own"][i]), 4),
-                "picture": thumbnail(source[int(i)][0], size, crop),
+                "picture": thumbnail(dataset[int(i)][0], size, crop),
             }
             for i in ids
         ],
     }  # fmt: skip
 
 
-def write(session: Session, observer: PredictionLog, source: Dataset, step: int | None) -> None:
-    """`details.json` in the workdir, by the main process; all must call this, after the same evaluation.
+def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int | None) -> None:
+    """Write `details.json` on the main process; all processes must call this after the same evaluation.
 
     Args:
         step: of the checkpoint that was evaluated.
@@ -129,14 +129,14 @@ def write(session: Session, observer: PredictionLog, source: Dataset, step: int 
     Raises:
         OSError: on the main process, when the file cannot be written.
     """
-    table = observer.table()
+    table = predictions.table()
     if session.world.is_main:
-        summary = summarize(table, source, session.size, session.config.eval.crop)
+        summary = summarize(table, dataset, session.size, session.config.eval.crop)
         records.write_json(session.workdir / records.DETAILS, {"step": step, **summary})
 
 
 def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:
-    """A sample's evaluation crop as a small JPEG data URI; empty when it can no longer be read."""
+    """A sample's evaluation crop as a small JPEG data URI; empty when it cannot be read any more."""
     scale = min(1.0, THUMBNAIL / min(size))
     small = round(size[0] * scale), round(size[1] * scale)
     try:

@@ -1,6 +1,6 @@
-"""What a person sees while the program runs: lines that stay, and one live line on a terminal, by the main process.
+"""Terminal output: permanent lines and one live line from the main process, warnings from every process.
 
-Warnings are never swallowed: they come from whichever process met them, on standard error, and a live line makes way.
+Warnings go to standard error from the process that meets them; a live line is erased first.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pcpvt.distributed import collectives
 from pcpvt.errors import printable, put
 
 _ERASE = "\r\x1b[K"
-_REFRESH = 0.2  # seconds between two states of the live line: more often only costs
+_REFRESH = 0.2  # seconds between updates of the live line
 
 
 class Console:
-    """`say` prints a line that stays; `live` shows one that the next overwrites (on a terminal only).
+    """`say` prints a permanent line; `live` shows a line that the next output overwrites (on a terminal only).
 
     Args:
-        speaks: False in all processes but the main one; `warn` speaks everywhere.
-        stream: standard output by default; a mode whose results go there says the rest on standard error.
+        speaks: False in all processes but the main one; `warn` prints in all.
+        stream: standard output by default; predict, whose results go there, uses standard error.
     """
 
     def __init__(self, speaks: bool = True, stream: TextIO | None = None):
@@ -39,17 +39,17 @@ class Console:
             put(f"{text}\n", self.stream)
 
     def warn(self, text: str) -> None:
-        """A warning, on standard error, from whichever process met it."""
+        """Print a warning on standard error."""
         self._clear()
-        # Another process may have a live line on this very terminal.
+        # Another process may have a live line on the same terminal.
         erase = _ERASE if sys.stderr.isatty() else ""
         put(f"{erase}pcpvt: warning: {printable(text)}\n", sys.stderr)
 
     def live(self, text: str) -> None:
-        """Replaces the live line, cut to the terminal's width; refreshed a few times a second at most."""
+        """Replace the live line, cut to the terminal's width; at most a few times a second."""
         now = time.monotonic()
         if self.speaks and self.is_terminal and (now - self._refreshed >= _REFRESH or not self._shown):
-            warnings.showwarning = self._show_warning  # Python's own would be written into the live line
+            warnings.showwarning = self._show_warning  # Python would print into the live line
             width = shutil.get_terminal_size().columns - 1
             self._shown, self._refreshed = text[:width], now
             put(f"{_ERASE}{self._shown}", self.stream)
@@ -72,7 +72,7 @@ class Console:
 
 
 def warn_once(text: str) -> None:
-    """A warning that several processes may meet, on standard error, by the first of them."""
+    """Print a warning that several processes may meet: only the first of them prints it."""
     if collectives.first_to_say(text):
         Console().warn(text)
 

@@ -1,4 +1,4 @@
-"""`environment.json`: on what a run ran - versions, device, processes, precision; written when training starts."""
+"""`environment.json`: versions, device, processes and precision of a training run, written when it starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("pcpvt", "torch", "torch_npu", "torchvision", "timm", "einops", "num
 
 
 def describe(session: Session) -> dict[str, Any]:
-    """The surroundings of a session, as JSON values; packages that are not installed are left out."""
+    """The environment of a session as JSON values, without packages that are not installed."""
     return {
         "device": session.device.describe(),
         "processes": session.world.size,
@@ -24,7 +24,7 @@ def describe(session: Session) -> dict[str, Any]:
         "compile": session.config.compile,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        # torch's own word tells a build for CUDA from one for CPUs; its package's does not always.
+        # torch's own version names its build (+cpu, +cu130); that of its package does not always.
         "versions": {n: v for n in PACKAGES if (v := _version(n))} | {"torch": str(torch.__version__)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -1,4 +1,4 @@
-"""What every mode needs before its own work: the device and the world, the data, the model, the policy."""
+"""The session of one process (config, device, processes, precision, kernels), and how modes open data and models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pcpvt.runtime.console import warn_once
 
 
 class Session(NamedTuple):
-    """The surroundings of one process; nothing of it changes after start."""
+    """What every mode starts from; immutable."""
 
     config: ConfigDict
     workdir: Path
@@ -61,10 +61,10 @@ class Session(NamedTuple):
 
 
 def start(config: ConfigDict, workdir: Path) -> Session:
-    """Joins the world, binds the device and settles the precision.
+    """Join the process group, bind the device, and choose precision and kernels.
 
     Raises:
-        UserError: when the device, the process count or the precision cannot be had here.
+        UserError: when the device, the number of processes or the precision is not available here.
     """
     device = devices.get(config.device)
     world = collectives.join(device, config.timeout)
@@ -86,7 +86,7 @@ def open_data(session: Session, split: str) -> sources.Dataset:
 
 
 def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
-    """The class count from the data, or the configured one when it covers the data."""
+    """`config.num_classes`, which must cover the data's classes, or their number if it is unset."""
     found = len(source.classes)
     if config.num_classes is None:
         return found

@@ -1,4 +1,4 @@
-"""Where a run starts: at the newest checkpoint that is whole, if its config agrees; otherwise at step 0."""
+"""Resuming: the newest valid checkpoint of a workdir, its compatibility with the config, and its state."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
 
 
 def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint of the workdir; damaged ones are named and passed over.
+    """The newest valid checkpoint of the workdir; damaged ones are reported and skipped.
 
     Raises:
-        CheckpointError: when one verifies and yet does not hold what a run goes on from.
+        CheckpointError: when a valid checkpoint lacks what a run needs to continue.
     """
     for path in reversed(checkpoint.steps(session.checkpoints).values()):
         try:
             found = checkpoint.read(path)
         except checkpoint.CheckpointError as error:
-            if console.speaks:  # all processes look at the same files
+            if console.speaks:  # all processes read the same files
                 console.warn(f"{error}; falling back to an earlier one")
             continue
-        missing = [name for name, fits in NEEDED.items() if not fits(found.meta.get(name))]
+        missing = [name for name, fits in REQUIRED.items() if not fits(found.meta.get(name))]
         if missing:
             raise checkpoint.CheckpointError(f"{path}: no run goes on from it ({missing[0]} is missing): remove it")
         return found
@@ -47,15 +47,15 @@ def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
 
 
 def _numbers(*names: str, unset: bool = False) -> Callable[[Any], bool]:
-    """Whether a value is an object that holds numbers of these names."""
+    """A check that a value is a JSON object with numbers under these names (or null, if `unset`)."""
     return lambda value: (
         (unset and value is None)
         or (isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names))
     )
 
 
-# What the checkpoints of training hold, beside what `checkpoints.checkpoint` asks of all.
-NEEDED: dict[str, Callable[[Any], bool]] = {
+# What a training checkpoint must hold in addition to what `checkpoints.checkpoint` requires of every checkpoint.
+REQUIRED: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict),
     "classes": lambda value: isinstance(value, list),
     "examples": lambda value: isinstance(value, int),
@@ -107,7 +107,7 @@ def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
 
 
 def check_agreement(step: int) -> None:
-    """Raises UserError unless all processes start from the same step, which needs one workdir for all."""
+    """Raise UserError unless all processes start from the same step, which needs a shared workdir."""
     steps, count = collectives.sum_numbers([float(step), 1.0])
     if collectives.any_true(steps != step * count):
         raise UserError(
@@ -117,7 +117,7 @@ def check_agreement(step: int) -> None:
 
 
 def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params:
-    """The parameters of a checkpoint in the model's order, which is that of a new run.
+    """The parameters of a checkpoint, in the model's order, as in a new run.
 
     Raises:
         CheckpointError: when they are not the model's.
@@ -130,9 +130,9 @@ def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params
 
 
 def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.TrainState:
-    """The TrainState of a checkpoint, in the template's memory: as aligned as a new one, hence the same kernels.
+    """The TrainState of a checkpoint, copied into the template's memory, whose alignment selects the same kernels.
 
-    The loss scale belongs to the precision, which may change: where only one side has one, the template's is kept.
+    The loss scale depends on the precision, which may change: if the checkpoint has none, the template's is used.
 
     Raises:
         UserError: when its tensors are not those of this run.
