@@ -60,14 +60,13 @@ def train(
             if step == 0:
                 for writer in writers:
                     writer.first_batch(batch)
-            if config.data.on_error == "skip":
-                replaced = _count_replaced(setup, unreadable, batch, step)
-                history = history._replace(replaced=history.replaced + replaced)
+            replaced = _count_replaced(setup, unreadable, batch, step) if config.data.on_error == "skip" else 0
 
             # Step. The new state reuses the memory of the old one.
             state, metrics = setup.step(state, batch)
             step += 1
-            history = history._replace(metrics=None)  # they belong to the former parameters
+            # The evaluation in the history belongs to the former parameters.
+            history = history._replace(metrics=None, replaced=history.replaced + replaced)
             pending.append((step, metrics))
 
             # Decide what is due.
