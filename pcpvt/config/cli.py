@@ -58,7 +58,8 @@ def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flag
         words = values(argv)
     except flags.UnrecognizedFlagError as error:
         prefix, _, name = error.flagname.partition(".")
-        raise unknown(name) if prefix in ("config", "noconfig") else UserError(f"{error}: see --help") from None
+        misspelt = prefix in ("config", "noconfig") and name not in FIELDS
+        raise unknown(name) if misspelt else UserError(f"{error}: see --help") from None
     except (flags.Error, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
     if len(words) > 1:
@@ -81,7 +82,7 @@ def _one_line(text: str) -> str:
         field = FIELDS[match[1]]
         kind = field.default if field.unset else type(field.default)
         return f"config.{match[1]}: {match[2]!r} is not of type {kind.__name__}: {field.help}"
-    return f"{text}: see --help" if "see" not in text else text
+    return f"{text}: see --help"
 
 
 def find_config(file: str) -> str:
