@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pcpvt.config import recipes, stored
-from pcpvt.config.resolve import Trained, complete_arg, resolve
+from pcpvt.config.resolve import complete_arg, resolve
 from pcpvt.errors import UserError
 
 
@@ -17,9 +17,9 @@ def resolved(arg: str = "cpu", overrides: dict | None = None, **options):
     return resolve(get_config, arg, overrides or {}, **options)[0]
 
 
-def trained(**changes) -> Trained:
+def trained(**changes) -> dict:
     """The nested config of a training on eight NPUs, with changes."""
-    return Trained(stored.nested({**stored.flat(get_config("npu8")), **changes}), "runs/x/config.json")
+    return stored.nested({**stored.flat(get_config("npu8")), **changes})
 
 
 def differences(one, other) -> dict:
@@ -91,14 +91,14 @@ def test_the_completed_arg_reaches_the_config_file_whose_changes_win():
 def test_the_config_is_a_new_one_and_no_argument_changes():
     kept = get_config("cpu")
     overrides, other = {"steps": 3, "data.path": "DIR"}, trained(seed=7)
-    before = kept.to_dict(), dict(overrides), dict(other.config)
+    before = kept.to_dict(), dict(overrides), dict(other)
     for mode in ("train", "eval", "predict", "export", "bench", "report", "schedule"):
         options = {"trained": other} if mode in ("eval", "predict", "export") else {}
         config, notes = resolve(lambda arg: kept, "cpu", overrides, mode=mode, **options)
         again, notes_again = resolve(lambda arg: kept, "cpu", overrides, mode=mode, **options)
         assert config is not kept and config.is_locked and not kept.is_locked
         assert config.to_dict() == again.to_dict() and notes == notes_again
-    assert (kept.to_dict(), overrides, other.config) == before
+    assert (kept.to_dict(), overrides, other) == before
 
 
 def test_without_more_words_the_config_is_the_recipes():
@@ -197,7 +197,7 @@ def test_which_weights_to_take_is_no_part_of_a_trained_config():
 
 
 def test_fields_that_a_trained_config_lacks_are_the_recipes():
-    config = resolved("cpu", {}, mode="eval", trained=Trained({"image_size": 40}, "x"))
+    config = resolved("cpu", {}, mode="eval", trained={"image_size": 40})
     assert config.image_size == 40 and config.data.name == "digits"
 
 
@@ -211,12 +211,12 @@ def test_fields_that_a_trained_config_lacks_are_the_recipes():
 )
 def test_a_damaged_trained_config_is_one_line(fields, message):
     with pytest.raises(UserError) as caught:
-        resolved("cpu", {}, mode="eval", trained=Trained(fields, "x"))
+        resolved("cpu", {}, mode="eval", trained=fields, where="x")
     assert str(caught.value).startswith(message)
 
 
 def test_a_model_of_the_digits_is_evaluated_on_the_folder_that_is_given():
-    digits = Trained(get_config("cpu").to_dict(), "x")
+    digits = get_config("cpu").to_dict()
     assert resolved("", {"data.path": "DIR"}, mode="eval", trained=digits).data.name == "folder"
     assert resolved("", {}, mode="eval", trained=digits).data.name == "digits"
 

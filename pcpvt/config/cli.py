@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from importlib.machinery import SourceFileLoader
@@ -105,7 +106,7 @@ def load(file: str) -> Callable[[str], ConfigDict]:
     def get_config(arg: str) -> ConfigDict:
         try:
             module = ModuleType("config")
-            module.__file__ = file
+            module.__file__, sys.modules["config"] = file, module
             SourceFileLoader("config", file).exec_module(module)
             config = module.get_config(*([arg] if arg else []))
         except UserError:

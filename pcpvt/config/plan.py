@@ -12,7 +12,6 @@ from pcpvt.errors import UserError
 from pcpvt.functional import schedules
 
 UNITS = ("epochs", "steps", "examples")
-WARMUP_UNITS = ("epochs", "steps")
 
 
 class Plan(NamedTuple):
@@ -41,31 +40,17 @@ class Plan(NamedTuple):
         return step * self.batch // self.examples
 
 
-def duration(config: ConfigDict, prefix: str, units: tuple[str, ...]) -> tuple[float, str] | None:
-    """The amount and the unit of a duration that has one field per unit; None where no field is set.
+def duration(config: ConfigDict, prefix: str) -> tuple[float, str] | None:
+    """The amount and the unit of the training (prefix "") or of its warm-up ("warmup_"); None where no field is set.
 
     Raises:
-        UserError: when several are set.
+        UserError: when two units are set.
     """
-    given = [(config[prefix + unit], unit) for unit in units if config[prefix + unit] is not None]
+    given = [(config[prefix + unit], unit) for unit in UNITS if config.get(prefix + unit) is not None]
     if len(given) > 1:
         both = " and ".join(f"config.{prefix}{unit}={amount:g}" for amount, unit in given)
         raise UserError(f"{both}: two units for one duration: give one of them")
     return given[0] if given else None
-
-
-def length(config: ConfigDict) -> tuple[float, str]:
-    """The amount and the unit of the training's length.
-
-    Raises:
-        UserError: unless exactly one unit is set, to more than 0.
-    """
-    given = duration(config, "", UNITS)
-    if given is None:
-        raise UserError(f"{', '.join(f'config.{unit}' for unit in UNITS)}: none is set: give one of them")
-    if not given[0] > 0:
-        raise UserError(f"config.{given[1]}: {given[0]} is no duration: give more than 0")
-    return given
 
 
 def in_steps(amount: float, unit: str, batch: int, examples: int) -> int:
@@ -102,12 +87,14 @@ def make_plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batc
             f"config.accumulate: {grad_accum_steps} does not cut a batch of {local} per process evenly"
             f"{' into pairs' if mixes else ''}: choose a divisor"
         )
+    length = duration(config, "")
+    assert length is not None  # `resolve.check` has refused it
     lr = config.lr if config.lr is not None else config.base_lr * batch / 512
     plan = Plan(
         size=(config.image_size, config.image_width or config.image_size),
         num_classes=num_classes,
         examples=examples,
-        steps=max(1, in_steps(*length(config), batch, examples)),
+        steps=max(1, in_steps(*length, batch, examples)),
         batch=batch,
         local_batch=local,
         grad_accum_steps=grad_accum_steps,
@@ -128,7 +115,7 @@ def eval_batch(config: ConfigDict) -> int:
 
 
 def _schedule(config: ConfigDict, plan: Plan) -> schedules.Schedule:
-    amount, unit = duration(config, "warmup_", WARMUP_UNITS) or (0, "steps")
+    amount, unit = duration(config, "warmup_") or (0, "steps")
     if config.schedule == "constant":
         return schedules.constant(plan.lr)
     if config.schedule == "reference":

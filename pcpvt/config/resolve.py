@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,13 +17,6 @@ from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
 
 
-class Trained(NamedTuple):
-    """The config that a workdir or a checkpoint was trained with."""
-
-    config: dict[str, Any]  # nested
-    where: str  # the file that it stands in, for error messages
-
-
 def resolve(
     get_config: Callable[[str], ConfigDict],
     arg: str,
@@ -31,7 +24,8 @@ def resolve(
     *,
     mode: str = "train",
     world_size: int | None = None,
-    trained: Trained | None = None,
+    trained: dict[str, Any] | None = None,
+    where: str = "",
 ) -> tuple[ConfigDict, list[str]]:
     """The config of a run, locked, and notes for the log about what was implied.
 
@@ -43,7 +37,8 @@ def resolve(
         arg: ARG as given, or empty.
         overrides: the fields that the command line gives, by dotted name.
         world_size: processes that torchrun started on all hosts; None outside torchrun.
-        trained: None to take the recipe's fields.
+        trained: the nested config of the workdir or the checkpoint to work on; None to take the recipe's fields.
+        where: the file that holds `trained`, for error messages.
 
     Raises:
         UserError: for a config that cannot be run.
@@ -55,7 +50,7 @@ def resolve(
     if trained is not None:
         notes = []  # the trained config replaces the recipe
         computing = {name: config[name] for name in ("device", "processes", "compile")}
-        stored.apply_config(config, *trained)
+        stored.apply_config(config, trained, where)
         config.checkpoint, config.weights, config.eval.ensemble = "", "auto", ""
         if names_device:
             config.update(computing)
@@ -76,9 +71,10 @@ def resolve(
         if config.compile == "auto":
             config.compile = "none"  # compiling takes longer than predicting a few thousand images
     # A duration given in one unit replaces the recipe's in another.
-    for prefix, units in (("", plan.UNITS), ("warmup_", plan.WARMUP_UNITS)):
-        if any(prefix + unit in overrides for unit in units):
-            config.update({prefix + unit: None for unit in units if prefix + unit not in overrides})
+    for prefix in ("", "warmup_"):
+        units = [prefix + unit for unit in plan.UNITS if prefix + unit in config]
+        if any(unit in overrides for unit in units):
+            config.update({unit: None for unit in units if unit not in overrides})
     if config.data.path and config.data.name == "digits" and "data.name" not in overrides:
         config.data.name = "folder"
     check(config)
@@ -125,5 +121,9 @@ def check(config: ConfigDict) -> None:
         )
     if config.compile == "npugraphs" and config.device != "npu":
         raise UserError(f"config.compile: 'npugraphs' needs an NPU and config.device is {config.device!r}: use auto")
-    plan.length(config)
-    plan.duration(config, "warmup_", plan.WARMUP_UNITS)
+    plan.duration(config, "warmup_")
+    length = plan.duration(config, "")
+    if length is None:
+        raise UserError(f"{', '.join(f'config.{unit}' for unit in plan.UNITS)}: none is set: give one of them")
+    if not length[0] > 0:
+        raise UserError(f"config.{length[1]}: {length[0]} is no duration: give more than 0")
