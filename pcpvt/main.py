@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
         try:
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
         except UserError as error:
-            if collectives.explains(error):  # else another process has said it
+            if collectives.explains(error):  # otherwise another process has reported it
                 signals.ignore()
                 show(f"rank {world.rank}: {error}" if world else str(error))
             return error.exit_code
@@ -101,7 +101,7 @@ def entry() -> None:
             signals.follow_parent()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
-        threading.excepthook = _say_thread_failed
+        threading.excepthook = _report_thread_failure
         from absl import app
 
         from pcpvt.config import cli, fields
@@ -109,15 +109,15 @@ def entry() -> None:
         sys.modules["__main__"].__doc__ = f"{__doc__}\n{fields.describe()}"
         app.run(main, flags_parser=functools.partial(cli.parse, modes=MODES))
     except SystemExit as ended:
-        asked = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
-        sys.exit(0 if asked and ended.code == 1 else ended.code)  # absl calls it a failure to have asked
-    except UserError as error:  # of the command line: all processes of a host see it
+        help_flags = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
+        sys.exit(0 if help_flags and ended.code == 1 else ended.code)  # absl exits with 1 after --help
+    except UserError as error:  # of the command line, which is the same in all processes: one of a host reports it
         _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
     except RuntimeError as error:
         if "backend extension" not in str(error):
             raise
-        logging.disable()  # half of torch is there, and its exit hooks report
-        # What `import torch` says when the NPU backend is installed and its libraries are not there.
+        # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
+        logging.disable()  # torch is half imported, and its exit hooks would log errors
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
     except signals.Stopped:
@@ -130,8 +130,8 @@ def entry() -> None:
         _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
 
 
-def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """One line for a thread of a library that the disk or a pipe has failed; the program goes on without it."""
+def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """Reports in one line that a library's thread ended with an OSError; the program continues without it."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
         return
@@ -139,9 +139,9 @@ def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
     put(f"pcpvt: warning: {printable(f'{name} ended: {failure.exc_value}')}\n", sys.stderr)
 
 
-def _fail(message: str, code: int, speaks: bool = True) -> None:
+def _fail(message: str, code: int, reports: bool = True) -> None:
     signals.ignore()
-    if speaks:
+    if reports:
         show(message)
     sys.exit(code)
 

@@ -27,9 +27,9 @@ def config(arg: str, name: str = "pcpvt_s", **changes):
 
 
 def planned(arg: str, examples: int = 1_281_167, classes: int = 1000, name: str = "pcpvt_s", **changes):
-    made = config(arg, name, **changes)
-    resolve.check(made)
-    return made, plan.make_plan(made, examples=examples, num_classes=classes, micro_batch=128)
+    c = config(arg, name, **changes)
+    resolve.check(c)
+    return c, plan.make_plan(c, examples=examples, num_classes=classes, micro_batch=128)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_every_number_has_bounds_within_which_nothing_overflows(name):
 
 def test_the_longest_runs_can_be_planned():
     for unit, value in (("epochs", checks.LARGEST), ("steps", int(checks.LARGEST)), ("examples", 2**53)):
-        made = config("cpu", **{"epochs": None, unit: value, "eval_every": "1000000000 epochs"})
-        resolve.check(made)
-        p = plan.make_plan(made, examples=10**7, num_classes=10, micro_batch=64)
+        c = config("cpu", **{"epochs": None, unit: value, "eval_every": "1000000000 epochs"})
+        resolve.check(c)
+        p = plan.make_plan(c, examples=10**7, num_classes=10, micro_batch=64)
         assert len(range(p.steps)) == p.steps and 0 <= p.schedule(p.steps - 1) <= p.lr
 
 
@@ -194,8 +194,8 @@ def test_accumulation_is_derived_from_what_fits():
         (64, 1, True, 32),
     ]:
         changes = {} if mixes else {"mixup": 0.0, "cutmix": 0.0}
-        made = config("npu1", batch_size=local, **changes)
-        p = plan.make_plan(made, examples=1000, num_classes=10, micro_batch=micro)
+        c = config("npu1", batch_size=local, **changes)
+        p = plan.make_plan(c, examples=1000, num_classes=10, micro_batch=micro)
         assert p.grad_accum_steps == expected and p.local_batch % p.grad_accum_steps == 0
 
 
@@ -257,10 +257,10 @@ def test_what_a_resumed_run_may_change_is_in_the_table(name, free, start):
 
 
 def test_configs_are_locked_against_misspelt_fields():
-    made = config("cpu")
-    made.lock()
+    c = config("cpu")
+    c.lock()
     with pytest.raises(AttributeError, match="batch_size"):
-        made.batch_sise = 3
+        c.batch_sise = 3
 
 
 def test_the_configs_differ_by_their_names_and_numbers_only():
@@ -289,10 +289,10 @@ def test_the_reference_schedule_is_timms_over_a_whole_run(examples, batch, epoch
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     from timm.scheduler import CosineLRScheduler  # isort: skip
 
-    made, p = planned("npu1,paper", examples, batch_size=batch, epochs=float(epochs), warmup_epochs=float(warmup))
+    c, p = planned("npu1,paper", examples, batch_size=batch, epochs=float(epochs), warmup_epochs=float(warmup))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=p.lr)
     theirs = CosineLRScheduler(
-        optimizer, t_initial=epochs, lr_min=made.min_lr, warmup_t=warmup, warmup_lr_init=made.warmup_lr
+        optimizer, t_initial=epochs, lr_min=c.min_lr, warmup_t=warmup, warmup_lr_init=c.warmup_lr
     )
     rates = []
     for epoch in range(epochs + 1):
@@ -307,9 +307,9 @@ def test_the_reference_schedule_is_timms_over_a_whole_run(examples, batch, epoch
 @pytest.mark.parametrize("arg", ["cpu", "npu8", *(f"npu8,{name}" for name in recipes.RECIPES)])
 def test_arg_and_its_recipes_set_no_field_but_those_marked_for_them(arg):
     for name in ("pcpvt_s", "pcpvt_b", "pcpvt_l"):
-        made, default = stored.flat(config(arg, name)), stored.flat(fields.base())
-        assert made.keys() == default.keys()
-        for field, value in made.items():
+        c, default = stored.flat(config(arg, name)), stored.flat(fields.base())
+        assert c.keys() == default.keys()
+        for field, value in c.items():
             assert value == default[field] or fields.RECIPE in fields.FIELDS[field].rule, field
 
 
