@@ -9,31 +9,88 @@ Fields of --config and their defaults (a recipe in the config's ARG may set othe
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import io
 import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pcpvt.distributed import signals
 from pcpvt.errors import UserError, printable, put, show
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-def main(argv: list[str]) -> int:
-    from absl import flags
+    from pcpvt.config.cli import Command
 
-    from pcpvt.config import cli
+# Each module has `run(session) -> int`, the exit code; only the mode that runs imports its module.
+MODES = {
+    "train": "train.run", "eval": "evaluate.run", "predict": "predict.run", "export": "export.run",
+    "bench": "bench.run", "report": "report.run", "schedule": "report.schedule",
+}  # fmt: skip
 
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r}: not understood: fields are given as --config.NAME=VALUE")
-    run = cli.read_run(flags.FLAGS)
-    if run.config.processes > 1 and not cli.inside_torchrun():
-        from pcpvt.distributed import launch
 
-        return launch.launch(run.config, sys.argv[1:])
-    from pcpvt import dispatch
+def main(command: Command) -> int:
+    """Runs a parsed command line, in this process or in several that it starts; returns the exit code."""
+    from pcpvt.distributed import collectives, launch
 
-    return dispatch.run(run)
+    config, notes = read_config(command)
+    if config.processes > 1 and collectives.from_environment() is None:
+        return launch.launch(config, sys.argv[1:])
+    return run(config, command.workdir, command.mode, notes)
+
+
+def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
+    """The config of a run, and notes for the log; later modes take the config that the workdir was trained with."""
+    from pcpvt.checkpoints.load import member_names, trained_config
+    from pcpvt.config.resolve import resolve
+    from pcpvt.distributed import collectives
+
+    mode, workdir, get_config, arg, overrides = command
+    if mode == "report" and not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
+    trained, where = None, ""
+    if mode in ("eval", "predict", "export"):
+        members = member_names(overrides.get("eval.ensemble", ""))
+        trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
+    world = collectives.from_environment()
+    world_size = world.size if world else None
+    return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
+
+
+def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ()) -> int:
+    """Runs a mode in this process, one of `config.processes`; returns the exit code."""
+    from pcpvt.checkpoints.atomic import remove_leftovers
+    from pcpvt.distributed import collectives
+    from pcpvt.runtime import lock, records, session
+    from pcpvt.runtime.console import Console
+
+    records.open_workdir(workdir)
+    world = collectives.from_environment()
+    is_main = world is None or world.is_main
+    # Nothing but predictions goes to standard output.
+    console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
+    with contextlib.ExitStack() as stack:
+        if mode == "train" and is_main:
+            left_behind = stack.enter_context(lock.held(workdir))
+            notes = [*notes, left_behind] if left_behind else notes
+            remove_leftovers(workdir)
+        for note in notes:
+            console.say(f"note: {note}")
+        stack.callback(collectives.leave)
+        try:
+            return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
+        except UserError as error:
+            if collectives.explains(error):  # otherwise another process has reported it
+                signals.ignore()
+                show(f"rank {world.rank}: {error}" if world else str(error))
+            return error.exit_code
 
 
 def entry() -> None:
@@ -44,24 +101,23 @@ def entry() -> None:
             signals.follow_parent()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
-        threading.excepthook = _say_thread_failed
+        threading.excepthook = _report_thread_failure
         from absl import app
 
-        from pcpvt.config import cli
+        from pcpvt.config import cli, fields
 
-        cli.define_flags()
-        sys.modules["__main__"].__doc__ = f"{__doc__}\n{cli.field_help()}"
-        app.run(main, flags_parser=cli.parse)
+        sys.modules["__main__"].__doc__ = f"{__doc__}\n{fields.describe()}"
+        app.run(main, flags_parser=functools.partial(cli.parse, modes=MODES))
     except SystemExit as ended:
-        asked = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
-        sys.exit(0 if asked and ended.code == 1 else ended.code)  # absl calls it a failure to have asked
-    except UserError as error:  # of the command line: all processes of a host see it
+        help_flags = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
+        sys.exit(0 if help_flags and ended.code == 1 else ended.code)  # absl exits with 1 after --help
+    except UserError as error:  # of the command line, which is the same in all processes: one of a host reports it
         _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
     except RuntimeError as error:
         if "backend extension" not in str(error):
             raise
-        logging.disable()  # half of torch is there, and its exit hooks report
-        # What `import torch` says when the NPU backend is installed and its libraries are not there.
+        # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
+        logging.disable()  # torch is half imported, and its exit hooks would log errors
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
     except signals.Stopped:
@@ -74,8 +130,8 @@ def entry() -> None:
         _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
 
 
-def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """One line for a thread of a library that the disk or a pipe has failed; the program goes on without it."""
+def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """Reports in one line that a library's thread ended with an OSError; the program continues without it."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
         return
@@ -83,9 +139,9 @@ def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
     put(f"pcpvt: warning: {printable(f'{name} ended: {failure.exc_value}')}\n", sys.stderr)
 
 
-def _fail(message: str, code: int, speaks: bool = True) -> None:
+def _fail(message: str, code: int, reports: bool = True) -> None:
     signals.ignore()
-    if speaks:
+    if reports:
         show(message)
     sys.exit(code)
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcpvt import dispatch
+from pcpvt import main
 from pcpvt.bench import baseline as bench_peer
 from pcpvt.bench import loop as bench_loop
 from pcpvt.bench import scaling as bench_scaling
 from pcpvt.bench import subprocess as bench_process
-from pcpvt.config import fields, plan, recipes
-from pcpvt.config.request import Run
+from pcpvt.config import fields, recipes, resolve
 from pcpvt.errors import UserError
 from pcpvt.runtime import session as sessions
 
@@ -65,7 +64,7 @@ def scaled(tmp_path_factory):
         patch.setattr(bench_scaling, "run_in_subprocess", tight)
         said = []
         patch.setattr(bench_scaling.Console, "say", lambda self, text: said.append(text))
-        assert dispatch.run(Run(config, workdir, "bench")) == 0
+        assert main.run(config, workdir, "bench") == 0
     return json.loads((workdir / "result.json").read_text()), said, (workdir / "report.html").read_text()
 
 
@@ -144,7 +143,7 @@ def test_scaling_beside_a_peer_is_refused_in_one_line():
     config = recipes.from_arg("cpu", "pcpvt_s", 0.1)
     config.bench.scaling, config.bench.against = True, "timm"
     with pytest.raises(UserError, match=r"^config\.bench\.against: 'timm': .*leave it empty$"):
-        plan.check(config)
+        resolve.check(config)
 
 
 @pytest.mark.parametrize(

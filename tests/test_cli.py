@@ -1,13 +1,17 @@
-"""The command line: every way to write a thing means the same, and what cannot be meant is one line that says so."""
+"""The command line: equivalent spellings give the same config, and every mistake is an error of one line."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 
 import pytest
 import torch
 from absl import flags
+from ml_collections import ConfigDict
 
+from pcpvt import main
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.load import load_model
 from pcpvt.config import cli
@@ -15,36 +19,22 @@ from pcpvt.errors import UserError
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
 
-# Python's own warning about how ml_collections loads a file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 STOCK = "--config=configs/pcpvt_s.py:cpu"
 
 
-@pytest.fixture
-def read(monkeypatch):
-    """Words of a command line to its run, as `main` gets it."""
-    known = set(flags.FLAGS)
-
-    def call(*words):
-        forget()
-        monkeypatch.setattr(sys, "argv", ["pcpvt", *words])
-        cli.define_flags()
-        cli.parse(sys.argv)
-        return cli.read_run(flags.FLAGS)
-
-    def forget():
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-        sys.modules.pop("config_config", None)  # where ml_collections puts the file's code
-
-    yield call
-    forget()
+def parse(*words: str) -> cli.Command:
+    return cli.parse(["pcpvt", *words], main.MODES, flags.FlagValues())
 
 
-def refused(read, *words) -> str:
+def read(*words: str) -> ConfigDict:
+    return main.read_config(parse(*words))[0]
+
+
+def error_of(*words: str) -> str:
     with pytest.raises(UserError) as caught:
         read(*words)
-    return " ".join(str(caught.value).split())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def weights(classes: int = 3) -> dict[str, torch.Tensor]:
@@ -55,40 +45,70 @@ def weights(classes: int = 3) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["data.path", "checkpoint", "eval.ensemble"])
-def test_a_value_after_a_space_means_what_it_means_after_an_equals_sign(read, name, tmp_path):
+def test_a_value_after_a_space_means_what_it_means_after_an_equals_sign(name, tmp_path):
     torch.save({"head.weight": torch.ones(1)}, tmp_path / "a.pth")
     value = f"{tmp_path}/a.pth"
     mode = "--mode=eval" if name != "data.path" else "--mode=train"
     joined, apart = read(STOCK, mode, f"--config.{name}={value}"), read(STOCK, mode, f"--config.{name}", value)
-    assert joined.config.to_dict() == apart.config.to_dict()
-    assert joined.config.data.name == "folder" and joined.config.image_size == 224
+    assert joined.to_dict() == apart.to_dict()
+    assert joined.data.name == "folder" and joined.image_size == 224
 
 
-def test_other_data_than_the_embedded_bring_the_recipe_for_them(read):
-    assert read(STOCK, "--config.data.name=hfds/x").config.image_size == 224
-    for name in ("digits", "synthetic"):
-        assert read(STOCK, f"--config.data.name={name}").config.image_size == 32
+def test_spelling_and_order_of_the_words_do_not_matter():
+    words = [STOCK, "--config.lr=0.5", "--noconfig.tensorboard", "--config.augment.scale=(0.5, 1)", "--mode=schedule"]
+    expected = parse(*words)
+    assert expected.overrides == {"lr": 0.5, "tensorboard": False, "augment.scale": (0.5, 1)}
+    assert (expected.mode, expected.arg, str(expected.workdir)) == ("schedule", "cpu", "runs/pcpvt_s-schedule")
+    for other in (
+        words[::-1],
+        ["--config", "configs/pcpvt_s.py:cpu", "-config.lr", "5e-1", "--config.tensorboard=false", *words[3:]],
+        ["--config.lr=3", *words],
+        [*words[:3], "--config.augment.scale=0.5", "--config.augment.scale=1", "--mode", "schedule"],
+    ):
+        assert parse(*other)._replace(get_config=None) == expected._replace(get_config=None)
+
+
+def test_the_default_config_is_the_small_model():
+    command = parse()
+    assert (command.mode, command.arg, command.overrides, str(command.workdir)) == ("train", "", {}, "runs/pcpvt_s")
+    assert command.get_config("npu8").model.name == "pcpvt_s"
+
+
+def test_a_negative_number_may_follow_a_space():
+    assert parse("--config.data.workers", "-1").overrides == {"data.workers": -1}
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("--config.augment.scale[0]=0.3", "config.augment.scale[0]: no such field: did you mean config.augment.scale?"),
         ("--config.batch-size=3", "config.batch-size: no such field: did you mean config.batch_size?"),
         ("--config.batch_sise=3", "config.batch_sise: no such field: did you mean config.batch_size?"),
         ("--noconfig.tensorbord", "config.tensorbord: no such field: did you mean config.tensorboard?"),
+        ("--config.model={'name': 'pcpvt_b'}", "config.model: no such field: did you mean config."),
+        ("--config.optimizer.lr=3", "config.optimizer.lr: no such field: "),
+        ("--noconfig.batch_size", "Unknown command line flag 'noconfig.batch_size'"),
         ("--config.=3", "config.: no such field: see --help for the fields"),
         ("--config.batch_size=x", "config.batch_size: 'x' is not of type int: global batch, over all devices"),
+        ("--config.batch_size=", "config.batch_size: '' is not of type int: global batch, over all devices"),
+        ("--config.steps=1.5", "config.steps: '1.5' is not of type int: length of training in optimizer steps"),
+        ("--config.tensorboard=maybe", "config.tensorboard: 'maybe' is not of type bool: "),
+        ("--config.augment.scale=(0.1,", "config.augment.scale: '(0.1,' is not of type tuple: "),
+        ("--config.augment.scale=abc", "config.augment.scale: ('abc',) is no range: give (low, high) with"),
+        ("--config.batch_size", "Missing value for flag --config.batch_size: see --help"),
+        ("--mod=eval", "Unknown command line flag 'mod'. Did you mean: mode ?: see --help"),
+        ("--mode=evil", "flag --mode=evil: value should be one of <train|eval|predict|export|bench|report|schedule>"),
+        ("eval", "'eval': not understood: fields are given as --config.NAME=VALUE"),
     ],
 )
-def test_a_field_that_cannot_be_set_is_one_line(read, word, said):
-    assert said in refused(read, STOCK, word)
+def test_a_word_that_is_not_understood_is_one_line(word, message):
+    assert error_of(STOCK, word).startswith(message)
 
 
 @pytest.mark.parametrize("mode", ["predict", "export"])
-def test_an_ensemble_is_for_evaluation_alone(read, mode):
-    said = refused(read, STOCK, f"--mode={mode}", "--config.eval.ensemble=a.pth,b.pth")
-    assert said == f"config.eval.ensemble: --mode={mode} takes one model: name it with config.checkpoint"
+def test_an_ensemble_is_for_evaluation_alone(mode):
+    message = error_of(STOCK, f"--mode={mode}", "--config.eval.ensemble=a.pth,b.pth")
+    assert message == f"config.eval.ensemble: --mode={mode} takes one model: name it with config.checkpoint"
 
 
 # Config files.
@@ -97,13 +117,14 @@ HEAD = "from pcpvt.config import recipes\ndef get_config(arg=None):\n    c = rec
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("# Readme\nThis is no Python.\n", "line 2: SyntaxError: invalid syntax"),
         (HEAD + "    return c.batch +\n", "line 4: SyntaxError: invalid syntax"),
         (HEAD + "    return undefined\n", "line 4: NameError: name 'undefined' is not defined"),
         (HEAD + "    c.batch_size = '16'\n", "line 4: TypeError: "),
         (HEAD + "    c.optimizer.lr = 3\n", "line 4: AttributeError: "),
+        (HEAD + "    open('no such file')\n", "line 4: FileNotFoundError: "),
         ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("x = 3\n", "has no attribute 'get_config': give a file with get_config(ARG)"),
         ("\0", "give a file with get_config(ARG)"),
@@ -111,65 +132,117 @@ HEAD = "from pcpvt.config import recipes\ndef get_config(arg=None):\n    c = rec
         ("def get_config(arg=None):\n    return {'lr': 3.0}\n", "gave {'lr': 3.0}: return what"),
     ],
 )
-def test_a_config_that_is_none_is_one_line(read, tmp_path, text, said):
+def test_a_file_that_gives_no_config_is_one_line(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
-    found = refused(read, f"--config={tmp_path / 'mine.py'}:cpu")
-    assert found.startswith(f"--config: {tmp_path / 'mine.py'}: ") and said in found and "Traceback" not in found
+    with pytest.raises(UserError) as caught:
+        read(f"--config={tmp_path / 'mine.py'}:cpu")
+    line = " ".join(str(caught.value).split())
+    assert line.startswith(f"--config: {tmp_path / 'mine.py'}: ") and message in line and "Traceback" not in line
 
 
-def test_what_a_recipe_says_about_arg_is_not_said_about_the_file(read):
-    assert refused(read, "--config=configs/pcpvt_s.py:gpu8").startswith("--config ARG: 'gpu8' is no device")
+def test_an_unknown_device_is_an_error_of_arg_and_not_of_the_file():
+    assert error_of("--config=configs/pcpvt_s.py:gpu8").startswith("--config ARG: 'gpu8' is no device")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("c.batchsize = 16", "config.batchsize: no such field: did you mean config.batch_size?"),
         ("del c.keep", "config.keep is missing: begin with what recipes.from_arg gives"),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "schedule"])
-def test_a_misspelt_field_in_a_config_file_is_one_line(read, tmp_path, line, said, mode):
+def test_a_misspelt_field_in_a_config_file_is_one_line(tmp_path, line, message, mode):
     (tmp_path / "mine.py").write_text(f"{HEAD}    {line}\n    return c\n")
-    assert said in refused(read, f"--config={tmp_path / 'mine.py'}:cpu", f"--mode={mode}")
+    assert message in error_of(f"--config={tmp_path / 'mine.py'}:cpu", f"--mode={mode}")
+
+
+def test_a_config_file_is_run_once_with_the_completed_arg_and_its_own_changes_win(tmp_path):
+    changes = "    ARGS.append(arg)\n    c.seed, c.image_size, c.frozen = len(ARGS), 96, arg\n    return c\n"
+    (tmp_path / "mine.py").write_text(f"ARGS = []\n{HEAD}{changes}")
+    config = read(f"--config={tmp_path / 'mine.py'}:cpu", "--config.data.path=DIR")
+    assert (config.seed, config.frozen, config.image_size, config.batch_size) == (1, "cpu,folder", 96, 128)
+
+
+def test_a_config_file_without_a_parameter_serves_where_no_arg_is_given(tmp_path):
+    text = "from pcpvt.config import recipes\ndef get_config():\n    return recipes.from_arg('npu8', 'pcpvt_b', 0.3)\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert read(f"--config={tmp_path / 'mine.py'}").processes == 8
 
 
 def test_installed_configs_stand_in_for_their_own_names_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in ("configs/pcpvt_s.py", "pcpvt_s.py:cpu", "./configs/pcpvt_b.py"):
+    for path in ("configs/pcpvt_s.py", "pcpvt_s.py", "./configs/pcpvt_b.py"):
         assert cli.find_config(path).endswith(f"/configs/{path.rpartition('/')[2]}")
+    assert read("--config=pcpvt_b.py:cpu").model.name == "pcpvt_b"
     (tmp_path / "folder.py").mkdir()
-    for path in ("expriments/pcpvt_s.py", f"{tmp_path}/configs/pcpvt_s.py", "configs/mine.py", "folder.py"):
+    for path in ("expriments/pcpvt_s.py", f"{tmp_path}/configs/pcpvt_s.py", "configs/mine.py", "folder.py", ""):
         with pytest.raises(UserError, match=f"--config: {path}: no such file"):
             cli.find_config(path)
 
 
-# Places.
+# Workdirs, checkpoints and torchrun.
 
 
-def test_tilde_is_the_home_folder_in_every_path(read, tmp_path, monkeypatch):
+def test_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(f"{HEAD}    return c\n")
-    assert read("--config=~/mine.py:cpu", "--workdir=~/runs/a").workdir == tmp_path / "runs" / "a"
+    assert parse("--config=~/mine.py:cpu", "--workdir=~/runs/a").workdir == tmp_path / "runs" / "a"
+    assert read("--config=~/mine.py:cpu").device == "cpu"
     meta = {"step": 1, "config": {"image_size": 40, "batch_size": 8}, "classes": ["a"], "image_size": [40, 40]}
     checkpoint.save(tmp_path / "A" / "checkpoints", weights(1), meta)
     (tmp_path / "A" / "config.json").write_text('{"image_size": 40}')
-    assert read("--mode=eval", STOCK, "--config.checkpoint=~/A").config.image_size == 40
+    assert read("--mode=eval", STOCK, "--config.checkpoint=~/A").image_size == 40
     assert load_model("~/A").path == str(tmp_path / "A" / "checkpoints" / "step-00000001.safetensors")
     with pytest.raises(UserError, match=r"~nobody-here/a\.pth: no such file"):
         load_model("~nobody-here/a.pth")
 
 
-def test_checkpoint_without_a_config_is_taken_as_weights_from_elsewhere(read, tmp_path):
+def test_a_report_needs_a_workdir_that_exists(tmp_path):
+    assert "no such folder: train first" in error_of("--mode=report", f"--workdir={tmp_path / 'none'}")
+
+
+def test_checkpoint_without_a_config_is_taken_as_weights_from_elsewhere(tmp_path):
     path = checkpoint.save(tmp_path, weights(), {"step": 5})
-    run = read("--mode=eval", STOCK, "--config.model.name=pcpvt_nano", f"--config.checkpoint={path}")
-    assert run.config.data.name == "folder" and run.config.checkpoint == str(path)
+    config = read("--mode=eval", STOCK, "--config.model.name=pcpvt_nano", f"--config.checkpoint={path}")
+    assert config.data.name == "folder" and config.checkpoint == str(path)
 
 
-def test_torchruns_count_is_not_refused_where_arg_names_none(read, tmp_path, monkeypatch):
+def test_torchruns_count_is_not_refused_where_arg_names_none(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     path = checkpoint.save(tmp_path, weights(), {"step": 1, "config": {"processes": 8, "device": "cpu", "epochs": 1.0}})
-    run = read("--mode=eval", "--config=configs/pcpvt_s.py", f"--config.checkpoint={path}")
-    assert run.config.processes == 2
-    assert "torchrun started 2 processes" in refused(read, "--config=configs/pcpvt_s.py:cpu3")
+    assert read("--mode=eval", "--config=configs/pcpvt_s.py", f"--config.checkpoint={path}").processes == 2
+    assert "torchrun started 2 processes" in error_of("--config=configs/pcpvt_s.py:cpu3")
+
+
+# What the log says about an implied recipe.
+
+IMPLIED = "note: config.data.path is given: the recipe 'folder' is used, as with --config=FILE:cpu,folder\n"
+
+
+@pytest.mark.parametrize("mode", main.MODES)
+def test_an_implied_recipe_is_noted_on_standard_output_unless_predictions_go_there(mode, tmp_path, monkeypatch, capsys):
+    class Mode:
+        @staticmethod
+        def run(session):
+            print("the mode's own output")
+            return 0
+
+    monkeypatch.setattr(main.importlib, "import_module", lambda name: Mode)
+    (tmp_path / "config.json").write_text(json.dumps(read(STOCK).to_dict()))
+    command = parse(STOCK, f"--mode={mode}", "--config.data.path=DIR", f"--workdir={tmp_path}")
+    config, notes = main.read_config(command)
+    assert main.run(config, tmp_path, mode, notes or [IMPLIED[6:-1]]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the mode's own output\n" if mode == "predict" else out == f"{IMPLIED}the mode's own output\n"
+    assert err == (IMPLIED if mode == "predict" else "")
+    # These take the config that the workdir was trained with, not a recipe.
+    assert (notes == []) == (mode in ("eval", "predict", "export"))
+
+
+def test_a_run_on_an_image_folder_says_which_recipe_it_takes(tmp_path):
+    words = [STOCK, "--mode=schedule", "--config.data.path=DIR", f"--workdir={tmp_path}"]
+    ended = subprocess.run([sys.executable, "-m", "pcpvt.main", *words], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == IMPLIED
+    assert ended.stderr.startswith("pcpvt: error: ") and ended.stderr.count("\n") == 1

@@ -1,15 +1,16 @@
-"""Configs: what ARG and the command line resolve to, and one line for everything that is wrong with them."""
+"""Configs: the recipes of ARG, the table of fields, the checks, and the plan that follows from a config."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 
-from pcpvt.config import fields, plan, recipes, stored
+from pcpvt.config import checks, fields, plan, recipes, resolve, stored
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules
 
@@ -20,15 +21,15 @@ def config(arg: str, name: str = "pcpvt_s", **changes):
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.get_config(arg)
-    made.update_from_flattened_dict(changes)
-    return made
+    config = module.get_config(arg)
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def planned(arg: str, examples: int = 1_281_167, classes: int = 1000, name: str = "pcpvt_s", **changes):
-    made = config(arg, name, **changes)
-    plan.check(made)
-    return made, plan.plan(made, examples=examples, num_classes=classes, micro_batch=128)
+    c = config(arg, name, **changes)
+    resolve.check(c)
+    return c, plan.make_plan(c, examples=examples, num_classes=classes, micro_batch=128)
 
 
 @pytest.mark.parametrize(
@@ -147,15 +148,12 @@ BAD = [
 @pytest.mark.parametrize(("changes", "words"), BAD)
 def test_a_bad_value_is_one_line_with_field_value_and_remedy(changes, words):
     with pytest.raises(UserError, match=words) as caught:
-        plan.check(config("cpu", **changes))
+        resolve.check(config("cpu", **changes))
     assert "\n" not in str(caught.value) and str(caught.value).count(":") >= 1
 
 
-NUMBERS = {
-    name: int if default is int or type(default) is int else float
-    for name, (default, _) in fields.FIELDS.items()
-    if default in (int, float) or type(default) in (int, float)
-}
+KINDS = {name: field.default if field.unset else type(field.default) for name, field in fields.FIELDS.items()}
+NUMBERS = {name: kind for name, kind in KINDS.items() if kind in (int, float)}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -163,20 +161,20 @@ def test_every_number_has_bounds_within_which_nothing_overflows(name):
     for value in [10**400] if NUMBERS[name] is int else [float("inf"), float("nan"), 1e300]:
         changes = {"epochs": None, name: value} if name in ("steps", "examples") else {name: value}
         with pytest.raises(UserError, match=re.escape(f"config.{name}: {value} is out of range: give at least")):
-            plan.check(config("cpu", **changes))
+            resolve.check(config("cpu", **changes))
 
 
 def test_the_longest_runs_can_be_planned():
-    for unit, value in (("epochs", plan.LARGEST), ("steps", int(plan.LARGEST)), ("examples", 2**53)):
-        made = config("cpu", **{"epochs": None, unit: value, "eval_every": "1000000000 epochs"})
-        plan.check(made)
-        p = plan.plan(made, examples=10**7, num_classes=10, micro_batch=64)
+    for unit, value in (("epochs", checks.LARGEST), ("steps", int(checks.LARGEST)), ("examples", 2**53)):
+        c = config("cpu", **{"epochs": None, unit: value, "eval_every": "1000000000 epochs"})
+        resolve.check(c)
+        p = plan.make_plan(c, examples=10**7, num_classes=10, micro_batch=64)
         assert len(range(p.steps)) == p.steps and 0 <= p.schedule(p.steps - 1) <= p.lr
 
 
 @pytest.mark.parametrize("policy", ["", "rand-m9-mstd0.5-inc1", "rand-n15-tweights", "rand-m9-n99", "rand-m7-p0.3-t3a"])
 def test_policies_that_timm_can_draw_pass(policy):
-    plan.check(config("cpu", **{"augment.randaugment": policy}))
+    resolve.check(config("cpu", **{"augment.randaugment": policy}))
 
 
 def test_an_indivisible_batch_names_a_batch_that_divides():
@@ -196,8 +194,8 @@ def test_accumulation_is_derived_from_what_fits():
         (64, 1, True, 32),
     ]:
         changes = {} if mixes else {"mixup": 0.0, "cutmix": 0.0}
-        made = config("npu1", batch_size=local, **changes)
-        p = plan.plan(made, examples=1000, num_classes=10, micro_batch=micro)
+        c = config("npu1", batch_size=local, **changes)
+        p = plan.make_plan(c, examples=1000, num_classes=10, micro_batch=micro)
         assert p.grad_accum_steps == expected and p.local_batch % p.grad_accum_steps == 0
 
 
@@ -209,21 +207,60 @@ def test_durations_are_epochs_steps_or_examples(amount, unit, steps):
     assert plan.in_steps(amount, unit, 100, 1000) == steps
 
 
-def test_every_field_has_help_and_the_right_type():
-    made = fields.base()
-    for name, (default, text) in fields.FIELDS.items():
-        assert text and f"--config.{name}=" in fields.describe()
-        node = made
-        for part in name.split("."):
-            node = node[part]
-        assert node == (None if isinstance(default, type) else default)
+@pytest.mark.parametrize("name", fields.FIELDS)
+def test_every_field_has_help_a_default_that_passes_and_a_known_rule(name):
+    field, value = fields.FIELDS[name], attrgetter(name)(fields.base())
+    assert field.help and f"--config.{name}=" in fields.describe()
+    assert value == (None if field.unset else field.default)
+    assert value is None or field.check(value) == ""
+    assert fields.rule(name) == field.rule
+    assert not (fields.FREE in field.rule and fields.START in field.rule)
+
+
+# Of each type, a value that no check accepts.
+NONSENSE = {str: "(", int: -(10**400), float: float("nan"), tuple: (2.0, 1.0)}
+
+
+@pytest.mark.parametrize("name", [name for name, field in fields.FIELDS.items() if field.check is not checks.anything])
+def test_every_check_refuses_a_bad_value_by_the_fields_name(name):
+    field = fields.FIELDS[name]
+    kind = field.default if field.unset else type(field.default)
+    with pytest.raises(UserError, match=re.escape(f"config.{name}: ")):
+        fields.check_fields(config("cpu", **{name: NONSENSE[kind]}))
+
+
+def test_numbers_and_choices_are_checked_and_free_text_and_switches_are_not():
+    unchecked = {name for name, field in fields.FIELDS.items() if field.check is checks.anything}
+    assert unchecked == {
+        "finetune", "checkpoint", "tensorboard", "data.name", "data.path", "data.val_split", "eval.ensemble",
+        "export.output", "export.dynamic_size", "predict.images", "predict.output", "predict.explain",
+        "report.compare", "bench.scaling",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "free", "start"),
+    [
+        ("seed", False, False),
+        ("keep", True, False),
+        ("finetune", False, True),
+        # Fields of another version follow their group.
+        ("eval.new", True, False),
+        ("data.new", False, False),
+        ("new", False, False),
+        ("new.new", False, False),
+    ],
+)
+def test_what_a_resumed_run_may_change_is_in_the_table(name, free, start):
+    rule = fields.rule(name)
+    assert (fields.FREE in rule, fields.START in rule) == (free, start)
 
 
 def test_configs_are_locked_against_misspelt_fields():
-    made = config("cpu")
-    made.lock()
+    c = config("cpu")
+    c.lock()
     with pytest.raises(AttributeError, match="batch_size"):
-        made.batch_sise = 3
+        c.batch_sise = 3
 
 
 def test_the_configs_differ_by_their_names_and_numbers_only():
@@ -252,10 +289,10 @@ def test_the_reference_schedule_is_timms_over_a_whole_run(examples, batch, epoch
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     from timm.scheduler import CosineLRScheduler  # isort: skip
 
-    made, p = planned("npu1,paper", examples, batch_size=batch, epochs=float(epochs), warmup_epochs=float(warmup))
+    c, p = planned("npu1,paper", examples, batch_size=batch, epochs=float(epochs), warmup_epochs=float(warmup))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=p.lr)
     theirs = CosineLRScheduler(
-        optimizer, t_initial=epochs, lr_min=made.min_lr, warmup_t=warmup, warmup_lr_init=made.warmup_lr
+        optimizer, t_initial=epochs, lr_min=c.min_lr, warmup_t=warmup, warmup_lr_init=c.warmup_lr
     )
     rates = []
     for epoch in range(epochs + 1):
@@ -267,8 +304,18 @@ def test_the_reference_schedule_is_timms_over_a_whole_run(examples, batch, epoch
     assert p.steps * batch >= epochs * examples > (p.steps - 1) * batch
 
 
-def test_recipes_write_only_fields_that_exist():
-    for arg in ("cpu", "npu8", *(f"npu8,{name}" for name in recipes.RECIPES)):
-        made = config(arg)
-        known = {name.split(".")[0] for name in fields.FIELDS}
-        assert set(made.keys()) == known
+@pytest.mark.parametrize("arg", ["cpu", "npu8", *(f"npu8,{name}" for name in recipes.RECIPES)])
+def test_arg_and_its_recipes_set_no_field_but_those_marked_for_them(arg):
+    for name in ("pcpvt_s", "pcpvt_b", "pcpvt_l"):
+        c, default = stored.flat(config(arg, name)), stored.flat(fields.base())
+        assert c.keys() == default.keys()
+        for field, value in c.items():
+            assert value == default[field] or fields.RECIPE in fields.FIELDS[field].rule, field
+
+
+def test_every_field_marked_for_recipes_is_set_by_one():
+    default, changed = stored.flat(fields.base()), set()
+    for name in ("pcpvt_s", "pcpvt_b"):
+        for arg in ("cpu", "npu8,paper,finetune", "npu8,perf"):
+            changed |= {field for field, value in stored.flat(config(arg, name)).items() if value != default[field]}
+    assert changed == {name for name, field in fields.FIELDS.items() if fields.RECIPE in field.rule}

@@ -1,4 +1,4 @@
-"""What the documents say is run: every command and every example, at miniature size; both languages say the same."""
+"""The READMEs: every command and example runs, at miniature size, and both languages have the same ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_both_languages_have_the_same_commands():
     assert blocks(CHINESE, "python")[0] == blocks(README, "python")[0]
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere():
+def test_the_readme_is_short_and_its_links_have_targets():
     assert len(README.splitlines()) < 200
     for text in (README, CHINESE):
         for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -50,7 +50,7 @@ def test_every_field_that_the_readme_names_exists():
 
 @pytest.fixture(scope="module")
 def place(trained, tmp_path_factory):
-    """A folder where the README's words mean something: runs/pcpvt_s, DIR, FILE, IMAGES, photo.jpg."""
+    """A folder with the files that the README's commands name: runs/pcpvt_s, DIR, FILE, IMAGES, photo.jpg."""
     place = tmp_path_factory.mktemp("place")
     (place / "runs").mkdir()
     os.symlink(trained, place / "runs" / "pcpvt_s")
@@ -67,7 +67,7 @@ def place(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("line", [c for c in commands(README) if c.startswith("python -m pcpvt.main")])
 def test_every_command_of_the_readme_runs(line, place, trained):
-    """On this machine: the miniature for the model, CPU for the device, a few steps for epochs."""
+    """With changes for this machine: the miniature model, the CPU, and a few steps."""
     best = sorted((trained / "checkpoints").glob("step-*.safetensors"))[-1]
     line = line.replace("=DIR", f"={place / 'DIR'}").replace("=FILE", f"={best}").replace("=IMAGES", "=photo.jpg")
     words = shlex.split(line)[1:]

@@ -45,7 +45,7 @@ def nano_params(classes: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def ours(folder, classes=CLASSES, outputs: int | None = None, ema: bool = True, config: dict | None = None):
     """A checkpoint as training writes it, with weights from seed 0 and an average from seed 1."""
-    flat = {name: None if isinstance(value, type) else value for name, (value, _) in fields.FIELDS.items()}
+    flat = {name: None if field.unset else field.default for name, field in fields.FIELDS.items()}
     flat |= {"model.name": "pcpvt_nano", "data.name": "folder", "image_size": 32, "epochs": 1.0, "warmup_epochs": 0.0}
     tensors = {f"params/{n}": v for n, v in nano_params(outputs or len(classes)).items()}
     if ema:

@@ -111,7 +111,7 @@ def test_pt2_of_one_size_takes_any_batch_of_it_and_no_other_size(tmp_path):
 def test_binary_exports_what_was_trained_on_npus_and_prints_the_way_to_om(pcpvt, tmp_path):
     import onnxruntime
 
-    flat = {name: None if isinstance(value, type) else value for name, (value, _) in fields.FIELDS.items()}
+    flat = {name: None if field.unset else field.default for name, field in fields.FIELDS.items()}
     flat |= {"model.name": "pcpvt_nano", "image_size": 40, "epochs": 1.0, "warmup_epochs": 0.0}
     flat |= {"device": "npu", "processes": 8, "compile": "npugraphs", "precision": "float16"}
     tensors = {f"params/{n}": v for n, v in params().items()}

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from pcpvt.checkpoints import checkpoint, manifest
 from pcpvt.checkpoints.checkpoint import CheckpointError
-from pcpvt.config import plan, stored
+from pcpvt.config import resolve, stored
 from pcpvt.config.fields import base
 from pcpvt.errors import UserError, printable
 from pcpvt.functional import state
@@ -131,7 +131,7 @@ def test_valid_checksum_over_hostile_values_is_no_licence(written, tmp_path, fie
             resume.check_compatible(session, found.meta, ["a", "b"], 20)
         config = base()
         stored.apply_config(config, stored.nested(checkpoint.read(target).meta["config"]), "x")
-        plan.check(config)
+        resolve.check(config)
     except UserError:
         pass
     finally:
@@ -148,7 +148,7 @@ def test_any_value_in_a_stored_config_is_taken_or_refused_in_one_line(name, valu
     config.epochs = 1.0
     try:
         stored.apply_config(config, stored.nested({"seed": 1, name: value}), "config.json")
-        plan.check(config)
+        resolve.check(config)
     except UserError as error:
         assert "config" in str(error)
 

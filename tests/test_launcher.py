@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from pcpvt import devices
-from pcpvt.config import cli
 from pcpvt.distributed import launch, signals
 from pcpvt.errors import PeerError, UserError
 
@@ -156,21 +155,8 @@ def test_another_count_than_torchruns_is_one_line(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("path", "given", "expected"),
-    [
-        ("c.py:npu", {}, "c.py:npu16"),
-        ("c.py:npu,paper", {}, "c.py:npu16,paper"),
-        ("c.py:npu16,perf", {}, "c.py:npu16,perf"),
-        ("c.py", {}, "c.py"),
-        ("c.py:cpu", {"processes": "4"}, "c.py:cpu"),
-    ],
-)
-def test_recipes_see_torchruns_count(path, given, expected, monkeypatch):
-    assert cli._imply_count(path, given) == path
+def test_without_arg_the_count_is_torchruns(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("RANK", "3")
-    assert cli._imply_count(path, given) == expected
     assert devices.detect().endswith("16")
 
 

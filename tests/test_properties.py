@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pcpvt.checkpoints import checkpoint
-from pcpvt.config import plan, recipes, stored
+from pcpvt.config import plan, recipes, resolve, stored
 from pcpvt.config.fields import FIELDS, base
 from pcpvt.data import order
 from pcpvt.errors import UserError
@@ -184,7 +184,7 @@ def test_any_arg_is_a_config_or_one_line(arg):
     except UserError as error:
         assert "ARG" in str(error)
     else:
-        plan.check(config)
+        resolve.check(config)
         assert (config.device, config.processes) == recipes.parse_arg(arg)[:2]
 
 
@@ -194,7 +194,7 @@ def test_any_text_is_a_duration_or_one_line(text):
     config = base()
     config.epochs, config.eval_every = 1.0, text
     try:
-        plan.check(config)
+        resolve.check(config)
     except UserError as error:
         assert "config.eval_every" in str(error) and "\n" not in str(error)
 
@@ -204,8 +204,8 @@ def test_any_text_is_a_duration_or_one_line(text):
 def test_config_comes_back_from_its_file(tmp_path, data):
     config = base()
     config.epochs = 1.0
-    for name, (default, _) in FIELDS.items():
-        if isinstance(default, float) and data.draw(st.booleans()):
+    for name, field in FIELDS.items():
+        if isinstance(field.default, float) and data.draw(st.booleans()):
             config.update_from_flattened_dict({name: data.draw(st.floats(0, 1))})
     records.write_json(tmp_path / "config.json", config.to_dict())
     other = base()
@@ -216,13 +216,13 @@ def test_config_comes_back_from_its_file(tmp_path, data):
     assert third.to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("name", [name for name, (default, _) in FIELDS.items() if not isinstance(default, type)])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if not field.unset])
 def test_field_that_has_a_default_is_not_unset(name):
     config = base()
     config.epochs = 1.0
     config.update_from_flattened_dict({name: None})
-    if name in plan.UNSET:
-        plan.check(config)
+    if FIELDS[name].may_be_unset:
+        resolve.check(config)
         return
     with pytest.raises(UserError, match=f"config.{name}"):
-        plan.check(config)
+        resolve.check(config)

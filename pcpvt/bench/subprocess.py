@@ -114,6 +114,8 @@ def training(session: Session, workdir: Path, changes: dict[str, Any]) -> list[s
     ]
     changes = {"eval_every": "0", "save_every": "0", "data.name": "synthetic"} | changes
     changes["num_classes"] = session.config.num_classes or 1000
+    if session.config.data.name not in ("digits", "synthetic"):  # without a path, noise takes the recipe of the digits
+        changes["data.path"] = session.config.data.path or "."
     words += [f"--config.{name}={value}" for name, value in changes.items()]
     return [sys.executable, "-m", "pcpvt.main", *words, f"--workdir={workdir}"]
 

@@ -1,110 +1,193 @@
-"""Every field of a config: its default and one line of help. The single source for `base()` and for `--help`."""
+"""The table of all fields of a config; `--help`, the checks and the rules of resuming all follow from it.
+
+A new field is one entry here.
+"""
 
 from __future__ import annotations
+
+import difflib
+import enum
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# name: (default or type for "unset", help)
+from pcpvt.config.checks import (  # isort: skip
+    Check, anything, area, at_least, below, between, duration, interval, model, one_of, precision, randaugment, regex,
+)  # fmt: skip
+from pcpvt.config.stored import nested
+from pcpvt.errors import UserError
+
+
+class Rule(enum.Flag):
+    """What may change a field, beside a new run's command line."""
+
+    RECIPE = enum.auto()  # ARG and its recipes (`config.recipes`)
+    FREE = enum.auto()  # resuming with another value: how to compute, how long to train, what to write down
+    START = enum.auto()  # resuming without a value, as it is read at step 0 only; another value is refused
+
+
+class Field(NamedTuple):
+    """One field of a config."""
+
+    default: Any  # or a type: None unless a value of it is given
+    help: str
+    rule: Rule = Rule(0)
+    check: Check = anything  # of values that are not None
+    may_be_unset: bool = False  # although it has a default
+
+    @property
+    def unset(self) -> bool:
+        """Whether the field is None by default."""
+        return isinstance(self.default, type)
+
+
+DEVICES = ("cpu", "cuda", "npu")
+RECIPE, FREE, START = Rule
+FIXED = Rule(0)
+
+# fmt: off
 FIELDS = {
-    "model.name": ("pcpvt_s", "pcpvt_s | pcpvt_b | pcpvt_l | pcpvt_nano (a miniature for smoke runs)"),
-    "model.drop_path": (0.2, "drop-path rate of the last block; rises linearly from 0"),
-    "model.pad": ("pad", "sides that 32 does not divide: pad (zeros, nothing is lost) | error"),
-    "num_classes": (int, "outputs of the head; unset: counted from the data"),
-    "image_size": (224, "image height in pixels"),
-    "image_width": (int, "image width in pixels; unset: as high as wide"),
-    "batch_size": (1024, "global batch, over all devices"),
-    "accumulate": (0, "micro-batches per step; 0: derived from what fits the device"),
-    "epochs": (float, "length of training; give epochs, steps or examples"),
-    "steps": (int, "length of training in optimizer steps"),
-    "examples": (int, "length of training in training images"),
-    "lr": (float, "peak learning rate; unset: base_lr * batch_size / 512"),
-    "base_lr": (1e-3, "learning rate per 512 images of the global batch"),
-    "schedule": ("cosine", "cosine (per step) | reference (the Twins code's, per epoch and one epoch late) | constant"),
-    "warmup_epochs": (5.0, "length of the linear warm-up; give warmup_epochs or warmup_steps"),
-    "warmup_steps": (int, "length of the linear warm-up in steps"),
-    "warmup_lr": (1e-6, "learning rate at the first step of the warm-up"),
-    "min_lr": (1e-5, "learning rate at the end"),
-    "weight_decay": (0.05, "AdamW's, except on 1-d tensors, biases and all of pos_block"),
-    "beta1": (0.9, "AdamW's first-moment decay"),
-    "beta2": (0.999, "AdamW's second-moment decay"),
-    "eps": (1e-8, "AdamW's denominator constant"),
-    "clip_norm": (5.0, "global gradient norm to clip at; 0: no clipping"),
-    "layer_decay": (1.0, "learning-rate factor per block, counted from the head; 1: none"),
-    "frozen": ("", "regex over parameter names that are not trained"),
-    "ema": (0.0, "decay of the weights' moving average, which is then what is evaluated; 0: none"),
-    "label_smoothing": (0.1, "mass spread over all classes"),
-    "mixup": (0.8, "mixup's alpha; 0: off"),
-    "cutmix": (1.0, "cutmix's alpha; 0: off"),
-    "mix_prob": (1.0, "probability that a batch is mixed at all"),
-    "mix_switch": (0.5, "probability of cutmix when both are on"),
-    "mix_mode": ("batch", "one draw per batch | pair | elem"),
-    "seed": (0, "every random number of the run derives from it"),
-    "precision": ("auto", "auto | float32 | bfloat16 | float16 | params=DTYPE,compute=DTYPE,output=DTYPE"),
-    "compile": ("auto", "auto | inductor | npugraphs | none"),
-    "kernels": ("auto", "auto: the device's own for attention, linear maps, drop path | plain: PyTorch's operators"),
-    "device": ("cpu", "cpu | cuda | npu"),
-    "processes": (1, "processes over all hosts, one per device"),
-    "timeout": (2100, "seconds that processes wait for one another before the run ends"),
-    "grace": (60.0, "seconds from a signal until the run ends unsaved if no step has ended"),
-    "finetune": ("", "weights to start from: a file, timm:NAME or a workdir"),
-    "fresh": ("", "regex over parameter names that do not come from config.finetune but start anew"),
-    "checkpoint": ("", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best"),
-    "weights": ("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)"),
-    "eval_every": ("1 epoch", "N epochs | steps | examples between evaluations; 0: only never"),
-    "save_every": ("1 epoch", "N epochs | steps | examples between checkpoints; 0: only at the end"),
-    "log_every": ("20 steps", "N epochs | steps | examples between records"),
-    "tensorboard": (True, "TensorBoard events in the workdir's tensorboard/"),
-    "keep": (2, "newest checkpoints kept beside the best one"),
-    "max_skipped": (20, "consecutive non-finite steps after which the run stops"),
-    "data.name": ("", "digits | folder | synthetic | a timm dataset name such as hfds/... or torch/cifar10"),
-    "data.path": ("", "image folder with train/<class>/* and val/<class>/*, or the root for data.name"),
-    "data.val_split": ("validation", "of hfds/...: the split to evaluate on, such as test"),
-    "data.workers": (-1, "loader processes per training process; -1: by the host's cores, 0: none"),
-    "data.on_error": ("error", "unreadable image: error | skip (counted and named; training takes the next instead)"),
-    "augment.scale": ((0.08, 1.0), "area range of the random resized crop"),
-    "augment.ratio": ((0.75, 4 / 3), "aspect range of the random resized crop"),
-    "augment.crop_pad": (0, "pixels of padding before a random crop, instead of the resized crop; 0: off"),
-    "augment.hflip": (0.5, "probability of a horizontal flip"),
-    "augment.randaugment": ("rand-m9-mstd0.5-inc1", "timm's notation; empty: off"),
-    "augment.color_jitter": (0.0, "brightness, contrast and saturation range; 0: off"),
-    "augment.erase": (0.25, "probability of random erasing with noise"),
-    "augment.repeats": (1, "draws of each sample per epoch (repeated augmentation)"),
-    "eval.crop": (0.875, "side of the centre crop over the resized short side"),
-    "eval.batch_size": (0, "global evaluation batch; 0: as the training batch, bounded"),
-    "eval.ensemble": ("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint"),
-    "export.format": ("timm", "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export)"),
-    "export.output": ("", "file to write; unset: export/ in the workdir"),
-    "export.dynamic_size": (False, "onnx, pt2: any image size from 33 px, not only config.image_size"),
-    "predict.images": ("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'"),
-    "predict.format": ("table", "table | jsonl (a JSON object per line) | csv"),
-    "predict.output": ("", "file to write; unset: standard output"),
-    "predict.explain": (False, "also draw, in the workdir's explain/, what speaks for the predicted class"),
-    "report.compare": ("", "other workdirs, by comma, to show beside this one"),
-    "bench.against": ("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours"),
-    "bench.steps": (10, "measured rounds per figure"),
-    "bench.scaling": (False, "measure how cost grows with batch, image size and processes instead; also report.html"),
+    "model.name": Field("pcpvt_s", "pcpvt_s | pcpvt_b | pcpvt_l | pcpvt_nano (a miniature for smoke runs)",
+        RECIPE, model),
+    "model.drop_path": Field(0.2, "drop-path rate of the last block; rises linearly from 0", RECIPE, below(1)),
+    "model.pad": Field("pad", "sides that 32 does not divide: pad (zeros, nothing is lost) | error",
+        FIXED, one_of("pad", "error")),
+    "num_classes": Field(int, "outputs of the head; unset: counted from the data", FIXED, at_least(1)),
+    "image_size": Field(224, "image height in pixels", RECIPE, at_least(1)),
+    "image_width": Field(int, "image width in pixels; unset: as high as wide", FIXED, at_least(1)),
+    "batch_size": Field(1024, "global batch, over all devices", RECIPE, at_least(1)),
+    "accumulate": Field(0, "micro-batches per step; 0: derived from what fits the device", FREE, at_least(0)),
+    "epochs": Field(float, "length of training; give epochs, steps or examples", RECIPE | FREE, at_least(0)),
+    "steps": Field(int, "length of training in optimizer steps", RECIPE | FREE, at_least(0)),
+    "examples": Field(int, "length of training in training images", FREE, between(0, 2**53)),
+    "lr": Field(float, "peak learning rate; unset: base_lr * batch_size / 512", RECIPE, at_least(0)),
+    "base_lr": Field(1e-3, "learning rate per 512 images of the global batch", RECIPE, at_least(0)),
+    "schedule": Field(
+        "cosine", "cosine (per step) | reference (the Twins code's, per epoch and one epoch late) | constant",
+        RECIPE, one_of("cosine", "reference", "constant")),
+    "warmup_epochs": Field(5.0, "length of the linear warm-up; give warmup_epochs or warmup_steps",
+        RECIPE, at_least(0), may_be_unset=True),
+    "warmup_steps": Field(int, "length of the linear warm-up in steps", RECIPE, at_least(0)),
+    "warmup_lr": Field(1e-6, "learning rate at the first step of the warm-up", FIXED, at_least(0)),
+    "min_lr": Field(1e-5, "learning rate at the end", RECIPE, at_least(0)),
+    "weight_decay": Field(0.05, "AdamW's, except on 1-d tensors, biases and all of pos_block", FIXED, at_least(0)),
+    "beta1": Field(0.9, "AdamW's first-moment decay", FIXED, below(1)),
+    "beta2": Field(0.999, "AdamW's second-moment decay", FIXED, below(1)),
+    "eps": Field(1e-8, "AdamW's denominator constant", FIXED, at_least(0)),
+    "clip_norm": Field(5.0, "global gradient norm to clip at; 0: no clipping", FIXED, at_least(0)),
+    "layer_decay": Field(1.0, "learning-rate factor per block, counted from the head; 1: none",
+        RECIPE, between(1e-3, 1)),
+    "frozen": Field("", "regex over parameter names that are not trained", FIXED, regex),
+    "ema": Field(0.0, "decay of the weights' moving average, which is then what is evaluated; 0: none",
+        FIXED, below(1)),
+    "label_smoothing": Field(0.1, "mass spread over all classes", RECIPE, below(1)),
+    "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),
+    "cutmix": Field(1.0, "cutmix's alpha; 0: off", RECIPE, at_least(0)),
+    "mix_prob": Field(1.0, "probability that a batch is mixed at all", FIXED, between(0, 1)),
+    "mix_switch": Field(0.5, "probability of cutmix when both are on", FIXED, between(0, 1)),
+    "mix_mode": Field("batch", "one draw per batch | pair | elem", FIXED, one_of("batch", "pair", "elem")),
+    "seed": Field(0, "every random number of the run derives from it", FIXED, between(0, 2**53)),
+    "precision": Field("auto", "auto | float32 | bfloat16 | float16 | params=DTYPE,compute=DTYPE,output=DTYPE",
+        FREE, precision),
+    "compile": Field("auto", "auto | inductor | npugraphs | none",
+        FREE, one_of("auto", "inductor", "npugraphs", "none")),
+    "kernels": Field(
+        "auto", "auto: the device's own for attention, linear maps, drop path | plain: PyTorch's operators",
+        FREE, one_of("auto", "plain")),
+    "device": Field("cpu", "cpu | cuda | npu", RECIPE | FREE, one_of(*DEVICES)),
+    "processes": Field(1, "processes over all hosts, one per device", RECIPE | FREE, at_least(1)),
+    "timeout": Field(2100, "seconds that processes wait for one another before the run ends", FREE, at_least(1)),
+    "grace": Field(60.0, "seconds from a signal until the run ends unsaved if no step has ended", FREE, at_least(1)),
+    "finetune": Field("", "weights to start from: a file, timm:NAME or a workdir", START),
+    "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
+    "checkpoint": Field(
+        "", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best", FREE),
+    "weights": Field("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)",
+        START, one_of("auto", "params", "ema")),
+    "eval_every": Field("1 epoch", "N epochs | steps | examples between evaluations; 0: only never",
+        RECIPE | FREE, duration),
+    "save_every": Field("1 epoch", "N epochs | steps | examples between checkpoints; 0: only at the end",
+        RECIPE | FREE, duration),
+    "log_every": Field("20 steps", "N epochs | steps | examples between records", FREE, duration),
+    "tensorboard": Field(True, "TensorBoard events in the workdir's tensorboard/", FREE),
+    "keep": Field(2, "newest checkpoints kept beside the best one", FREE, at_least(1)),
+    "max_skipped": Field(20, "consecutive non-finite steps after which the run stops", FREE, at_least(1)),
+    "data.name": Field("", "digits | folder | synthetic | a timm dataset name such as hfds/... or torch/cifar10",
+        RECIPE),
+    "data.path": Field("", "image folder with train/<class>/* and val/<class>/*, or the root for data.name", FREE),
+    "data.val_split": Field("validation", "of hfds/...: the split to evaluate on, such as test"),
+    "data.workers": Field(-1, "loader processes per training process; -1: by the host's cores, 0: none",
+        FREE, at_least(-1)),
+    "data.on_error": Field(
+        "error", "unreadable image: error | skip (counted and named; training takes the next instead)",
+        FREE, one_of("error", "skip")),
+    "augment.scale": Field((0.08, 1.0), "area range of the random resized crop", RECIPE, area),
+    "augment.ratio": Field((0.75, 4 / 3), "aspect range of the random resized crop", FIXED, interval),
+    "augment.crop_pad": Field(0, "pixels of padding before a random crop, instead of the resized crop; 0: off",
+        RECIPE, at_least(0)),
+    "augment.hflip": Field(0.5, "probability of a horizontal flip", RECIPE, between(0, 1)),
+    "augment.randaugment": Field("rand-m9-mstd0.5-inc1", "timm's notation; empty: off", RECIPE, randaugment),
+    "augment.color_jitter": Field(0.0, "brightness, contrast and saturation range; 0: off", FIXED, at_least(0)),
+    "augment.erase": Field(0.25, "probability of random erasing with noise", RECIPE, between(0, 1)),
+    "augment.repeats": Field(1, "draws of each sample per epoch (repeated augmentation)", FIXED, at_least(1)),
+    "eval.crop": Field(0.875, "side of the centre crop over the resized short side", RECIPE | FREE, between(0.05, 1)),
+    "eval.batch_size": Field(0, "global evaluation batch; 0: as the training batch, bounded", FREE, at_least(0)),
+    "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
+        FREE),
+    "export.format": Field("timm", "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export)",
+        FREE, one_of("timm", "onnx", "pt2")),
+    "export.output": Field("", "file to write; unset: export/ in the workdir", FREE),
+    "export.dynamic_size": Field(False, "onnx, pt2: any image size from 33 px, not only config.image_size", FREE),
+    "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
+    "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
+        FREE, one_of("table", "jsonl", "csv")),
+    "predict.output": Field("", "file to write; unset: standard output", FREE),
+    "predict.explain": Field(False, "also draw, in the workdir's explain/, what speaks for the predicted class", FREE),
+    "report.compare": Field("", "other workdirs, by comma, to show beside this one", FREE),
+    "bench.against": Field("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours",
+        FREE, one_of("", "timm", "timm-compiled")),
+    "bench.steps": Field(10, "measured rounds per figure", FREE, at_least(1)),
+    "bench.scaling": Field(
+        False, "measure how cost grows with batch, image size and processes instead; also report.html", FREE),
 }
+# fmt: on
 
 
 def base() -> ConfigDict:
     """All fields at their defaults: the ImageNet recipe; unlocked, for a config file to change."""
-    config = ConfigDict()
-    for name, (default, _) in FIELDS.items():
-        node = config
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            if parent not in node:
-                node[parent] = ConfigDict()
-            node = node[parent]
-        node[leaf] = placeholder(default) if isinstance(default, type) else default
-    return config
+    return ConfigDict(nested({n: placeholder(f.default) if f.unset else f.default for n, f in FIELDS.items()}))
 
 
 def describe() -> str:
     """The help text: one line per field."""
-    rows = [
-        f"  --config.{name}={'' if isinstance(d, type) else d!s}".ljust(44) + f"  {text}"
-        for name, (d, text) in FIELDS.items()
-    ]
+    rows = []
+    for name, field in FIELDS.items():
+        default = "" if field.unset else field.default
+        rows.append(f"  --config.{name}={default!s}".ljust(44) + f"  {field.help}")
     return "\n".join(rows)
+
+
+def unknown(name: str) -> UserError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, list(FIELDS), 1, 0.4)
+    hint = f"did you mean config.{near[0]}?" if near else "see --help for the fields"
+    return UserError(f"config.{name}: no such field: {hint}")
+
+
+def check_fields(config: ConfigDict) -> None:
+    """Raises UserError for the first field with a value that it cannot have."""
+    for name, field in FIELDS.items():
+        value = attrgetter(name)(config)
+        if value is None and not (field.unset or field.may_be_unset):
+            raise UserError(f"config.{name}: None is no value for it: leave the field out, or give one")
+        if value is not None and (problem := field.check(value)):
+            raise UserError(f"config.{name}: {problem}")
+
+
+def rule(name: str) -> Rule:
+    """The rule of a field; one that only another version has follows the first field of its group."""
+    group, dot, _ = name.partition(".")
+    relatives = [field for other, field in FIELDS.items() if dot and other.startswith(f"{group}.")]
+    return next((field.rule for field in (FIELDS.get(name), *relatives) if field), FIXED)

@@ -1,6 +1,6 @@
-"""ARG to a config: `<device><n>` and then recipes by comma, e.g. `npu8`, `npu1,perf`, `cuda8,paper`, `cpu,folder`.
+"""Recipes: from ARG, `<device><n>` and then recipes by comma (`npu8`, `npu1,perf`, `cpu,folder`), to a config.
 
-Each recipe is a function that writes its numbers into the config; the names in ARG pick which.
+A recipe is a function that sets fields; each field that one may set is marked RECIPE in `config.fields`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from pcpvt.config.fields import base
+from pcpvt.config.fields import DEVICES, base
 from pcpvt.errors import UserError
 
 PER_DEVICE = 128  # the Ascend port's batch per card
@@ -65,7 +65,6 @@ def finetune(c: ConfigDict, devices: int) -> None:
 
 RECIPES = {"digits": digits, "folder": port, "paper": paper, "finetune": finetune, "perf": perf}
 DATA_RECIPES = ("digits", "folder", "paper")
-DEVICES = ("cpu", "cuda", "npu")
 
 
 def parse_arg(arg: str) -> tuple[str, int, list[str]]:
@@ -90,17 +89,17 @@ def from_arg(arg: str | None, model: str, drop_path: float) -> ConfigDict:
     On `cpu` the data are the embedded digits unless a recipe says otherwise; elsewhere an image folder and the Ascend
     port's recipe.
     """
-    wanted, comma, rest = (arg or "").partition(",")
-    if not wanted:
+    arg = arg or ""
+    if not arg or arg.startswith(","):
         from pcpvt.devices import detect
 
-        wanted = detect()
-    device, count, options = parse_arg(wanted + comma + rest)
+        arg = detect() + arg
+    device, count, options = parse_arg(arg)
     config = base()
     config.model.name, config.model.drop_path = model, drop_path
     config.device, config.processes = device, count
     if not set(options) & set(DATA_RECIPES):
         options = ["digits" if device == "cpu" else "folder", *options]
-    for option in sorted(options, key=list(RECIPES).index):  # each refines those before it, in whatever order they came
+    for option in sorted(options, key=list(RECIPES).index):  # ARG's order does not matter
         RECIPES[option](config, count)
     return config

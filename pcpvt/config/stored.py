@@ -1,4 +1,4 @@
-"""Configs at rest: the `config.json` of a workdir, the flat form in a checkpoint, and applying either to a config."""
+"""Stored configs: the `config.json` of a workdir, the flat form in a checkpoint, and applying either to a config."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def rand_augment(
     Args:
         pixels: uint8 `[height, width, 3]`; not written to.
         policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`; timm skips sections that it does not know, which
-            `config.plan.check` refuses.
+            `config.checks.randaugment` refuses.
         interpolation: `bicubic` or `bilinear`, of the geometric operations.
         fill: the colour that comes in from outside; timm takes the data set's mean.
     """

@@ -14,17 +14,6 @@ from pcpvt.models import pcpvt
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
-# Fields that may change between the parts of a run: where and how it computes, how long, and what is written down.
-# A longer or shorter run changes the learning rates still to come, which is what asking for it means.
-HARMLESS = (
-    "device", "processes", "timeout", "grace", "compile", "kernels", "precision", "accumulate", "checkpoint", "epochs",
-    "steps", "examples", "eval_every", "save_every", "log_every", "keep", "max_skipped", "tensorboard", "data.path",
-    "data.workers", "data.on_error",
-)  # fmt: skip
-# Read at step 0 only: the parts of a run that go on from there may leave them out.
-ORIGIN = ("finetune", "fresh", "weights")
-HARMLESS_ROOMS = ("eval.", "bench.", "predict.", "export.", "report.")
-
 
 def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
     """The newest valid checkpoint of the workdir; damaged ones are reported and skipped.
@@ -79,9 +68,10 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
     for name in sorted(now.keys() | then.keys()):
         # A field that another version added had its default.
         before, after = then.get(name, default.get(name)), now.get(name, default.get(name))
-        if before == after or (name in ORIGIN and after == default[name]):
+        rule = fields.rule(name)
+        if before == after or (fields.START in rule and after == default.get(name)):
             continue
-        if name in HARMLESS or name.startswith(HARMLESS_ROOMS):
+        if fields.FREE in rule:
             notes.append(f"config.{name}: {before} -> {after}")
         else:
             raise UserError(
@@ -102,8 +92,8 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
 
 def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
     """What a run began with, for its next checkpoint: this part of it may not have named it again."""
-    stored = resumed.meta["config"] if resumed else {}
-    return {name: stored[name] for name in ORIGIN if name in stored}
+    began = resumed.meta["config"] if resumed else {}
+    return {name: value for name, value in began.items() if fields.START in fields.rule(name)}
 
 
 def check_agreement(step: int) -> None:

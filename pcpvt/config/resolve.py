@@ -1,0 +1,129 @@
+"""The config of a run from a config file's function, the command line, a stored config and the launcher.
+
+Everything here is a pure function: it reads no file, no argv and no environment variable.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pcpvt.config import fields, plan, stored
+from pcpvt.config.recipes import DATA_RECIPES
+from pcpvt.errors import UserError
+from pcpvt.models.pcpvt import STRIDE
+
+
+def resolve(
+    get_config: Callable[[str], ConfigDict],
+    arg: str,
+    overrides: Mapping[str, Any],
+    *,
+    mode: str = "train",
+    world_size: int | None = None,
+    trained: dict[str, Any] | None = None,
+    where: str = "",
+) -> tuple[ConfigDict, list[str]]:
+    """The config of a run, locked, and notes for the log about what was implied.
+
+    The fields of `trained` replace those that ARG gives. What the command line gives always wins: `overrides`, and,
+    where ARG names a device, the device, the process count and `compile`.
+
+    Args:
+        get_config: of the config file; called with ARG.
+        arg: ARG as given, or empty.
+        overrides: the fields that the command line gives, by dotted name.
+        world_size: processes that torchrun started on all hosts; None outside torchrun.
+        trained: the nested config of the workdir or the checkpoint to work on; None to take the recipe's fields.
+        where: the file that holds `trained`, for error messages.
+
+    Raises:
+        UserError: for a config that cannot be run.
+    """
+    arg, notes = complete_arg(arg, overrides, world_size)
+    names_device = bool(arg.partition(",")[0])
+    config = copy.deepcopy(get_config(arg))
+    config.lock()
+    if trained is not None:
+        notes = []  # the trained config replaces the recipe
+        computing = {name: config[name] for name in ("device", "processes", "compile")}
+        stored.apply_config(config, trained, where)
+        config.checkpoint, config.weights, config.eval.ensemble = "", "auto", ""
+        if names_device:
+            config.update(computing)
+    config.update_from_flattened_dict(overrides)
+    if mode == "train" and config.checkpoint:
+        raise UserError("config.checkpoint: training does not start from it: use config.finetune")
+    if world_size is not None:
+        if (names_device or "processes" in overrides) and config.processes != world_size:
+            raise UserError(
+                f"config.processes: {config.processes} but torchrun started {world_size} processes: "
+                f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
+            )
+        config.processes = world_size
+    if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
+        config.device, config.processes, config.compile = "cpu", 1, "none"
+    if mode == "predict":
+        config.processes = 1
+        if config.compile == "auto":
+            config.compile = "none"  # compiling takes longer than predicting a few thousand images
+    # A duration given in one unit replaces the recipe's in another.
+    for prefix in ("", "warmup_"):
+        units = [prefix + unit for unit in plan.UNITS if prefix + unit in config]
+        if any(unit in overrides for unit in units):
+            config.update({unit: None for unit in units if unit not in overrides})
+    if config.data.path and config.data.name == "digits" and "data.name" not in overrides:
+        config.data.name = "folder"
+    check(config)
+    return config, notes
+
+
+def complete_arg(arg: str, overrides: Mapping[str, Any], world_size: int | None) -> tuple[str, list[str]]:
+    """ARG with what the rest of the command line implies, and notes about it for the log.
+
+    Under torchrun a device without a number means as many as torchrun started. Data other than the embedded ones, or
+    weights that may have been trained on others, imply the recipe `folder` where ARG names no recipe for data.
+    """
+    device, *options = arg.split(",")
+    if world_size is not None and "processes" not in overrides and device.isalpha():
+        device += str(world_size)
+    causes = [name for name in ("data.path", "checkpoint", "eval.ensemble") if overrides.get(name)]
+    if overrides.get("data.name", "") not in ("", "digits", "synthetic"):
+        causes.append("data.name")
+    if not causes or set(options) & set(DATA_RECIPES):
+        return ",".join([device, *options]), []
+    completed = ",".join([device, *options, "folder"])
+    return completed, [f"config.{causes[0]} is given: the recipe 'folder' is used, as with --config=FILE:{completed}"]
+
+
+def check(config: ConfigDict) -> None:
+    """What can be said wrong about a config without looking at devices or data.
+
+    Raises:
+        UserError: naming the field, the value and the remedy.
+    """
+    fields.check_fields(config)
+    if config.bench.scaling and config.bench.against:
+        raise UserError(
+            f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
+        )
+    if config.fresh and not config.finetune:
+        raise UserError(
+            f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"
+        )
+    height, width = config.image_size, config.image_width or config.image_size
+    if config.model.pad == "error" and (height % STRIDE or width % STRIDE):
+        raise UserError(
+            f"config.image_size: {height}x{width} is not divisible by {STRIDE}: use one that is or config.model.pad=pad"
+        )
+    if config.compile == "npugraphs" and config.device != "npu":
+        raise UserError(f"config.compile: 'npugraphs' needs an NPU and config.device is {config.device!r}: use auto")
+    plan.duration(config, "warmup_")
+    length = plan.duration(config, "")
+    if length is None:
+        raise UserError(f"{', '.join(f'config.{unit}' for unit in plan.UNITS)}: none is set: give one of them")
+    if not length[0] > 0:
+        raise UserError(f"config.{length[1]}: {length[0]} is no duration: give more than 0")
