@@ -1,4 +1,4 @@
-"""What a workdir tells about its run, read for the report: every file is optional but the config or the metrics."""
+"""The files of a workdir, read for the report: either the config or the metrics must exist, the rest is optional."""
 
 from __future__ import annotations
 

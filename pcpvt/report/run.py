@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.report import data as report_data
-from pcpvt.report import page as report_page
+from pcpvt.report import page
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
@@ -24,7 +24,7 @@ def write(workdir: Path, others: Sequence[Path] = ()) -> Path:
     """
     folders = list(dict.fromkeys(folder.resolve() for folder in (workdir, *others)))
     asked = ["--workdir", *["config.report.compare"] * (len(folders) - 1)]
-    text = report_page.page(list(map(report_data.load, folders, names(folders), asked)))
+    text = page.render_report(list(map(report_data.load, folders, names(folders), asked)))
     path = workdir / FILE
     # A file name of the user's may hold bytes that are no text.
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", errors="replace"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config.plan import Plan, make_plan
-from pcpvt.report import charts as report_charts
-from pcpvt.report import page as report_page
+from pcpvt.report import charts, page
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
@@ -32,13 +31,13 @@ def run(session: Session) -> int:
         console.say(f"{epoch(plan, step):9.2f} {step:9d}  {plan.schedule(step):.4e}")
     steps = spread(plan.steps, POINTS)
     rows = [f"{step},{epoch(plan, step):.6f},{plan.schedule(step):.10e}" for step in steps]
-    curve = report_charts.Series("learning rate", [(epoch(plan, step), plan.schedule(step)) for step in steps])
-    chart = report_charts.chart("Learning rate, by epoch", [curve], zero=True)
-    title = f"{config.model.name}: learning rate"
-    page = report_page.document(title, f'<h1>{title}</h1><div class="grid">{chart}</div>')
+    curve = charts.Series("learning rate", [(epoch(plan, step), plan.schedule(step)) for step in steps])
+    text = page.render_charts(
+        f"{config.model.name}: learning rate", [charts.chart("Learning rate, by epoch", [curve], zero=True)]
+    )
     table = "step,epoch,lr\n" + "\n".join(rows) + "\n"
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
-    write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(page))
+    write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
     return 0
 
