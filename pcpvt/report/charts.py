@@ -6,16 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-
-class Plot(NamedTuple):
-    """The SVG's size and the edges of the plot area in it, in the SVG's own units."""
-
-    width: int = 520
-    height: int = 230
-    left: int = 56
-    right: int = 510
-    top: int = 10
-    bottom: int = 200
+SIZE = (520, 230)  # of the SVG
+LEFT, RIGHT, TOP, BOTTOM = EDGES = (56, 510, 10, 200)  # of the plot area in it
 
 
 class Series(NamedTuple):
@@ -25,19 +17,6 @@ class Series(NamedTuple):
     points: Sequence[tuple[float, float]]
     color: int = 0
     faint: bool = False
-
-
-class Chart(NamedTuple):
-    """What the template draws: the `Series` as dicts, and (position in the SVG, label) of every tick.
-
-    A point is (x in the SVG, y in the SVG, x as text, y as text).
-    """
-
-    title: str
-    x: str
-    curves: list[dict[str, Any]]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
 
 
 class Axis(NamedTuple):
@@ -53,42 +32,43 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-PLOT = Plot()
-
-
 def chart(
     title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False
-) -> Chart | None:
-    """A chart with its legend; None when no series has points.
+) -> dict[str, Any]:
+    """What `charts.html` draws; empty when no series has points.
 
     Args:
         x: what the horizontal axis, which starts at 0, counts.
         zero: the vertical axis starts at 0.
         log: logarithmic; None: when the largest value is over 20 times the median.
+
+    Returns:
+        `title`, `x`; `x_ticks` and `y_ticks`, each (position in the SVG, text); `curves`, the series as dicts whose
+        points are (position of x, x as text, position of y, y as text).
     """
     series = [s for s in series if s.points]
     if not series:
-        return None
+        return {}
     xs, ys = zip(*(point for s in series for point in s.points), strict=True)
-    low, high = min(ys), max(ys)
+    low, high, first, last = min(ys), max(ys), min(0.0, *xs), max(xs)
     if log is None:
         log = high > 20 * sorted(ys)[len(ys) // 2]
+    x_axis = Axis(first, last if last > first else 1.0)
     y_axis = scale(low, high, zero=zero, log=log and low > 0)
-    x_axis = Axis(min(0.0, *xs), max(xs) if max(xs) > min(0.0, *xs) else 1.0)
 
-    def left(value: float) -> float:
-        return round(PLOT.left + x_axis(value) * (PLOT.right - PLOT.left), 1)
+    def place_x(value: float) -> tuple[float, str]:
+        return round(LEFT + x_axis(value) * (RIGHT - LEFT), 1), short(value)
 
-    def top(value: float) -> float:
-        return round(PLOT.bottom - y_axis(value) * (PLOT.bottom - PLOT.top), 1)
+    def place_y(value: float) -> tuple[float, str]:
+        return round(BOTTOM - y_axis(value) * (BOTTOM - TOP), 1), short(value)
 
-    return Chart(
-        title,
-        x,
-        [s._asdict() | {"points": [(left(x), top(y), short(x), short(y)) for x, y in s.points]} for s in series],
-        [(left(value), short(value)) for value in ticks(x_axis, 6)],
-        [(top(value), short(value)) for value in ticks(y_axis)],
-    )
+    return {
+        "title": title,
+        "x": x,
+        "x_ticks": list(map(place_x, ticks(x_axis, 6))),
+        "y_ticks": list(map(place_y, ticks(y_axis, 5))),
+        "curves": [s._asdict() | {"points": [place_x(x) + place_y(y) for x, y in s.points]} for s in series],
+    }
 
 
 def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> Axis:
@@ -103,7 +83,7 @@ def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> 
     return Axis(low if zero and low == 0 else low - room, high + room)
 
 
-def ticks(axis: Axis, count: int = 5) -> list[float]:
+def ticks(axis: Axis, count: int) -> list[float]:
     """Round numbers inside an axis, about `count` of them: 1, 2 or 5 times a power of ten apart."""
     if axis.log:
         decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)

@@ -1,13 +1,14 @@
-"""The HTML pages: their data, and rendering with the templates into one file that loads nothing from elsewhere."""
+"""The HTML pages: their data, rendered with the templates into one file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from pcpvt.config import fields, stored
 from pcpvt.report import classes
-from pcpvt.report.charts import PLOT, Chart, Series, chart, short
-from pcpvt.report.data import RunData, defaults
+from pcpvt.report.charts import EDGES, SIZE, Series, chart, short
+from pcpvt.report.data import RunData
 from pcpvt.runtime.console import duration
 
 COLORS = 6  # of the palette in report.css; with more runs they repeat
@@ -15,73 +16,65 @@ COLORS = 6  # of the palette in report.css; with more runs they repeat
 
 def render_report(runs: Sequence[RunData]) -> str:
     """The report of the first run, in which the others are compared with it."""
-    main, usual = runs[0], defaults()
-    figures = [_figures(run) for run in runs]
-    values = {name: [run.config.get(name) for run in runs] for name in sorted({n for run in runs for n in run.config})}
-    differences = {name: row for name, row in values.items() if any(value != row[0] for value in row)}
-    changed = {name: value for name, value in main.config.items() if name not in usual or usual[name] != value}
+    main, more = runs[0], len(runs) - 1
+    title = f"{main.config.get('model.name', 'pcpvt')}: {main.name}"
+    figures, defaults = [_figures(run) for run in runs], stored.flat(fields.base())
+    recipe = {name: [run.config.get(name) for run in runs] for name in sorted({n for run in runs for n in run.config})}
     return _render(
         "report.html",
-        title=f"{main.config.get('model.name', 'pcpvt')}: {main.name}" + f" and {len(runs) - 1} more" * (len(runs) > 1),
+        title=f"{title} and {more} more" if more else title,
         subtitle=_subtitle(main),
-        runs=[
-            {"name": run.name, "color": i % COLORS, "figures": figures[i], "device": _device(run)}
-            for i, run in enumerate(runs)
-        ],
-        figures=list(dict.fromkeys(name for one in figures for name in one)),
+        runs=runs,
+        figures=figures,
+        columns=list(dict.fromkeys(name for texts in figures for name in texts)),
         charts=_charts(runs),
         classes=classes.summarize(main.details),
-        differences=differences,
-        equal=len(values) - len(differences),
-        changed=changed,
-        unchanged={name: value for name, value in main.config.items() if name not in changed},
-        surroundings=_surroundings(main),
+        recipe=recipe,
+        differing={name: values for name, values in recipe.items() if any(value != values[0] for value in values)},
+        changed={n: value for n, value in main.config.items() if n not in defaults or defaults[n] != value},
     )
 
 
-def render_charts(title: str, charts: Sequence[Chart | None], table: str = "") -> str:
-    """A page of charts, and below them a table as text."""
-    return _render("page.html", title=title, charts=list(filter(None, charts)), table=table)
+def render_charts(title: str, charts: Sequence[dict[str, Any]], table: str = "") -> str:
+    """A page of charts (see `charts.chart`), and below them a table as text."""
+    return _render("page.html", title=title, charts=charts, table=table)
 
 
 def _render(template: str, **values: Any) -> str:
-    import jinja2  # only a process that writes a page pays for it
+    import jinja2  # here, because only a process that writes a page needs it
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pcpvt.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.PackageLoader("pcpvt.report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = _shown
-    return environment.get_template(template).render(values, plot=PLOT)
+    return environment.get_template(template).render(values, size=SIZE, edges=EDGES, colors=COLORS)
+
+
+def _shown(value: Any) -> str:
+    """The value of a config field as text."""
+    if value is None:
+        return "not set"
+    if isinstance(value, float):
+        return short(value)
+    return '""' if value == "" else str(value)
 
 
 def _subtitle(run: RunData) -> str:
     config, started = run.config, run.environment.get("started")
+    sizes = config.keys() >= {"image_size", "batch_size"}
     parts = [
         " ".join(str(config[name]) for name in ("data.name", "data.path") if config.get(name)),
-        f"{config['image_size']} px, batch {config['batch_size']}"
-        if config.keys() >= {"image_size", "batch_size"}
-        else "",
-        _device(run),
+        f"{config['image_size']} px, batch {config['batch_size']}" if sizes else "",
+        run.device(),
         f"started {started[:16].replace('T', ' ')} UTC" if started else "",
         "" if run.result else "not finished",
     ]
-    return " · ".join(filter(None, parts))
-
-
-def _device(run: RunData) -> str:
-    name = run.environment.get("device") or run.result.get("device") or ""
-    count = run.environment.get("processes") or run.result.get("processes") or 1
-    return f"{count} x {name}" if name and count != 1 else str(name)
+    return " · ".join(part for part in parts if part)
 
 
 def _figures(run: RunData) -> dict[str, str]:
     """The headline figures; those that are not known are left out."""
     best, result, last = run.best(), run.result, run.metrics[-1] if run.metrics else {}
-    speeds = sorted(y for _, y in run.curve("train", "images_per_sec"))
+    speeds = sorted(speed for _, speed in run.curve("train", "images_per_sec"))
     speed = result.get("images_per_sec") or (speeds[len(speeds) // 2] if speeds else None)
     figures = {
         "top-1 accuracy": f"{best['acc1']:.2f} %" if best else "",
@@ -95,47 +88,29 @@ def _figures(run: RunData) -> dict[str, str]:
     return {name: text for name, text in figures.items() if text}
 
 
-def _charts(runs: Sequence[RunData]) -> list[Chart]:
+def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """The curves of one run have a colour each; with several runs the colour is the run's."""
     several = len(runs) > 1
 
-    def curves(*wanted: tuple[str, str, str]) -> list[Series]:
-        """The curve of each (kind of record, its number, label), of every run; training is drawn behind evaluation."""
-        return [
-            Series(
-                (run.name if len(wanted) == 1 else f"{run.name} {label}") if several else label,
-                run.curve(kind, number),
-                (i if several else j) % COLORS,
-                faint=kind == "train" and len(wanted) > 1,
-            )
-            for i, run in enumerate(runs)
-            for j, (kind, number, label) in enumerate(wanted)
-        ]
+    def draw(title: str, *curves: tuple[str, str, str], **options: Any) -> dict[str, Any]:
+        """A chart of all runs' curves, each given as (kind of record, its number, label)."""
+        series = []
+        for i, run in enumerate(runs):
+            for j, (kind, number, label) in enumerate(curves):
+                name = (run.name if len(curves) == 1 else f"{run.name} {label}") if several else label
+                behind = kind == "train" and len(curves) > 1  # training, noisy, behind evaluation
+                series.append(Series(name, run.curve(kind, number), (i if several else j) % COLORS, behind))
+        return chart(title, series, **options)
 
-    speeds = [y for run in runs for _, y in run.curve("train", "images_per_sec")]
+    top1, top5 = ("eval", "acc1", "top-1"), ("eval", "acc5", "top-5")
+    speeds = [speed for run in runs for _, speed in run.curve("train", "images_per_sec")]
     apart = bool(speeds) and 0 < 20 * min(speeds) < max(speeds)
-    accuracies = [("eval", "acc1", "top-1"), ("eval", "acc5", "top-5")][: 1 if several else 2]
     charts = [
-        chart("Loss", curves(("eval", "loss", "validation"), ("train", "loss", "training")), log=None),
-        chart("Top-1 accuracy in %" if several else "Accuracy in %", curves(*accuracies)),
-        chart("Learning rate", curves(("train", "lr", "")), zero=True),
-        chart("Images/s", curves(("train", "images_per_sec", "")), zero=True, log=apart),
-        chart("Gradient norm, before clipping", curves(("train", "grad_norm", "")), zero=True, log=None),
-        chart("Share of time waiting for data", curves(("train", "waiting", "")), zero=True),
+        draw("Loss", ("eval", "loss", "validation"), ("train", "loss", "training"), log=None),
+        draw("Top-1 accuracy in %", top1) if several else draw("Accuracy in %", top1, top5),
+        draw("Learning rate", ("train", "lr", ""), zero=True),
+        draw("Images/s", ("train", "images_per_sec", ""), zero=True, log=apart),
+        draw("Gradient norm, before clipping", ("train", "grad_norm", ""), zero=True, log=None),
+        draw("Share of time waiting for data", ("train", "waiting", ""), zero=True),
     ]
     return [drawn for drawn in charts if drawn]
-
-
-def _surroundings(run: RunData) -> dict[str, Any]:
-    other = {n: v for n, v in run.environment.items() if n not in ("versions", "device", "processes")}
-    versions = {f"{n} version": v for n, v in (run.environment.get("versions") or {}).items()}
-    return {n: v for n, v in {"device": _device(run), **other, **versions}.items() if v}
-
-
-def _shown(value: Any) -> str:
-    """The value of a config field as text."""
-    if value is None:
-        return "not set"
-    if isinstance(value, float):
-        return short(value)
-    return '""' if value == "" else str(value)
