@@ -102,7 +102,7 @@ def test_scalings_report_draws_every_figure_and_needs_nothing_from_elsewhere(sca
     assert "http" not in page
     assert "<polyline" in page
     (costs,) = re.findall(r'data-x="thousand pixels" data-series="([^"]*proportion[^"]*)"', page)
-    names = [series["n"] for series in json.loads(html.unescape(costs))]
+    names = [series["name"] for series in json.loads(html.unescape(costs))]
     assert names == ["training", "evaluation", "training, in proportion", "evaluation, in proportion"]
 
 

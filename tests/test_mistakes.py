@@ -12,7 +12,9 @@ from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches
 from pcpvt.evaluate import mistakes
 from pcpvt.report import classes as report_classes
+from pcpvt.report import page
 from pcpvt.report import run as report
+from pcpvt.report.data import RunData
 from pcpvt.runtime import records
 
 
@@ -81,9 +83,9 @@ def test_a_thousand_classes_stay_light(tmp_path):
     found = mistakes.summarize(table, source, (224, 224), 0.875)
     counts = [c for _, _, c in found["confusions"]]
     assert len(found["mistakes"]) == 24 and len(counts) == 10_000 and counts == sorted(counts, reverse=True)
-    page = report_classes.sections(found)
-    assert len(json.dumps(found)) < 500_000 and len(page) < 200_000
-    assert "Most frequent confusions" in page and "the 25 lowest of 1000" in page.lower()
+    text = page.render_report([RunData("run", {}, [], {}, {}, found)])
+    assert len(json.dumps(found)) < 500_000 and len(text) < 200_000
+    assert "Most frequent confusions" in text and "The 25 lowest of 1000" in text
 
 
 DETAILS = {
@@ -92,12 +94,12 @@ DETAILS = {
 }  # fmt: skip
 
 
-def test_damaged_details_cost_the_report_their_part_alone(trained, tmp_path):
-    assert "taken for" in report_classes.sections(DETAILS)
+def test_damaged_details_remove_only_their_own_part_of_the_report(trained, tmp_path):
+    assert "taken for" in str(report_classes.summarize(DETAILS)["matrix"])
     for name in DETAILS.keys() - {"step", "classes"}:
-        assert report_classes.sections({n: v for n, v in DETAILS.items() if n != name}) == ""
+        assert report_classes.summarize({n: v for n, v in DETAILS.items() if n != name}) == {}
     for change in ({"images": 3}, {"images": []}, {"classes": [1, 2]}, {"confusions": [1]}, {"mistakes": [{}]}):
-        assert report_classes.sections(DETAILS | change) == ""
+        assert report_classes.summarize(DETAILS | change) == {}
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     (tmp_path / records.DETAILS).write_text("[" * 100_000)
     text = report.write(tmp_path).read_text()

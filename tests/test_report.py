@@ -1,10 +1,13 @@
-"""report.html: what it shows is what the run recorded, it needs nothing else, and a browser draws it."""
+"""report.html: it shows what the run recorded, is one self-contained file, and a browser draws it."""
 
+import configparser
 import html.parser
 import json
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from PIL import Image
 from pcpvt.errors import UserError
 from pcpvt.report import charts as report_charts
 from pcpvt.report import data as report_data
+from pcpvt.report import page as report_page
 from pcpvt.report import run as report
 from pcpvt.runtime.console import Console
 
+ROOT = Path(__file__).parent.parent
+TEMPLATES = ROOT / "pcpvt" / "report" / "templates"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "img", "br", "circle", "line", "polyline"}
 
@@ -80,13 +86,13 @@ def test_training_ends_with_a_report_of_what_it_recorded(trained):
         assert heading in text, heading
     records = report_data.load(trained, "run").metrics
     validation, training = page.charts[0]
-    assert len(validation["p"]) == sum(r["kind"] == "eval" for r in records)
-    assert len(training["p"]) == sum(r["kind"] == "train" for r in records)
+    assert len(validation["points"]) == sum(r["kind"] == "eval" for r in records)
+    assert len(training["points"]) == sum(r["kind"] == "train" for r in records)
     last = [r["loss"] for r in records if r["kind"] == "train"][-1]
-    assert training["p"][-1][3] == report_charts.short(last)
+    assert training["points"][-1][3] == report_charts.short(last)
 
 
-def test_report_needs_nothing_but_itself_and_is_light(trained):
+def test_report_is_self_contained_and_small(trained):
     text = (trained / "report.html").read_text(encoding="utf-8")
     assert read(trained / "report.html").links == []
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
@@ -107,6 +113,39 @@ def test_names_cannot_break_the_page(copied):
     read(copied / "report.html")
 
 
+def test_titles_curves_and_tables_are_escaped():
+    name = "</pre><script>'\"&"
+    curve = report_charts.Series(name, [(0, 1), (1, 2)])
+    text = report_page.render_charts(name, [report_charts.chart(name, [curve], x=name), {}], name)
+    assert text.count("<script>") == text.count("</script>") == text.count("</pre>") == 1
+    page = Page(text)
+    assert page.texts.count(name) == 4 and [curve["name"] for curve in page.charts[0]] == [name]
+
+
+def test_style_and_script_are_in_the_page_as_they_are_in_their_files():
+    text = report_page.render_charts("title", [])
+    for file in ("report.css", "report.js"):
+        assert (TEMPLATES / file).read_text().strip() in text
+
+
+def test_installed_package_has_all_templates():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    patterns = config["options.package_data"]["pcpvt.report"].split()
+    packaged = {path for pattern in patterns for path in (ROOT / "pcpvt" / "report").glob(pattern)}
+    files = {path for path in TEMPLATES.rglob("*") if path.is_file()}
+    assert files and files <= packaged
+
+
+def test_jinja_is_imported_only_when_a_page_is_rendered():
+    code = (
+        "import sys; from pcpvt.report import page, run, schedule; assert 'jinja2' not in sys.modules\n"
+        "page.render_charts('title', []); assert 'jinja2' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_runs_are_compared(trained, copied, pcpvt, tmp_path):
     config = json.loads((copied / "config.json").read_text())
     config["lr"] = 0.125
@@ -114,26 +153,26 @@ def test_runs_are_compared(trained, copied, pcpvt, tmp_path):
     done = pcpvt("--mode=report", f"--workdir={copied}", f"--config.report.compare={trained}")
     assert "report.html" in done.stdout
     page = read(copied / "report.html")
-    assert [s["n"] for s in page.charts[1]] == [f"{tmp_path.name}/run", f"{trained.parent.name}/run"]
+    assert [s["name"] for s in page.charts[1]] == [f"{tmp_path.name}/run", f"{trained.parent.name}/run"]
     text = " ".join(page.texts)
     assert "0.125" in text and "0.003" in text and "fields are equal" in text
 
 
-def test_runs_get_as_much_of_their_paths_as_tells_them_apart(trained, tmp_path):
+def test_runs_are_named_by_the_shortest_distinct_ends_of_their_paths(trained, tmp_path):
     for folder in "ab":
         shutil.copytree(trained, tmp_path / folder / "x" / "run")
-    others = [tmp_path / "a" / ".." / "b" / "x" / "run", tmp_path / "a" / "x" / "run"]  # its own once more
-    page = read(report.write(tmp_path / "a" / "x" / "run", others))
-    assert [s["n"] for s in page.charts[1]] == ["a/x/run", "b/x/run"]
+    compared = [tmp_path / "a" / ".." / "b" / "x" / "run", tmp_path / "a" / "x" / "run"]  # its own once more
+    page = read(report.write(tmp_path / "a" / "x" / "run", compared))
+    assert [s["name"] for s in page.charts[1]] == ["a/x/run", "b/x/run"]
 
 
-def test_run_to_compare_with_that_is_none_is_named_by_its_field(trained, copied, tmp_path):
+def test_folder_to_compare_with_that_holds_no_run_is_refused_naming_the_field(trained, copied, tmp_path):
     with pytest.raises(UserError, match=rf"config\.report\.compare: {tmp_path / 'typo'} holds no run"):
         report.write(copied, [trained, tmp_path / "typo"])
 
 
 @pytest.mark.parametrize("change", [{"mode": "eval"}, {"steps": 7}])
-def test_result_of_an_evaluation_or_of_a_run_extended_since_is_not_the_trainings(copied, change):
+def test_result_of_an_evaluation_or_of_a_run_extended_since_is_not_shown(copied, change):
     result = json.loads((copied / "result.json").read_text())
     (copied / "result.json").write_text(json.dumps(result | change))
     text = " ".join(read(report.write(copied)).texts)
@@ -144,7 +183,7 @@ def test_result_of_an_evaluation_or_of_a_run_extended_since_is_not_the_trainings
 
 
 @pytest.mark.parametrize("missing", ["details.json", "result.json", "environment.json", "metrics.jsonl", "config.json"])
-def test_report_shows_what_there_is(copied, missing):
+def test_report_leaves_out_what_a_missing_or_damaged_file_holds(copied, missing):
     (copied / missing).write_text("{ cut")
     page = read(report.write(copied))
     assert "Loss" in page.texts or missing == "metrics.jsonl"
@@ -157,8 +196,8 @@ def test_folders_without_a_run_are_refused(pcpvt, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_report_that_fails_is_a_warning(copied, capsys, monkeypatch):
-    monkeypatch.setattr(report.report_page, "page", lambda runs: 1 / 0)
+def test_failure_of_the_report_is_only_a_warning(copied, capsys, monkeypatch):
+    monkeypatch.setattr(report.page, "render_report", lambda runs: 1 / 0)
 
     class Session:
         workdir = copied
@@ -184,7 +223,7 @@ def test_a_report_that_fails_is_a_warning(copied, capsys, monkeypatch):
     ],
 )
 def test_axes_have_round_numbers(low, high, options, expected):
-    assert report_charts.ticks(report_charts.scale(low, high, **options)) == pytest.approx(expected)
+    assert report_charts.ticks(report_charts.scale(low, high, **options), 5) == pytest.approx(expected)
 
 
 def test_numbers_are_short():
@@ -192,14 +231,14 @@ def test_numbers_are_short():
     assert shown == ["0", "0.1065", "97.53", "3,564", "1.23e5", "1.01e-5", "-2.5", "0.003"]
 
 
-def test_long_runs_are_thinned_by_means():
+def test_curves_of_long_runs_are_means_of_equal_parts():
     metrics = [{"kind": "train", "epoch": i / 10, "loss": float(i)} for i in range(1, 3001)]
     curve = report_data.RunData("r", {}, metrics, {}, {}, {}).curve("train", "loss")
     assert len(curve) == 300 and curve[0] == (1.0, 5.5) and curve[-1] == (300.0, 2995.5)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_a_browser_draws_it_in_light_and_dark(trained, tmp_path):
+def test_browser_draws_the_report_in_light_and_dark(trained, tmp_path):
     def chromium(*words):
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
         flags += (
@@ -218,8 +257,8 @@ def test_a_browser_draws_it_in_light_and_dark(trained, tmp_path):
     text = (trained / "report.html").read_text(encoding="utf-8")
     page.write_text(text.replace("</body>", f"<script>{point}</script></body>"), encoding="utf-8")
     dom = chromium("--dump-dom", "--enable-logging=stderr")
-    assert dom.count('class="tip"') == dom.count('class="chart"') == 6
-    (tip,) = re.findall(r'class="tip" style="display: block; left: (\d\S*)px; top: (\d\S*)px;"', dom)
+    assert dom.count('class="card tip"') == dom.count('class="card chart"') == 6
+    (tip,) = re.findall(r'class="card tip" style="display: block; left: (\d\S*)px; top: (\d\S*)px;"', dom)
     assert 250 < float(tip[0]) < 450 and float(tip[1]) < 100
 
     page = trained / "report.html"

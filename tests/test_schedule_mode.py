@@ -1,4 +1,4 @@
-"""The learning rate can be looked at without training, for any config and on any machine."""
+"""`--mode=schedule`: the learning rate of any config on any machine, without training."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ ends alone. Mixing is off, because it pairs samples and a batch of 1 has none to
 
 from __future__ import annotations
 
-import html
 import json
 import subprocess
 import tempfile
@@ -22,9 +21,9 @@ from pcpvt.bench.subprocess import KILLED, OutOfMemory, lacks_memory, run_in_sub
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
-from pcpvt.report import page as report_page
 from pcpvt.report import run as report
 from pcpvt.report.charts import Series, chart
+from pcpvt.report.page import render_charts
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
@@ -150,12 +149,7 @@ def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
         ("Peak memory of training in GB against thousand pixels", "thousand pixels", curves(size, pixels, memory)[:1]),
         ("ms per image against thousand pixels", "thousand pixels", costs),
     )
-    drawn = "".join(chart(name, series, x=x, zero=True) for name, x, series in charts)
-    body = (
-        f'<h1>{html.escape(title)}</h1><section><h2>Curves</h2><div class="grid">{drawn}</div></section>'
-        f'<section><h2>Table</h2><div class="card scroll"><pre>{html.escape(table)}</pre></div></section>'
-    )
-    return report_page.document(title, body)
+    return render_charts(title, [chart(name, series, x=x, zero=True) for name, x, series in charts], table)
 
 
 def curves(points: Sequence[Point], x: Callable[[Point], float], y: Callable[[Point, str], float]) -> list[Series]:

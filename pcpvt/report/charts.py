@@ -1,15 +1,13 @@
-"""Curves as inline SVG: axes with round numbers, colours from the page's CSS, and the points for its tooltip."""
+"""Curves as data for the charts' template: positions in the SVG, axes with round numbers, and labels."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-WIDTH, HEIGHT = 520, 230
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 30  # of the plot area to the edges
+SIZE = (520, 230)  # of the SVG
+LEFT, RIGHT, TOP, BOTTOM = EDGES = (56, 510, 10, 200)  # of the plot area in it
 
 
 class Series(NamedTuple):
@@ -22,7 +20,7 @@ class Series(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Values low..high to 0..1."""
+    """Maps the values low..high to 0..1."""
 
     low: float
     high: float
@@ -36,48 +34,41 @@ class Axis(NamedTuple):
 
 def chart(
     title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False
-) -> str:
-    """A figure with its legend; nothing when no series has points.
+) -> dict[str, Any]:
+    """What `charts.html` draws; empty when no series has points.
 
     Args:
         x: what the horizontal axis, which starts at 0, counts.
         zero: the vertical axis starts at 0.
         log: logarithmic; None: when the largest value is over 20 times the median.
+
+    Returns:
+        `title`, `x`; `x_ticks` and `y_ticks`, each (position in the SVG, text); `curves`, the series as dicts whose
+        points are (position of x, x as text, position of y, y as text).
     """
     series = [s for s in series if s.points]
     if not series:
-        return ""
-    ys = sorted(y for s in series for _, y in s.points)
+        return {}
+    xs, ys = zip(*(point for s in series for point in s.points), strict=True)
+    low, high, first, last = min(ys), max(ys), min(0.0, *xs), max(xs)
     if log is None:
-        log = ys[0] > 0 and ys[-1] > 20 * ys[len(ys) // 2]
-    y_axis = scale(ys[0], ys[-1], zero=zero, log=log and ys[0] > 0)
-    xs = [point[0] for s in series for point in s.points]
-    x_axis = Axis(min(0.0, *xs), max(xs) if max(xs) > min(0.0, *xs) else 1.0)
-    body = [_grid(x_axis, y_axis)]
-    for s in sorted(series, key=lambda s: not s.faint):
-        style = f"stroke: var(--c{s.color})"
-        if len(s.points) == 1:
-            left, top = _place(x_axis, y_axis, *s.points[0])
-            body.append(f'<circle class="dot" cx="{left}" cy="{top}" r="3.5" style="fill: var(--c{s.color})"/>')
-            continue
-        path = " ".join("{},{}".format(*_place(x_axis, y_axis, *point)) for point in s.points)
-        body.append(f'<polyline class="line{" faint" if s.faint else ""}" style="{style}" points="{path}"/>')
-    legend = "".join(
-        f'<li{" class=faint" if s.faint else ""}><i style="background: var(--c{s.color})"></i>{html.escape(s.name)} '
-        f"<b>{short(s.points[-1][1])}</b></li>"
-        for s in series
-    )
-    hover = [
-        {"n": s.name, "c": s.color, "p": [[*_place(x_axis, y_axis, *p), *map(short, p)] for p in s.points]}
-        for s in series
-    ]
-    data = html.escape(json.dumps(hover, separators=(",", ":")))
-    return (
-        f'<figure class="chart" data-x="{html.escape(x)}" data-series="{data}">'
-        f"<figcaption><h3>{html.escape(title)}</h3><ul>{legend}</ul></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(body)}'
-        f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg></figure>'
-    )
+        log = high > 20 * sorted(ys)[len(ys) // 2]
+    x_axis = Axis(first, last if last > first else 1.0)
+    y_axis = scale(low, high, zero=zero, log=log and low > 0)
+
+    def place_x(value: float) -> tuple[float, str]:
+        return round(LEFT + x_axis(value) * (RIGHT - LEFT), 1), short(value)
+
+    def place_y(value: float) -> tuple[float, str]:
+        return round(BOTTOM - y_axis(value) * (BOTTOM - TOP), 1), short(value)
+
+    return {
+        "title": title,
+        "x": x,
+        "x_ticks": list(map(place_x, ticks(x_axis, 6))),
+        "y_ticks": list(map(place_y, ticks(y_axis, 5))),
+        "curves": [s._asdict() | {"points": [place_x(x) + place_y(y) for x, y in s.points]} for s in series],
+    }
 
 
 def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> Axis:
@@ -92,47 +83,24 @@ def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> 
     return Axis(low if zero and low == 0 else low - room, high + room)
 
 
-def ticks(axis: Axis, count: int = 5) -> list[float]:
+def ticks(axis: Axis, count: int) -> list[float]:
     """Round numbers inside an axis, about `count` of them: 1, 2 or 5 times a power of ten apart."""
     if axis.log:
         decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
-        wide = axis.high / axis.low > 100
-        found = [m * 10.0**d for d in decades for m in ((1,) if wide else (1, 2, 5))]
+        steps = (1,) if axis.high / axis.low > 100 else (1, 2, 5)
+        values = [step * 10.0**decade for decade in decades for step in steps]
     else:
         rough = (axis.high - axis.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
         first = math.ceil(axis.low / step - 1e-9)
-        found = [i * step for i in range(first, first + 3 * count) if i * step <= axis.high + 1e-9 * step]
-    return [value for value in found if axis.low * (1 - 1e-12) <= value <= axis.high * (1 + 1e-12)]
+        values = [i * step for i in range(first, first + 3 * count)]
+    return [value for value in values if axis.low * (1 - 1e-12) <= value <= axis.high * (1 + 1e-12)]
 
 
 def short(value: float) -> str:
     """A number in four significant digits, without an exponent where that is readable."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = max(0, 3 - (math.floor(math.log10(abs(value))) if value else 3))
-        text = f"{value:,.{digits}f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
+        return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:,.4g}"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def _place(x_axis: Axis, y_axis: Axis, x: float, y: float) -> tuple[float, float]:
-    return (
-        round(LEFT + x_axis(x) * (WIDTH - LEFT - RIGHT), 1),
-        round(HEIGHT - BOTTOM - y_axis(y) * (HEIGHT - TOP - BOTTOM), 1),
-    )
-
-
-def _grid(x_axis: Axis, y_axis: Axis) -> str:
-    parts = []
-    for value in ticks(y_axis):
-        _, y = _place(x_axis, y_axis, x_axis.low, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x_axis, 6):
-        x, _ = _place(x_axis, y_axis, value, y_axis.low)
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(value)}</text>')
-    base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    return "".join(parts)
+    return f"{float(mantissa):g}e{int(exponent)}"

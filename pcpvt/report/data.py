@@ -1,4 +1,4 @@
-"""What a workdir tells about its run, read for the report: every file is optional but the config or the metrics."""
+"""The files of a workdir, read for the report: either the config or the metrics must exist, the rest is optional."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcpvt.config import fields, stored
+from pcpvt.config import stored
 from pcpvt.errors import UserError
 from pcpvt.runtime import environment, records
 
@@ -15,18 +15,24 @@ POINTS = 300  # of a curve: more cannot be seen at this size, and ImageNet's 100
 
 
 class RunData(NamedTuple):
-    """One workdir."""
+    """One workdir: `config` is flat (`{"model.name": ...}`), the others are as in their files, empty where missing."""
 
     name: str
-    config: dict[str, Any]  # flat
+    config: dict[str, Any]
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     environment: dict[str, Any]
     details: dict[str, Any]
 
+    def device(self) -> str:
+        """The device, with the number of processes when there are several; empty when it is not known."""
+        name = self.environment.get("device") or self.result.get("device") or ""
+        count = self.environment.get("processes") or self.result.get("processes") or 1
+        return f"{count} x {name}" if name and count != 1 else str(name)
+
     def best(self) -> dict[str, Any]:
         """The best evaluation so far, by the rule that chooses checkpoints: higher top-1, then later."""
-        evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and _number(entry.get("acc1"))]
+        evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and _is_number(entry.get("acc1"))]
         return max(evaluations, key=lambda entry: (entry["acc1"], entry["step"]), default={})
 
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
@@ -34,10 +40,11 @@ class RunData(NamedTuple):
         points = [
             (float(entry["epoch"]), float(entry[name]))
             for entry in self.metrics
-            if entry.get("kind") == kind and _number(entry.get("epoch")) and _number(entry.get(name))
+            if entry.get("kind") == kind and _is_number(entry.get("epoch")) and _is_number(entry.get(name))
         ]
-        size = math.ceil(len(points) / POINTS)
-        return [_mean(points[i : i + size]) for i in range(0, len(points), max(size, 1))]
+        size = max(math.ceil(len(points) / POINTS), 1)
+        parts = [points[i : i + size] for i in range(0, len(points), size)]
+        return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
 def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
@@ -47,28 +54,18 @@ def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
         UserError: when it holds no run; `field` is what named it.
     """
     metrics = records.read_metrics(workdir / "metrics.jsonl")
-    config = _object(workdir / "config.json")
+    config = _read_object(workdir / "config.json")
     if not metrics and not config:
         raise UserError(f"{field}: {workdir} holds no run (neither config.json nor metrics.jsonl): name another folder")
-    result = _object(workdir / "result.json")
-    # It may be that of an evaluation, or of a training that was extended since.
-    ended = result.get("mode") == "train" and (not metrics or result.get("steps") == metrics[-1]["step"])
-    return RunData(
-        name=name,
-        config=stored.flat(config),
-        metrics=metrics,
-        result=result if ended else {},
-        environment=_object(workdir / environment.FILE),
-        details=_object(workdir / records.DETAILS),
-    )
+    result = _read_object(workdir / "result.json")
+    # It may be the result of an evaluation, or of a training that was extended since.
+    if result.get("mode") != "train" or (metrics and result.get("steps") != metrics[-1]["step"]):
+        result = {}
+    files = (_read_object(workdir / file) for file in (environment.FILE, records.DETAILS))
+    return RunData(name, stored.flat(config), metrics, result, *files)
 
 
-def defaults() -> dict[str, Any]:
-    """The fields at their defaults, as a config file has them."""
-    return stored.flat(fields.base())
-
-
-def _object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one for a file that is missing or damaged."""
     try:
         value = json.loads(path.read_text())
@@ -77,9 +74,5 @@ def _object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
-    return points[-1][0], sum(y for _, y in points) / len(points)

@@ -1,17 +1,16 @@
-"""`--mode=schedule`: the learning rate of any config, step by step, without training: printed, as CSV and as a plot."""
+"""`--mode=schedule`: the learning rate of any config, without training: printed, as CSV and as a chart."""
 
 from __future__ import annotations
 
 from pcpvt.checkpoints.atomic import write_atomically
-from pcpvt.config.plan import Plan, make_plan
-from pcpvt.report import charts as report_charts
-from pcpvt.report import page as report_page
+from pcpvt.config.plan import make_plan
+from pcpvt.report import charts, page
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
-ROWS, POINTS = 24, 2000  # printed and written; a shorter run has all its steps in the CSV
+ROWS, POINTS = 24, 2000  # the most that are printed, and written; a shorter run has all its steps in the CSV
 
 
 def run(session: Session) -> int:
@@ -24,31 +23,29 @@ def run(session: Session) -> int:
         source = sessions.open_data(session, "train")
         examples, classes = len(source), len(source.classes)
     plan = make_plan(config, examples=examples, num_classes=classes, micro_batch=config.batch_size)
+
+    def rows(count: int) -> list[tuple[float, int, float]]:
+        """(epoch, step, learning rate) of at most `count` steps, evenly spread from the first to the last."""
+        return [(step * plan.batch / plan.examples, step, plan.schedule(step)) for step in spread(plan.steps, count)]
+
     console.say(
         f"{config.schedule}: {plan.steps} steps of batch {plan.batch} = {plan.epochs:.4g} epochs; peak {plan.lr:.4g}"
     )
     console.say(f"{'epoch':>9} {'step':>9}  lr")
-    for step in spread(plan.steps, ROWS):
-        console.say(f"{epoch(plan, step):9.2f} {step:9d}  {plan.schedule(step):.4e}")
-    steps = spread(plan.steps, POINTS)
-    rows = [f"{step},{epoch(plan, step):.6f},{plan.schedule(step):.10e}" for step in steps]
-    curve = report_charts.Series("learning rate", [(epoch(plan, step), plan.schedule(step)) for step in steps])
-    chart = report_charts.chart("Learning rate, by epoch", [curve], zero=True)
-    title = f"{config.model.name}: learning rate"
-    page = report_page.document(title, f'<h1>{title}</h1><div class="grid">{chart}</div>')
-    table = "step,epoch,lr\n" + "\n".join(rows) + "\n"
+    for epoch, step, lr in rows(ROWS):
+        console.say(f"{epoch:9.2f} {step:9d}  {lr:.4e}")
+    points = rows(POINTS)
+    table = "step,epoch,lr\n" + "".join(f"{step},{epoch:.6f},{lr:.10e}\n" for epoch, step, lr in points)
+    curve = charts.Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
+    chart = charts.chart("Learning rate, by epoch", [curve], zero=True)
+    text = page.render_charts(f"{config.model.name}: learning rate", [chart])
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
-    write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(page))
+    write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
     return 0
 
 
 def spread(steps: int, count: int) -> list[int]:
-    """At most `count` steps from the first to the last, evenly."""
-    if steps <= count:
-        return list(range(steps))
-    return [round(i * (steps - 1) / (count - 1)) for i in range(count)]
-
-
-def epoch(plan: Plan, step: int) -> float:
-    return step * plan.batch / plan.examples
+    """At most `count` of the steps, evenly spread from the first to the last."""
+    count = min(steps, count)
+    return [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
