@@ -50,13 +50,7 @@ def open_split(session: Session, dataset: sources.Dataset, local_batch: int) -> 
     batches = EvalBatches(
         dataset, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
     )
-    loader = Loader(
-        batches,
-        range(len(batches)),
-        sessions.workers(session, dataset),
-        start=session.device.worker_start,
-        pin=session.device.pins,
-    )
+    loader = sessions.open_loader(session, batches, range(len(batches)))
     return Split(dataset, loader, UnreadableLog(dataset, Console(world.is_main)))
 
 

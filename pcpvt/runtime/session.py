@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcpvt import devices
 from pcpvt.data import sources
-from pcpvt.data.loader import default_workers
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
@@ -107,10 +107,20 @@ def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
     return pcpvt.build(config.model.name, num_classes, config.model.pad)
 
 
-def workers(session: Session, source: sources.Dataset) -> int:
-    """Loader processes for this training process."""
+def workers(session: Session, dataset: sources.Dataset) -> int:
+    """Loader processes per training process: `config.data.workers`, or a share of the host's cores."""
     configured = session.config.data.workers
-    if configured >= 0:
-        return configured
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return default_workers(source, base.cores() // local)
+    return (
+        configured
+        if configured >= 0
+        else default_workers(dataset, base.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )
+
+
+def open_loader(
+    session: Session, batches: TrainBatches | EvalBatches, indices: Sequence[int], processes: int | None = None
+) -> Loader:
+    """A loader of the batches with these indices, by `processes` loader processes (default: see `workers`)."""
+    if processes is None:
+        processes = workers(session, batches.source)
+    return Loader(batches, indices, processes, start=session.device.worker_start, pin=session.device.pins)

@@ -78,9 +78,10 @@ def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.Train
     if resumed is not None:
         notes = resume.check_compatible(session, resumed.meta, classes, plan.examples)
         first_step = resumed.meta["step"]
-    # Loader processes take seconds to start: they do so while the state is created.
     batches = train_batches(session, model, train_data)
-    reader = start_loader(session, batches, train_data, range(first_step, plan.steps))
+    reader = sessions.open_loader(session, batches, range(first_step, plan.steps))
+    if first_step < plan.steps:
+        reader.start()  # loader processes take seconds to start: they do so while the state is created
 
     if resumed is None:
         params, notes = init_params(session, model, classes)
@@ -130,19 +131,6 @@ def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
     """The plan of a run on this session's device, whose memory bounds the micro-batch."""
     micro_batch = session.device.micro_batch(session.size, session.policy.compute, model.branches // 2)
     return make_plan(session.config, examples=examples, num_classes=model.num_classes, micro_batch=micro_batch)
-
-
-def start_loader(
-    session: Session, batches: loader.TrainBatches, dataset: Dataset, steps: Sequence[int]
-) -> loader.Loader:
-    """The loader of the batches of `steps`, whose processes start now."""
-    device = session.device
-    reader = loader.Loader(
-        batches, steps, sessions.workers(session, dataset), start=device.worker_start, pin=device.pins
-    )
-    if steps:
-        reader.start()
-    return reader
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:
