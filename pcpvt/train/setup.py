@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcpvt.checkpoints.load import read_weights
 from pcpvt.checkpoints.match import match_params
-from pcpvt.config.plan import Plan
+from pcpvt.config.plan import Plan, make_plan
 from pcpvt.data import augment, loader, sources
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
@@ -22,6 +22,12 @@ from pcpvt.models.init import init
 from pcpvt.runtime.session import Session
 
 Step = Callable[[state.TrainState, dict[str, Tensor]], tuple[state.TrainState, dict[str, Tensor]]]
+
+
+def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
+    """The plan of a run on this session's device, whose memory bounds the micro-batch."""
+    micro_batch = session.device.micro_batch(session.size, session.policy.compute, model.branches // 2)
+    return make_plan(session.config, examples=examples, num_classes=model.num_classes, micro_batch=micro_batch)
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, source: sources.Dataset) -> loader.TrainBatches:
