@@ -16,66 +16,56 @@ from pcpvt.runtime.session import Session
 
 def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], object]:
     """Forward, backward, clipping and AdamW on one normalised batch with soft targets, as timm's train.py does them."""
-    config, network = session.config, _model(session, plan.num_classes).train()
+    config = session.config
+    network, logits = _network(session, plan.num_classes, batch, training=True)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     undecayed = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-5)
-    predict, images = _compiled(session, network), _normalised(session, batch)
     targets = mixing.mix_targets(batch["label"], batch.get("lam"), plan.num_classes, config.label_smoothing)
 
-    def step() -> Tensor:
+    def step() -> None:
         optimizer.zero_grad()
-        with _autocast(session):
-            logits = predict(images)
-        loss = -(targets * torch.log_softmax(logits.float(), -1)).sum(-1).mean()
+        loss = -(targets * torch.log_softmax(logits().float(), -1)).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm or 5.0)
         optimizer.step()
-        return loss
 
     return step
 
 
 def forward(session: Session, num_classes: int, batch: Batch) -> Callable[[], object]:
     """Logits `[b, classes]` of one normalised batch."""
-    predict, images = _compiled(session, _model(session, num_classes).eval()), _normalised(session, batch)
-
-    def call() -> Tensor:
-        with torch.inference_mode(), _autocast(session):
-            return predict(images)
-
-    return call
+    _, logits = _network(session, num_classes, batch, training=False)
+    return torch.inference_mode()(logits)
 
 
-def _model(session: Session, num_classes: int) -> torch.nn.Module:
-    """timm's model of the same size, on the device; channels_last on CUDA, where that is its fast layout."""
+def _network(
+    session: Session, num_classes: int, batch: Batch, training: bool
+) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """timm's model of the same size, on the device, and a function that gives its logits of a normalised batch."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
-    config = session.config
+    config, device, dtype = session.config, session.device, session.policy.compute
     network = timm.create_model(
         TIMM_NAMES[config.model.name], num_classes=num_classes, drop_path_rate=config.model.drop_path
-    ).to(session.device.torch)
-    if session.device.name != "cuda":
-        return network
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
-
-
-def _compiled(session: Session, network: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    )
+    network.to(device.torch).train(training)
+    images = mixing.decode_images(batch["image"], None, IMAGENET_MEAN, IMAGENET_STD).permute(0, 3, 1, 2)
+    if device.name == "cuda":  # where channels_last is the fast layout
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
+        images = images.contiguous(memory_format=torch.channels_last)
+    else:
+        images = images.contiguous()
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
-    return torch.compile(network, dynamic=False) if session.config.bench.against == "timm-compiled" else network
+    predict = torch.compile(network, dynamic=False) if config.bench.against == "timm-compiled" else network
 
+    def logits() -> Tensor:
+        with torch.autocast(device.name, dtype=dtype, enabled=dtype != torch.float32):
+            return predict(images)
 
-def _autocast(session: Session) -> torch.autocast:
-    dtype = session.policy.compute
-    return torch.autocast(session.device.name, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _normalised(session: Session, batch: Batch) -> Tensor:
-    """The images as `[b, 3, h, w]`, in the layout that is fast on the device."""
-    x = mixing.decode_images(batch["image"], None, IMAGENET_MEAN, IMAGENET_STD).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last if session.device.name == "cuda" else torch.contiguous_format)
+    return network, logits
 
 
 def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:

@@ -5,11 +5,9 @@ deployment tools supply them, and returns `logits`, float32 `[batch, classes]`. 
 the graph consists of matrix products, softmax, layer norm, erf and one depthwise convolution per stage, which every
 converter knows.
 
-From ONNX to Ascend's offline `.om` (one file per batch size; `npu-smi info` names the SoC):
+`atc` gives the command from ONNX to Ascend's offline `.om`; a file is for one batch size and one SoC:
 
-    atc --framework=5 --model=M.onnx --output=M_b8 --input_format=NCHW --input_shape="images:8,3,224,224"
-        --soc_version=Ascend310P3 --precision_mode_v2=mixed_float16
-
+- `npu-smi info` names the SoC, for example Ascend310P3.
 - ATC reads opsets 9 to 18 since CANN 7.0; the files here are opset 18, and their LayerNormalization needs 17.
 - ATC's default precision, `fp16`, also forces norms and softmax into 16 bits; `mixed_float16` keeps those in float32,
   `origin` keeps all. Compare the `.om` with onnxruntime on some images before using it.
@@ -104,7 +102,10 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
                 f"config.export.dynamic_size: takes images from {SMALLEST} px and config.image_size is {min(size)}: "
                 "leave it out, or give a larger config.image_size"
             )
-        example = size[0] + 13, size[1] + 38  # not square, and when `size` is divisible by a patch, this is not
+        example = (
+            size[0] + 13,
+            size[1] + 38,
+        )  # not square, and no multiple of the first patch (4 px) where `size` is one
         sizes = [size, example]
         axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     deployed = Deployed(model, params, dynamic_size)

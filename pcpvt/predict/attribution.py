@@ -4,7 +4,7 @@ The network has no class token whose attention could be drawn, and its last map 
 the logit of the predicted class is attributed to the positions of one of its named maps, `stages.{s}`: the deepest
 that is at least 8x8. The image is blended in from its own mean colour; at each step, every position's change is
 multiplied by the gradient of the logit there, and the products are summed (conductance: Dhamdhere et al. 2018, after
-integrated gradients, Sundararajan et al. 2017). The sums add up to the logit of the image less that of the plain colour.
+integrated gradients, Sundararajan et al. 2017). The sums add up to the image's logit less that of the plain colour.
 
 Limits: a position of the map depends on more of the image than the square it is drawn on, at least on the
 neighbouring squares; and "for the class" means for this network's output, right or wrong, not for the object.

@@ -21,7 +21,7 @@ from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.data.sources import EXTENSIONS
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
-from pcpvt.predict.output import FORMATS
+from pcpvt.predict.output import FORMATS, Result, best
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -88,13 +88,14 @@ def run(session: Session) -> int:
     console.say(f"files: {len(source)}; weights: {loaded.path} ({loaded.which})")
     readable = 0
 
-    def write(out: TextIO) -> None:
+    def results() -> Iterator[Result]:
         nonlocal readable
-        write_row = FORMATS[config.predict.format](out, class_names(loaded), TOP)
-        for paths, probabilities in classify(session, loaded, source, console):
-            for path, row in zip(paths, probabilities, strict=True):
-                write_row(path, row)
-            readable += len(paths)
+        for path, probabilities in classify(session, loaded, source, console):
+            readable += 1
+            yield path, best(probabilities, TOP)
+
+    def write(out: TextIO) -> None:
+        FORMATS[config.predict.format](out, class_names(loaded), results())
         out.flush()
         if not readable:  # raised here so that no file is written
             raise UserError(
@@ -115,21 +116,16 @@ def run(session: Session) -> int:
     return 0
 
 
-def classify(
-    session: Session, loaded: LoadedModel, source: Files, console: Console
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Batch by batch, the readable paths and their probabilities `[b, classes]`; also draws the heat maps, if asked."""
+def classify(session: Session, loaded: LoadedModel, source: Files, console: Console) -> Iterator[tuple[str, Tensor]]:
+    """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
     config, device = session.config, session.device
-    batches = EvalBatches(
-        source, session.size, config.eval.crop, min(eval_batch(config), len(source)), 0, 1, on_error="skip"
-    )
+    size = min(eval_batch(config), len(source))
+    batches = EvalBatches(source, session.size, config.eval.crop, size, 0, 1, on_error="skip")
     workers = sessions.workers(session, source) if len(source) > FEW else 0
     loader = Loader(batches, range(len(batches)), workers, start=device.worker_start, pin=device.pins)
-    predict = session.predictor(loaded.model)
-    weights = session.inference(loaded.params)
+    predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
-    names = unique_names(source.paths)
-    folder = session.workdir / "explain"
+    names, folder = unique_names(source.paths), session.workdir / "explain"
     for batch in device.prefetch(loader):
         valid = batch["valid"]
         probabilities = predict(weights, batch["image"]).softmax(-1)[valid]
@@ -138,17 +134,15 @@ def classify(
             console.warn(_reason(source.paths[index], session.size))
         indices = ids[readable].tolist()
         if config.predict.explain and indices:
-            labels = probabilities.argmax(-1)
+            named, labels = [names[i] for i in indices], probabilities.argmax(-1)
             try:
-                attribution.write(
-                    folder, [names[i] for i in indices], loaded.model, exact, batch["image"][valid], labels
-                )
+                attribution.write(folder, named, loaded.model, exact, batch["image"][valid], labels)
             except OSError as error:
                 raise UserError(
                     f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose "
                     "another --workdir, or leave out config.predict.explain"
                 ) from None
-        yield [source.paths[i] for i in indices], probabilities.cpu()
+        yield from zip([source.paths[i] for i in indices], probabilities.cpu(), strict=True)
 
 
 def unique_names(paths: list[str]) -> list[str]:
