@@ -20,6 +20,7 @@ from pcpvt.runtime import session as sessions
 from pcpvt.runtime.session import Session
 from pcpvt.train import setup
 
+STEPS = ("train", "eval", "latency")  # train step, evaluation of the whole batch, evaluation of one image
 TIMED = 8  # batches drawn for one timing of an input pipeline
 EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as many as ImageNet has
 
@@ -57,30 +58,24 @@ class Bench:
         batches = setup.train_batches(session, self.training.model, source)
         self.batch = next(session.device.prefetch([batches[0]]))
 
-    def train_step(self, side: str) -> Callable[[], object]:
-        """One train step of a side on the batch, as a function to call repeatedly."""
+    def measure(self, part: str) -> dict[str, Timings]:
+        """Timings by side of one of STEPS."""
+        rounds = max(self.rounds, 20) if part == "latency" else self.rounds
+        return interleave(self.session.device, {side: self.step(side, part) for side in self.sides}, rounds)
+
+    def step(self, side: str, part: str) -> Callable[[], object]:
+        """A side's step of one of STEPS, as a function to call repeatedly."""
+        session, batch = self.session, self.batch
+        if part == "train":
+            if side == "peer":
+                return baseline.train_step(session, self.plan, batch)
+            return lambda: self.training.advance(batch)
+        if part == "latency":
+            batch = {name: batch[name][:1] for name in ("image", "label")}
         if side == "peer":
-            return baseline.train_step(self.session, self.plan, self.batch)
-        return lambda: self.training.advance(self.batch)
-
-    def train(self) -> dict[str, Timings]:
-        return interleave(self.session.device, {side: self.train_step(side) for side in self.sides}, self.rounds)
-
-    def evaluation(self) -> dict[str, Timings]:
-        return self._forward(self.batch, self.rounds)
-
-    def latency(self) -> dict[str, Timings]:
-        single = {name: self.batch[name][:1] for name in ("image", "label")}
-        return self._forward(single, max(self.rounds, 20))
-
-    def _forward(self, batch: Batch, rounds: int) -> dict[str, Timings]:
-        session = self.session
-        predict = session.predictor(self.training.model)
-        weights = session.inference(self.training.state.params)
-        subjects: dict[str, Callable[[], object]] = {"ours": lambda: predict(weights, batch["image"])}
-        if "peer" in self.sides:
-            subjects["peer"] = baseline.forward(session, self.plan.num_classes, batch)
-        return interleave(session.device, subjects, rounds)
+            return baseline.forward(session, self.plan.num_classes, batch)
+        predict, weights = session.predictor(self.training.model), session.inference(self.training.state.params)
+        return lambda: predict(weights, batch["image"])
 
     def input_pipelines(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Figures of each side's training and evaluation pipelines alone, on all cores, and the ratios of the sides."""

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from pcpvt.bench import loop, scaling
-from pcpvt.bench.parts import Bench, matmul_flops, result_header
+from pcpvt.bench.parts import STEPS, Bench, matmul_flops, result_header
 from pcpvt.bench.subprocess import first_step_seconds, peak_memory
 from pcpvt.bench.timing import ratio
 from pcpvt.errors import UserError
@@ -40,26 +40,28 @@ def run(session: Session) -> int:
 def measure(session: Session) -> dict[str, Any]:
     """The result: our figures by part, the peer's under `peer`, and the ratios of our speed to the peer's."""
     began, bench = time.perf_counter(), Bench(session)
-    timings = {"train": bench.train(), "eval": bench.evaluation(), "latency": bench.latency()}
-    images = {"train": bench.plan.local_batch, "eval": bench.plan.local_batch, "latency": 1}
+    sides: dict[str, dict[str, Any]] = {side: {} for side in bench.sides}
+    ratios: dict[str, Any] = {}
+    for part in STEPS:
+        timings = bench.measure(part)
+        for side in sides:
+            sides[side][part] = timings[side].figures(1 if part == "latency" else bench.plan.local_batch)
+        if "peer" in sides:
+            ratios[part] = ratio(timings["peer"], timings["ours"])
     peak = matmul_flops(session)
     per_image = 2 * utilisation.multiply_adds(bench.training.model.spec, session.size, bench.plan.num_classes)
-    pipelines, ratios = bench.input_pipelines()
-    sides: dict[str, dict[str, Any]] = {}
-    for side in bench.sides:
-        sides[side] = {part: timings[part][side].figures(images[part]) for part in timings}
-        for part, passes in (("train", 3), ("eval", 1)):
-            rate = sides[side][part]["images_per_sec"]
-            sides[side][part]["matmul_fraction"] = round(rate * passes * per_image / peak, 4)
-        if side in pipelines:
-            sides[side]["input"] = pipelines[side]
+    pipelines, pipeline_ratios = bench.input_pipelines()
     whole_loop = loop.measure(session)
-    for side in bench.sides:
-        sides[side]["peak_memory_bytes"] = peak_memory(session, side)
+    for side, figures in sides.items():
+        for part, passes in (("train", 3), ("eval", 1)):
+            rate = figures[part]["images_per_sec"]
+            figures[part]["matmul_fraction"] = round(rate * passes * per_image / peak, 4)
+        if side in pipelines:
+            figures["input"] = pipelines[side]
+        figures["peak_memory_bytes"] = peak_memory(session, side)
+    ratios |= pipeline_ratios
     if "peer" in sides:
-        memory = round(sides["ours"]["peak_memory_bytes"] / sides["peer"]["peak_memory_bytes"], 4)
-        steps = {part: ratio(by_side["peer"], by_side["ours"]) for part, by_side in timings.items()}
-        ratios = {**steps, **ratios, "memory": {"median": memory}}
+        ratios["memory"] = {"median": round(sides["ours"]["peak_memory_bytes"] / sides["peer"]["peak_memory_bytes"], 4)}
     return {
         **result_header(session),
         "matmul_flops": round(peak),
@@ -83,7 +85,7 @@ def table(result: dict[str, Any]) -> str:
     for side, figures in (("ours", result), ("peer", result["peer"])):
         if figures is None:
             continue
-        for part in ("train", "eval", "latency"):
+        for part in STEPS:
             f = figures[part]
             share = f"  {100 * f['matmul_fraction']:.1f} % of the matrix rate" if "matmul_fraction" in f else ""
             mark = f"  ({f['disturbed_rounds']} disturbed)" if f["disturbed_rounds"] else ""

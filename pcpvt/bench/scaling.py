@@ -83,9 +83,9 @@ def measure(config: ConfigDict, changes: dict[str, int]) -> Point:
 
 def _measure_steps(session: Session) -> Point:
     bench = Bench(session)
-    train = bench.train()["ours"]
-    memory = session.device.memory_stats()[0]  # before the evaluation, which does not divide the batch
-    evaluation = bench.evaluation()["ours"]
+    train = bench.measure("train")["ours"]
+    memory = session.device.memory_stats()[0]  # before the evaluation, which has no micro-batches
+    evaluation = bench.measure("eval")["ours"]
     images = bench.plan.batch
     return {"train": train.figures(images), "eval": evaluation.figures(images), "peak_memory_bytes": memory}
 

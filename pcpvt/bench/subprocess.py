@@ -19,7 +19,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pcpvt.bench.parts import Bench
-from pcpvt.config import fields, stored
 from pcpvt.errors import UserError
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
@@ -41,7 +40,7 @@ def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: An
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_run_and_send, args=(measure, config.to_json_best_effort(), args, send))
+    child = context.Process(target=_run_and_send, args=(measure, config, args, send))
     child.start()
     send.close()
     try:
@@ -49,8 +48,10 @@ def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: An
     except EOFError:
         child.join()
         code = child.exitcode
-        died = UserError(f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said")
-        result = OutOfMemory() if code in KILLED else died
+        if code in KILLED:
+            raise OutOfMemory from None
+        message = f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said"
+        raise UserError(message) from None
     except BaseException:  # such as KeyboardInterrupt
         child.kill()
         raise
@@ -61,9 +62,7 @@ def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: An
     return result
 
 
-def _run_and_send(measure: Callable[..., Any], config_json: str, args: tuple, send: Connection) -> None:
-    config = fields.base()
-    stored.apply_config(config, json.loads(config_json), "bench")
+def _run_and_send(measure: Callable[..., Any], config: ConfigDict, args: tuple, send: Connection) -> None:
     try:
         send.send(measure(sessions.start(config, Path()), *args))
     except UserError as error:
@@ -92,7 +91,7 @@ def _measure_memory(session: Session, side: str) -> int:
     bench = Bench(session)
     if side == "peer":
         del bench.training  # the peer holds its own parameters and moments
-    step = bench.train_step(side)
+    step = bench.step(side, "train")
     for _ in range(2):
         step()
     session.device.synchronize()

@@ -28,7 +28,7 @@ class Timings(NamedTuple):
 
     def figures(self, images: int) -> dict[str, Any]:
         """Median and interquartile range of the undisturbed rounds (of all, if none was), in images/s and ms."""
-        clean = [s for s, disturbed in zip(self.seconds, self.disturbed, strict=True) if not disturbed] or self.seconds
+        clean = _clean(self.seconds, self.disturbed)
         low, median, high = _quartiles(clean)
         return {
             "images_per_sec": round(images / median, 3),
@@ -37,6 +37,11 @@ class Timings(NamedTuple):
             "rounds": len(clean),
             "disturbed_rounds": sum(self.disturbed),
         }
+
+
+def _clean(values: list[float], disturbed: list[bool]) -> list[float]:
+    """The values of the undisturbed rounds, or of all rounds if none was undisturbed."""
+    return [value for value, bad in zip(values, disturbed, strict=True) if not bad] or values
 
 
 def _quartiles(values: list[float]) -> list[float]:
@@ -69,9 +74,8 @@ def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
 def ratio(peer: Timings, ours: Timings) -> dict[str, Any]:
     """Our speed over the peer's, by rounds undisturbed on both sides (by all, if there is none): median, quartiles."""
     pairs = [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
-    disturbed = map(any, zip(peer.disturbed, ours.disturbed, strict=True))
-    clean = [pair for pair, bad in zip(pairs, disturbed, strict=True) if not bad] or pairs
-    low, median, high = _quartiles(clean)
+    disturbed = [a or b for a, b in zip(peer.disturbed, ours.disturbed, strict=True)]
+    low, median, high = _quartiles(_clean(pairs, disturbed))
     return {"median": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 

@@ -102,10 +102,7 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
                 f"config.export.dynamic_size: takes images from {SMALLEST} px and config.image_size is {min(size)}: "
                 "leave it out, or give a larger config.image_size"
             )
-        example = (
-            size[0] + 13,
-            size[1] + 38,
-        )  # not square, and no multiple of the first patch (4 px) where `size` is one
+        example = size[0] + 13, size[1] + 38  # not square, and no multiple of 4 px (the first patch) if `size` is
         sizes = [size, example]
         axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     deployed = Deployed(model, params, dynamic_size)
