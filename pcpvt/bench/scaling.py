@@ -131,19 +131,18 @@ def row(point: Point) -> str:
 
 def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
     """The report: speed and memory against batch, pixels and processes, and the table."""
-    costs = curves(scaling["size"], "thousand pixels", "ms per image")
+    batch, size, processes = scaling["batch"], scaling["size"], scaling["processes"]
+    pixels = "thousand pixels"
+    costs = curves(size, pixels, "ms per image")
     costs += [Series(f"{s.name}, in proportion", proportional(s.points), s.color, True) for s in costs if s.points]
-    charts = {
-        "Images/s against batch": ("batch", curves(scaling["batch"], "batch", "images/s")),
-        "Images/s against processes": ("processes", curves(scaling["processes"], "processes", "images/s")[:1]),
-        "Peak memory of training in GB against batch": ("batch", curves(scaling["batch"], "batch", "GB")[:1]),
-        "Peak memory of training in GB against thousand pixels": (
-            "thousand pixels",
-            curves(scaling["size"], "thousand pixels", "GB")[:1],
-        ),
-        "ms per image against thousand pixels": ("thousand pixels", costs),
-    }
-    drawn = "".join(chart(name, series, x=x, zero=True) for name, (x, series) in charts.items())
+    charts = (
+        ("Images/s against batch", "batch", curves(batch, "batch", "images/s")),
+        ("Images/s against processes", "processes", curves(processes, "processes", "images/s")[:1]),
+        ("Peak memory of training in GB against batch", "batch", curves(batch, "batch", "GB")[:1]),
+        ("Peak memory of training in GB against thousand pixels", pixels, curves(size, pixels, "GB")[:1]),
+        ("ms per image against thousand pixels", "thousand pixels", costs),
+    )
+    drawn = "".join(chart(name, series, x=x, zero=True) for name, x, series in charts)
     body = (
         f'<h1>{html.escape(title)}</h1><section><h2>Curves</h2><div class="grid">{drawn}</div></section>'
         f'<section><h2>Table</h2><div class="card scroll"><pre>{html.escape(table)}</pre></div></section>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from pcpvt.devices.base import Device, cores
 
+QUARTILES = (25, 50, 75)  # percentiles
 OTHERS = 0.05  # a round is disturbed when other processes use more than this share of the host's cores
 
 
@@ -29,7 +31,7 @@ class Timings(NamedTuple):
     def figures(self, images: int) -> dict[str, Any]:
         """Median and interquartile range of the undisturbed rounds (of all, if none was), in images/s and ms."""
         clean = _clean(self.seconds, self.disturbed)
-        low, median, high = _quartiles(clean)
+        low, median, high = np.percentile(clean, QUARTILES).tolist()
         return {
             "images_per_sec": round(images / median, 3),
             "ms": round(median * 1e3, 3),
@@ -42,10 +44,6 @@ class Timings(NamedTuple):
 def _clean(values: list[float], disturbed: list[bool]) -> list[float]:
     """The values of the undisturbed rounds, or of all rounds if none was undisturbed."""
     return [value for value, bad in zip(values, disturbed, strict=True) if not bad] or values
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return np.percentile(values, (25, 50, 75)).tolist()
 
 
 def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timings]:
@@ -63,9 +61,11 @@ def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds
 def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
     """Seconds of one call, and whether other processes used more than OTHERS of the cores during it."""
     busy, own = _ticks()
-    elapsed = device.timer()
+    device.synchronize()
+    began = time.perf_counter()
     subject()
-    seconds = elapsed()
+    device.synchronize()
+    seconds = time.perf_counter() - began
     busy, own = _ticks()[0] - busy, _ticks()[1] - own
     others = (busy - own) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
     return seconds, seconds > 0.1 and others > OTHERS  # a tick is 10 ms, too coarse for calls below 0.1 s
@@ -75,7 +75,7 @@ def ratio(peer: Timings, ours: Timings) -> dict[str, Any]:
     """Our speed over the peer's, by rounds undisturbed on both sides (by all, if there is none): median, quartiles."""
     pairs = [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
     disturbed = [a or b for a, b in zip(peer.disturbed, ours.disturbed, strict=True)]
-    low, median, high = _quartiles(_clean(pairs, disturbed))
+    low, median, high = np.percentile(_clean(pairs, disturbed), QUARTILES).tolist()
     return {"median": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 

@@ -39,9 +39,9 @@ SPECS = {
     # A miniature with every kind of layer, for smoke runs and tests: 0.3 M parameters.
     "pcpvt_nano": Spec((2, 1, 1, 1), dims=(16, 32, 40, 64), mlp_ratios=(2, 2, 2, 2)),
 }
-TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
 _TIED = False  # no two leaves are one, and looking for such takes half a millisecond: 2 % of one image's evaluation
 STRIDE = 32  # of the last stage: 4 * 2 * 2 * 2
+TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
 
 
 class PCPVT(nn.Module):
