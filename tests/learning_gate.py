@@ -1,10 +1,10 @@
-"""Does the trainer learn as well as a plain timm loop? By hand: `python tests/learning_gate.py DIR [SEEDS] [STEPS]`.
+"""Compares the accuracy of our trainer with a plain timm loop. Run `python tests/learning_gate.py DIR [SEEDS] [STEPS]`.
 
-DIR is an image folder of small images (CIFAR-like) with train/ and val/. Both sides train the same miniature of
-Twins-PCPVT with the same recipe and number of steps: padded random crops, flips, mixup and cutmix, label smoothing,
-AdamW, clipping, per-step cosine with warm-up, float32. Ours is the binary; the other is timm's model, transforms, Mixup
-and PyTorch's loader in a plain loop. Prints top-1 of every seed; exit code 0 when the means differ by less than the
-seeds do.
+Not part of the test suite. DIR is an image folder of small images (CIFAR-like) with train/ and val/. Both sides train
+the same miniature of Twins-PCPVT with the same recipe and number of steps: padded random crops, flips, mixup and
+cutmix, label smoothing, AdamW, clipping, per-step cosine with warm-up, float32. Ours is `python -m pcpvt.main`; the
+other is timm's model, transforms, Mixup and PyTorch's loader in a plain loop. Prints top-1 of every seed; exit code 0
+when the difference of the means is at most the largest spread over the seeds of one side, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SIZE, BATCH, LR, WARMUP = 32, 64, 2e-3, 50
 
 
 def ours(data: Path, seed: int, steps: int) -> float:
+    """Top-1 accuracy in % of our trainer."""
     with tempfile.TemporaryDirectory() as workdir:
         fields = {
             "data.path": data,
@@ -54,16 +55,17 @@ def ours(data: Path, seed: int, steps: int) -> float:
 
 
 def plain(data: Path, seed: int, steps: int) -> float:
+    """Top-1 accuracy in % of the plain loop."""
     import timm.data
     from timm.models.twins import Twins
     from torchvision import datasets, transforms
 
     torch.manual_seed(seed)
     spec = SPECS["pcpvt_nano"]
-    norm = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     augment = [transforms.RandomCrop(SIZE, padding=4), transforms.RandomHorizontalFlip()]
-    train = datasets.ImageFolder(str(data / "train"), transforms.Compose([*augment, *norm]))
-    val = datasets.ImageFolder(str(data / "val"), transforms.Compose(norm))
+    train = datasets.ImageFolder(str(data / "train"), transforms.Compose([*augment, *normalise]))
+    val = datasets.ImageFolder(str(data / "val"), transforms.Compose(normalise))
     model = Twins(
         img_size=SIZE,
         num_classes=len(train.classes),
@@ -75,8 +77,10 @@ def plain(data: Path, seed: int, steps: int) -> float:
     )
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if not optim.no_decay(n, p.shape)]
-    bare = [p for n, p in named.items() if optim.no_decay(n, p.shape)]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": bare, "weight_decay": 0.0}], LR, weight_decay=0.05)
+    undecayed = [p for n, p in named.items() if optim.no_decay(n, p.shape)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], LR, weight_decay=0.05
+    )
     schedule = schedules.warmup_cosine(LR, steps, WARMUP)
     mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=len(train.classes))
     step, model = 0, model.train()
@@ -95,19 +99,19 @@ def plain(data: Path, seed: int, steps: int) -> float:
             step += 1
     model.eval()
     with torch.no_grad():
-        right = sum((model(x).argmax(-1) == y).sum().item() for x, y in torch.utils.data.DataLoader(val, 250))
-    return 100 * right / len(val)
+        correct = sum((model(x).argmax(-1) == y).sum().item() for x, y in torch.utils.data.DataLoader(val, 250))
+    return 100 * correct / len(val)
 
 
 def main(data: str, seeds: str = "3", steps: str = "1000") -> int:
     torch.set_num_threads(2)
-    found: dict[str, list[float]] = {"ours": [], "timm": []}
+    accuracies: dict[str, list[float]] = {"ours": [], "timm": []}
     for seed in range(int(seeds)):
-        found["ours"].append(ours(Path(data), seed, int(steps)))
-        found["timm"].append(plain(Path(data), seed, int(steps)))
-        print(f"seed {seed}: ours {found['ours'][-1]:.2f} %, timm {found['timm'][-1]:.2f} %", flush=True)
-    means = {side: statistics.mean(values) for side, values in found.items()}
-    spread = max(max(values) - min(values) for values in found.values())
+        accuracies["ours"].append(ours(Path(data), seed, int(steps)))
+        accuracies["timm"].append(plain(Path(data), seed, int(steps)))
+        print(f"seed {seed}: ours {accuracies['ours'][-1]:.2f} %, timm {accuracies['timm'][-1]:.2f} %", flush=True)
+    means = {side: statistics.mean(values) for side, values in accuracies.items()}
+    spread = max(max(values) - min(values) for values in accuracies.values())
     difference = abs(means["ours"] - means["timm"])
     print(f"means: ours {means['ours']:.2f} %, timm {means['timm']:.2f} %")
     print(f"they differ by {difference:.2f}, seeds by up to {spread:.2f}")

@@ -1,4 +1,4 @@
-"""`--mode=predict`: what is printed, what is skipped, and what a heat map means."""
+"""`--mode=predict`: its output, skipped files, and the meaning of a heat map."""
 
 import csv
 import io
@@ -13,14 +13,13 @@ from PIL import Image
 from pcpvt import api
 from pcpvt.data import sources
 from pcpvt.errors import UserError
-from pcpvt.predict import attribution
-from pcpvt.predict import output as predict_output
+from pcpvt.predict import attribution, output
 from pcpvt.predict import run as predict
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with five digits, one of them further down, an unreadable file, and one that is no image."""
+    """A folder with five digits, one of them in a subfolder, an unreadable image, and a text file."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "below").mkdir()
     images = sources.digits("val", (32, 32)).images
@@ -32,7 +31,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_a_folder_is_classified_and_the_output_is_clean(pcpvt, trained, pictures):
+def test_a_folder_is_classified_and_stdout_holds_only_predictions(pcpvt, trained, pictures):
     words = ["--mode=predict", f"--workdir={trained}", "--config.predict.format=jsonl"]
     done = pcpvt(*words, f"--config.predict.images={pictures}")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -63,7 +62,7 @@ def test_heat_maps_and_a_file_are_written_on_request(pcpvt, trained, pictures, t
     assert Image.open(tmp_path / "explain" / "digit [0].png.png").size == (2 * 256 + 8, 256)
 
 
-def test_nothing_readable_is_an_error_and_leaves_no_file(pcpvt, trained, pictures, tmp_path):
+def test_no_readable_image_is_an_error_and_no_file_is_written(pcpvt, trained, pictures, tmp_path):
     out = tmp_path / "out.csv"
     words = ["--mode=predict", f"--workdir={trained}", f"--config.predict.output={out}"]
     done = pcpvt(*words, f"--config.predict.images={pictures}/broken.png", check=False)
@@ -72,27 +71,27 @@ def test_nothing_readable_is_an_error_and_leaves_no_file(pcpvt, trained, picture
 
 @pytest.fixture
 def words(trained, pictures, tmp_path):
-    given = {"checkpoint": trained, "predict.images": f"{pictures}/digit*.png"}
-    return ["--mode=predict", f"--workdir={tmp_path / 'run'}", *(f"--config.{n}={v}" for n, v in given.items())]
+    values = {"checkpoint": trained, "predict.images": f"{pictures}/digit*.png"}
+    return ["--mode=predict", f"--workdir={tmp_path / 'run'}", *(f"--config.{n}={v}" for n, v in values.items())]
 
 
-def test_reader_that_has_seen_enough_ends_it_well(words):
+def test_a_closed_pipe_ends_the_run_with_exit_code_0(words):
     ended = miniature.run(words, under=["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash"])
     assert ended.code == 0, ended.err
     assert ended.err.splitlines()[-1] == "the reader closed the output; the rest was not written"
 
 
-def test_output_that_cannot_be_written_is_one_line_that_names_it(words, tmp_path):
+def test_an_unwritable_output_is_a_one_line_error_that_names_it(words, tmp_path):
     full = miniature.run(words, under=["bash", "-c", 'exec "$@" > /dev/full', "bash"])
     assert full.code == 2, full.err
     assert "config.predict.output: standard output: cannot be written (No space left on device)" in full.err
     assert full.err.splitlines()[-1].startswith("pcpvt: error: ")
     for path in (tmp_path, tmp_path / "none" / "out.csv"):
         with pytest.raises(UserError, match=rf"config\.predict\.output: {path}: cannot be written .*: name a file"):
-            predict._written(str(path), lambda out: 1)
+            predict.write_output(str(path), lambda out: None)
 
 
-def test_heat_maps_that_cannot_be_written_are_not_blamed_on_the_output(pcpvt, words, tmp_path):
+def test_an_unwritable_heat_map_folder_is_an_error_about_the_workdir(pcpvt, words, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "explain").write_text("a file where the folder should be")
     done = pcpvt(*words, "--config.predict.explain=true", f"--config.predict.output={tmp_path / 'a'}", check=False)
@@ -101,36 +100,35 @@ def test_heat_maps_that_cannot_be_written_are_not_blamed_on_the_output(pcpvt, wo
 
 
 def test_files_folders_and_patterns_are_found(pictures):
-    assert len(predict.find(str(pictures))) == 6  # the text file is no image
-    assert predict.find(str(pictures / "digit [1].png")) == [str(pictures / "digit [1].png")]  # brackets are no pattern
+    assert len(predict.find(str(pictures))) == 6  # without the text file
+    assert predict.find(str(pictures / "digit [1].png")) == [str(pictures / "digit [1].png")]  # not a pattern
     assert len(predict.find(f"{pictures}/*.png")) == 5
     assert len(predict.find(f"{pictures}/**/*.JPG")) == 1
-    for nothing in ("", str(pictures / "none.png"), f"{pictures}/*.tiff"):
+    for pattern in ("", str(pictures / "none.png"), f"{pictures}/*.tiff"):
         with pytest.raises(UserError, match=r"config\.predict\.images"):
-            predict.find(nothing)
+            predict.find(pattern)
 
 
-def test_heat_maps_have_different_names():
+def test_heat_map_names_are_unique():
     names = predict.unique_names(["/a/x/1.png", "/a/y/1.png", "/a/x__1.png"])
     assert names == ["x__1.png", "y__1.png", "x__1.png-2"]
 
 
-def test_a_device_is_written_to_and_not_replaced(tmp_path):
+def test_a_named_pipe_is_written_to_and_not_replaced(tmp_path):
     import os
 
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert predict._written(str(fifo), lambda out: out.write("rows") and 1) == 1
+    predict.write_output(str(fifo), lambda out: out.write("rows"))
     assert os.read(reader, 10) == b"rows" and fifo.is_fifo()
     os.close(reader)
 
 
 @pytest.mark.parametrize("name", ["table", "jsonl", "csv"])
-def test_formats_hold_names_with_anything_in_them(name):
+def test_formats_keep_special_characters_of_class_names(name):
     classes, out = ['comma, "quote"', "línea\nbreak", "ascii"], io.StringIO()
-    write = predict_output.FORMATS[name](out, classes, top=5)
-    write("a,b.png", torch.tensor([0.2, 0.5, 0.3]))
+    output.FORMATS[name](out, classes, [("a,b.png", output.best(torch.tensor([0.2, 0.5, 0.3]), 5))])
     text = out.getvalue()
     if name == "jsonl":
         (line,) = text.splitlines()
@@ -142,20 +140,19 @@ def test_formats_hold_names_with_anything_in_them(name):
         assert text.startswith("a,b.png\n   50.000 %  línea") and text.count("%") == 3
 
 
-def test_equal_probabilities_come_in_the_order_of_the_classes():
-    assert [i for i, _ in predict_output.best(torch.tensor([0.1, 0.3, 0.3, 0.3]), 3)] == [1, 2, 3]
+def test_equal_probabilities_are_in_class_order():
+    assert [i for i, _ in output.best(torch.tensor([0.1, 0.3, 0.3, 0.3]), 3)] == [1, 2, 3]
 
 
-# Explanations.
+# Attribution.
 
 
 def images(net, count, size=None):
-    found = sources.digits("val", size or net.size).images[:count]
-    return torch.from_numpy(found)
+    return torch.from_numpy(sources.digits("val", size or net.size).images[:count])
 
 
 @pytest.mark.parametrize(("size", "grid"), [((32, 32), (8, 8)), ((72, 40), (18, 10)), ((224, 224), (14, 14))])
-def test_a_heat_map_sums_to_what_the_image_adds_to_the_logit(trained, size, grid):
+def test_a_heat_map_sums_to_the_logit_difference_from_the_mean_colour(trained, size, grid):
     net = api.load(trained)
     x = images(net, 6, size)
     labels = api.logits(net.model, net.params, x).argmax(-1)
@@ -164,25 +161,25 @@ def test_a_heat_map_sums_to_what_the_image_adds_to_the_logit(trained, size, grid
     torch.testing.assert_close(heat.sum((1, 2)), added, rtol=0.03, atol=0.03)
 
 
-def test_a_heat_map_points_at_what_decides(trained):
+def test_the_hottest_pixels_matter_most_for_the_logit(trained):
     """Replacing the hottest fifth of the pixels by the mean colour costs more than replacing the coldest fifth."""
     net = api.load(trained)
     x = images(net, 40)
     before = api.logits(net.model, net.params, x)
     labels = before.argmax(-1)
     heat, _ = attribution.attribute(net.model, net.params, x, labels)
-    fields = torch.nn.functional.interpolate(heat[:, None], net.size, mode="bilinear")[:, 0].flatten(1)
+    heat = torch.nn.functional.interpolate(heat[:, None], net.size, mode="bilinear")[:, 0].flatten(1)
     mean = x.float().mean((1, 2), keepdim=True).to(torch.uint8)
-    lost = []
+    losses = []
     for largest in (True, False):
-        where = fields.topk(fields.shape[1] // 5, largest=largest).indices
-        mask = torch.zeros_like(fields).scatter_(1, where, 1).view(-1, *net.size, 1) > 0
+        where = heat.topk(heat.shape[1] // 5, largest=largest).indices
+        mask = torch.zeros_like(heat).scatter_(1, where, 1).view(-1, *net.size, 1) > 0
         after = api.logits(net.model, net.params, torch.where(mask, mean, x))
-        lost.append((before - after).gather(1, labels[:, None]).mean())
-    assert lost[0] > 1 and lost[0] > lost[1] + 2
+        losses.append((before - after).gather(1, labels[:, None]).mean())
+    assert losses[0] > 1 and losses[0] > losses[1] + 2
 
 
-def test_a_picture_shows_for_and_against(tmp_path):
+def test_a_picture_is_red_for_and_blue_against_the_class():
     heat = np.array([[1.0, 0.0], [0.0, -1.0]])
     picture = np.asarray(attribution.draw(np.full((300, 400, 3), 128, np.uint8), heat), np.int64)
     assert picture.shape == (300, 2 * 400 + 8, 3)

@@ -1,23 +1,19 @@
 """`--config.bench.scaling`: how the cost of our steps grows with the batch, the image size and the processes.
 
-Each point is measured in a process of its own: that is what its peak memory belongs to, and one that runs out of memory
-ends alone. Mixing is off, because it pairs samples and a batch of 1 has none to pair.
+Each point is measured in a process of its own, so that its peak memory is its own and running out of memory ends
+that point only. Mixing is off, because it pairs samples and a batch of 1 has none to pair.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.bench.run import Bench, surroundings
-from pcpvt.bench.subprocess import KILLED, OutOfMemory, lacks_memory, run_in_subprocess, training
+from pcpvt.bench.parts import Bench, result_header
+from pcpvt.bench.subprocess import OutOfMemory, images_per_sec, run_in_subprocess
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
@@ -43,18 +39,18 @@ def run(session: Session, console: Console) -> int:
     rows = [f"{config.model.name}, {session.policy}, {session.device.describe()}, compile {config.compile}"]
     console.say(rows[0])
 
-    def tell(point: Point) -> Point:
+    def print_row(point: Point) -> Point:
         rows.append(row(point))
         console.say(rows[-1])
         return point
 
     sides = sizes(config.image_size)
     scaling = {
-        "batch": [tell(measure(config, {"batch_size": batch})) for batch in BATCHES],
-        "size": [tell(measure(config, {"image_size": side, "image_width": side})) for side in sides],
-        "processes": [tell(together(session, count)) for count in PROCESSES if has(session, count)],
+        "batch": [print_row(measure(config, {"batch_size": batch})) for batch in BATCHES],
+        "size": [print_row(measure(config, {"image_size": side, "image_width": side})) for side in sides],
+        "processes": [print_row(measure_processes(session, n)) for n in PROCESSES if has_devices(session, n)],
     }
-    result = {**surroundings(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
+    result = {**result_header(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
     records.write_json(session.workdir / "result.json", result)
     text = page(f"{config.model.name}: how cost grows", scaling, "\n".join(rows))
     write_atomically(session.workdir / report.FILE, lambda temporary: temporary.write_text(text))
@@ -63,7 +59,7 @@ def run(session: Session, console: Console) -> int:
 
 
 def sizes(configured: int) -> list[int]:
-    """Sides of the images in pixels: SIZES, or from a smaller configured size on, in multiples of the stride."""
+    """Image sides in pixels: SIZES, or 1 to 3.5 times a smaller configured side, in multiples of the stride."""
     if configured >= SIZES[0]:
         return list(SIZES)
     wanted = (configured * halves / 2 for halves in range(2, 2 + len(SIZES)))
@@ -79,23 +75,22 @@ def measure(config: ConfigDict, changes: dict[str, int]) -> Point:
         "image_size": [changed.image_size, changed.image_width or changed.image_size],
     }
     try:
-        return point | run_in_subprocess(timed, changed)
+        return point | run_in_subprocess(_measure_steps, changed)
     except OutOfMemory:
         return point | {"out_of_memory": True}
 
 
-def timed(session: Session) -> Point:
-    """The figures of one point, for a process of its own."""
+def _measure_steps(session: Session) -> Point:
     bench = Bench(session)
-    train = bench.train()["ours"]
-    memory = session.device.memory_stats()[0]  # before the evaluation, which takes a batch whole
-    evaluation = bench.evaluation()["ours"]
+    train = bench.measure("train")["ours"]
+    memory = session.device.memory_stats()[0]  # before the evaluation, which has no micro-batches
+    evaluation = bench.measure("eval")["ours"]
     images = bench.plan.batch
     return {"train": train.figures(images), "eval": evaluation.figures(images), "peak_memory_bytes": memory}
 
 
-def has(session: Session, count: int) -> bool:
-    """Whether this host has devices for so many processes; those of a CPU share its cores."""
+def has_devices(session: Session, count: int) -> bool:
+    """Whether this host has devices for `count` processes; on a CPU, processes share its cores."""
     try:
         session.device.require(count)
     except UserError:
@@ -103,22 +98,18 @@ def has(session: Session, count: int) -> bool:
     return True
 
 
-def together(session: Session, count: int) -> Point:
+def measure_processes(session: Session, count: int) -> Point:
     """A short training of `count` processes with the configured batch each, through the launcher."""
     batch, steps = count * session.config.batch_size, session.config.bench.steps
     point: Point = {"processes": count, "batch": batch, "image_size": list(session.size)}
-    # One step more than is measured: the run leaves its first one out.
+    # One step more than is measured: a run's images/s leave out its first step.
     changes = {"processes": count, "batch_size": batch, "steps": steps + 1, **UNMIXED}
     changes |= {"augment.randaugment": "", "tensorboard": False, "data.workers": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(training(session, Path(folder), changes), capture_output=True, text=True)
-        if done.returncode == 0:
-            rate = json.loads((Path(folder) / "result.json").read_text())["images_per_sec"]
-            return point | {"train": {"images_per_sec": rate, "ms": round(1e3 * batch / rate, 3)}}
-    if done.returncode in KILLED or lacks_memory(done.stderr):
+    try:
+        rate = images_per_sec(session, changes)
+    except OutOfMemory:
         return point | {"out_of_memory": True}
-    said = done.stderr.strip().rpartition("\n")[2].removeprefix("pcpvt: error: ")
-    raise UserError(f"--mode=bench: the training with config.processes={count} failed: {said}")
+    return point | {"train": {"images_per_sec": rate, "ms": round(1e3 * batch / rate, 3)}}
 
 
 def row(point: Point) -> str:
@@ -139,42 +130,43 @@ def row(point: Point) -> str:
 
 def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
     """The report: speed and memory against batch, pixels and processes, and the table."""
-    batch, size, processes = ([p for p in points if "out_of_memory" not in p] for points in scaling.values())
-    costs = curves(size, pixels, lambda p, part: p[part]["ms"] / p["batch"])
-    costs += [Series(f"{s.name}, in proportion", line(s.points), s.color, True) for s in costs if s.points]
+    batch, size, processes = scaling["batch"], scaling["size"], scaling["processes"]
+    pixels = "thousand pixels"
+    costs = curves(size, pixels, "ms per image")
+    costs += [Series(f"{s.name}, in proportion", proportional(s.points), s.color, True) for s in costs if s.points]
     charts = (
-        ("Images/s against batch", "batch", curves(batch, lambda p: p["batch"], rate)),
-        ("Images/s against processes", "processes", curves(processes, lambda p: p["processes"], rate)[:1]),
-        ("Peak memory of training in GB against batch", "batch", curves(batch, lambda p: p["batch"], memory)[:1]),
-        ("Peak memory of training in GB against thousand pixels", "thousand pixels", curves(size, pixels, memory)[:1]),
+        ("Images/s against batch", "batch", curves(batch, "batch", "images/s")),
+        ("Images/s against processes", "processes", curves(processes, "processes", "images/s")[:1]),
+        ("Peak memory of training in GB against batch", "batch", curves(batch, "batch", "GB")[:1]),
+        ("Peak memory of training in GB against thousand pixels", pixels, curves(size, pixels, "GB")[:1]),
         ("ms per image against thousand pixels", "thousand pixels", costs),
     )
     return render_charts(title, [chart(name, series, x=x, zero=True) for name, x, series in charts], table)
 
 
-def curves(points: Sequence[Point], x: Callable[[Point], float], y: Callable[[Point, str], float]) -> list[Series]:
-    """A curve for each of PARTS that the points have."""
-    return [
-        Series(name, [(x(p), y(p, part)) for p in points if part in p], color)
-        for color, (part, name) in enumerate(PARTS.items())
-    ]
+def curves(points: Sequence[Point], x: str, y: str) -> list[Series]:
+    """One curve for each of PARTS, through the points that have it; `x` and `y` are names of `quantities`."""
+    series = []
+    for color, (part, name) in enumerate(PARTS.items()):
+        values = [quantities(point, part) for point in points if part in point]
+        series.append(Series(name, [(v[x], v[y]) for v in values], color))
+    return series
 
 
-def rate(point: Point, part: str) -> float:
-    return point[part]["images_per_sec"]
-
-
-def memory(point: Point, part: str) -> float:
-    return point["peak_memory_bytes"] / 1e9
-
-
-def pixels(point: Point) -> float:
-    """Thousands of them, which fit below an axis."""
+def quantities(point: Point, part: str) -> dict[str, float]:
+    """What the charts show of one part of a point; an axis has room for thousands of pixels, not for pixels."""
     height, width = point["image_size"]
-    return height * width / 1000
+    return {
+        "batch": point["batch"],
+        "processes": point.get("processes", 1),
+        "thousand pixels": height * width / 1000,
+        "images/s": point[part]["images_per_sec"],
+        "ms per image": point[part]["ms"] / point["batch"],
+        "GB": point.get("peak_memory_bytes", 0) / 1e9,
+    }
 
 
-def line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """What cost in proportion to pixels would be, from the first point on."""
-    x, y = points[0]
-    return [(at, y * at / x) for at, _ in points]
+def proportional(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The costs if they grew in proportion to the pixels from the first point on."""
+    x0, y0 = points[0]
+    return [(x, y0 * x / x0) for x, _ in points]

@@ -1,83 +1,82 @@
-"""Timings that can be believed: interleaved rounds, medians with their spread, and a witness for disturbances."""
+"""Timings that can be trusted: interleaved rounds, medians with their spread, and disturbed rounds marked."""
 
 from __future__ import annotations
 
 import os
-import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pcpvt.devices.base import Device, cores
 
-OTHERS = 0.05  # share of this host's cores in other processes' use above which a round is disturbed
+QUARTILES = (25, 50, 75)  # percentiles
+OTHERS = 0.05  # a round is disturbed when other processes use more than this share of the host's cores
 
 
-class Measured(NamedTuple):
+class Timings(NamedTuple):
     """Seconds of one subject by round, and whether another process disturbed that round."""
 
     seconds: list[float]
     disturbed: list[bool]
 
-    @property
-    def clean(self) -> list[float]:
-        """The undisturbed rounds, or all when none was."""
-        kept = [s for s, bad in zip(self.seconds, self.disturbed, strict=True) if not bad]
-        return kept or self.seconds
+    def add(self, seconds: float, disturbed: bool) -> float:
+        """Appends a round; returns its seconds."""
+        self.seconds.append(seconds)
+        self.disturbed.append(disturbed)
+        return seconds
 
     def figures(self, images: int) -> dict[str, Any]:
-        """Median and interquartile range as images/s and milliseconds."""
-        low, middle, high = quartiles(self.clean)
+        """Median and interquartile range of the undisturbed rounds (of all, if none was), in images/s and ms."""
+        clean = _clean(self.seconds, self.disturbed)
+        low, median, high = np.percentile(clean, QUARTILES).tolist()
         return {
-            "images_per_sec": round(images / middle, 3),
-            "ms": round(middle * 1e3, 3),
+            "images_per_sec": round(images / median, 3),
+            "ms": round(median * 1e3, 3),
             "ms_quartiles": [round(low * 1e3, 3), round(high * 1e3, 3)],
-            "rounds": len(self.clean),
+            "rounds": len(clean),
             "disturbed_rounds": sum(self.disturbed),
         }
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def _clean(values: list[float], disturbed: list[bool]) -> list[float]:
+    """The values of the undisturbed rounds, or of all rounds if none was undisturbed."""
+    return [value for value, bad in zip(values, disturbed, strict=True) if not bad] or values
 
 
-def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
-    """Runs every subject once per round, in turn, after one unmeasured call of each (which may compile)."""
+def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timings]:
+    """Times every subject once per round, in turn, after two untimed calls of each (which may compile)."""
     for subject in subjects.values():
         subject()
         subject()
-    taken: dict[str, Measured] = {name: Measured([], []) for name in subjects}
+    timings = {name: Timings([], []) for name in subjects}
     for _ in range(rounds):
         for name, subject in subjects.items():
-            seconds, disturbed = once(device, subject)
-            taken[name].seconds.append(seconds)
-            taken[name].disturbed.append(disturbed)
-    return taken
+            timings[name].add(*once(device, subject))
+    return timings
 
 
 def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
-    """Seconds of one call, and whether other processes took more than OTHERS of the cores meanwhile."""
+    """Seconds of one call, and whether other processes used more than OTHERS of the cores during it."""
     busy, own = _ticks()
-    elapsed = device.timer()
+    device.synchronize()
+    began = time.perf_counter()
     subject()
-    seconds = elapsed()
+    device.synchronize()
+    seconds = time.perf_counter() - began
     busy, own = _ticks()[0] - busy, _ticks()[1] - own
     others = (busy - own) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
-    return seconds, seconds > 0.1 and others > OTHERS  # below 0.1 s a tick of 10 ms says too little
+    return seconds, seconds > 0.1 and others > OTHERS  # a tick is 10 ms, too coarse for calls below 0.1 s
 
 
-def ratio(peer: Measured, ours: Measured) -> dict[str, Any]:
-    """Ours over the peer's speed, by rounds that were clean on both sides: median and quartiles."""
-    pairs = [
-        p / o
-        for p, o, a, b in zip(peer.seconds, ours.seconds, peer.disturbed, ours.disturbed, strict=True)
-        if not (a or b)
-    ] or [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
-    low, middle, high = quartiles(pairs)
-    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+def ratio(peer: Timings, ours: Timings) -> dict[str, Any]:
+    """Our speed over the peer's, by rounds undisturbed on both sides (by all, if there is none): median, quartiles."""
+    pairs = [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
+    disturbed = [a or b for a, b in zip(peer.disturbed, ours.disturbed, strict=True)]
+    low, median, high = np.percentile(_clean(pairs, disturbed), QUARTILES).tolist()
+    return {"median": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def _ticks() -> tuple[int, int]:

@@ -1,25 +1,25 @@
 """A model as a graph for other programs: captured by torch.export, written as `.pt2` or ONNX, and compared with ours.
 
 The graph takes `images`, float32 `[batch, 3, height, width]`, RGB, normalised ((pixel / 255 - mean) / std), as
-deployment tools feed them, and gives `logits`, float32 `[batch, classes]`. Attention is written out, so the graph is
-made of matrix products, softmax, layer norm, erf and one depthwise convolution per stage, which every converter knows.
+deployment tools supply them, and returns `logits`, float32 `[batch, classes]`. Attention is not a fused operator, so
+the graph consists of matrix products, softmax, layer norm, erf and one depthwise convolution per stage, which every
+converter knows.
 
-From ONNX to Ascend's offline `.om` (one file per batch size; `npu-smi info` names the SoC):
+`atc` gives the command from ONNX to Ascend's offline `.om`; a file is for one batch size and one SoC:
 
-    atc --framework=5 --model=M.onnx --output=M_b8 --input_format=NCHW --input_shape="images:8,3,224,224"
-        --soc_version=Ascend310P3 --precision_mode_v2=mixed_float16
-
+- `npu-smi info` names the SoC, for example Ascend310P3.
 - ATC reads opsets 9 to 18 since CANN 7.0; the files here are opset 18, and their LayerNormalization needs 17.
 - ATC's default precision, `fp16`, also forces norms and softmax into 16 bits; `mixed_float16` keeps those in float32,
-  `origin` keeps all. Compare the `.om` with onnxruntime on some images before it is used.
+  `origin` keeps all. Compare the `.om` with onnxruntime on some images before using it.
 - ATC takes uint8 images only through AIPP (`--insert_op_conf`), which can also do the normalisation.
-- Not verified here, for want of CANN: the conversion itself, its accuracy and its speed.
+- Not verified here, because CANN was not available: the conversion itself, its accuracy and its speed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,15 +36,16 @@ from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
 
 OPSET = 18  # the highest that ATC reads
-SMALLEST = 33  # pixels, with a dynamic size: torch.export takes a last stage of one token for a constant
-TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 rounding over 41 blocks stays a hundred times below it
-DESCRIPTION = "description.json"  # of a .pt2: the file beside the graph
+SMALLEST = 33  # pixels, with a dynamic size: torch.export treats a last stage of one token as a constant
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1; float32 rounding over 41 blocks is a hundred times less
+COMPARED = (1, 3)  # batch sizes
+DESCRIPTION = "description.json"  # the name of the description inside a .pt2 archive
 
 Size = tuple[int, int]  # height, width
 
 
 class AnySize(PatchLinear):
-    """PatchLinear without a branch on the size, so that one graph holds for all of them; equal results."""
+    """PatchLinear without a branch on the size, so that one graph is valid for all sizes; with equal results."""
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         p = self.patch
@@ -55,14 +56,17 @@ class AnySize(PatchLinear):
 
 
 class Deployed(nn.Module):
-    """The model with its weights inside, from NCHW images to logits."""
+    """The model with its weights, from NCHW images to logits."""
 
     def __init__(self, model: pcpvt.PCPVT, params: pcpvt.Params, dynamic_size: bool):
         super().__init__()
         with torch.device("meta"):
             self.model = pcpvt.PCPVT(model.spec, model.num_classes, model.pad)
-            if dynamic_size:
-                _replace_patches(self.model)
+            for parent in list(self.model.modules()) if dynamic_size else []:
+                for name, child in parent.named_children():
+                    if isinstance(child, PatchLinear):
+                        c_out, c_in, patch, _ = child.weight.shape
+                        setattr(parent, name, AnySize(c_in, c_out, patch))
         self.model.load_state_dict(params, assign=True)
         self.requires_grad_(False)
 
@@ -70,33 +74,24 @@ class Deployed(nn.Module):
         return self.model(rearrange(images, "b c h w -> b h w c"))
 
 
-def _replace_patches(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, PatchLinear):
-            out, into, patch, _ = child.weight.shape
-            setattr(module, name, AnySize(into, out, patch))
-        else:
-            _replace_patches(child)
-
-
 class Graph(NamedTuple):
-    """A captured model, with what is needed to compare a written file with it."""
+    """A captured model, and what is needed to compare a written file with it."""
 
     program: torch.export.ExportedProgram
     model: pcpvt.PCPVT
     params: pcpvt.Params
-    sizes: list[Size]  # to compare at
+    sizes: list[Size]  # at which files are compared
 
 
 def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: bool) -> Graph:
-    """The graph of a model for any batch and one size, or any size.
+    """The graph of a model for any batch size, and for one image size or (`dynamic_size`) any from SMALLEST.
 
     Args:
         params: float32.
-        size: (height, width), the only one that the graph takes unless `dynamic_size`.
+        size: (height, width).
 
     Raises:
-        UserError: when a dynamic size is asked for and `model` refuses to pad, or `size` is too small for it.
+        UserError: when `dynamic_size` is set and `model` does not pad, or `size` is below SMALLEST.
     """
     example, sizes, axes = size, [size], {}
     if dynamic_size:
@@ -107,7 +102,7 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
                 f"config.export.dynamic_size: takes images from {SMALLEST} px and config.image_size is {min(size)}: "
                 "leave it out, or give a larger config.image_size"
             )
-        example = size[0] + 13, size[1] + 38  # not square, and divisible by no patch of a square size's
+        example = size[0] + 13, size[1] + 38  # not square, and no multiple of 4 px (the first patch) if `size` is
         sizes = [size, example]
         axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     deployed = Deployed(model, params, dynamic_size)
@@ -118,14 +113,9 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
 
 
 def compare(
-    model: pcpvt.PCPVT,
-    params: pcpvt.Params,
-    sizes: Sequence[Size],
-    run: Callable[[Tensor], Any],
-    what: str,
-    batches: Sequence[int] = (1, 3),
+    model: pcpvt.PCPVT, params: pcpvt.Params, sizes: Sequence[Size], run: Callable[[Tensor], Any], what: str
 ) -> list[dict[str, Any]]:
-    """Holds a written model against ours at each size and batch.
+    """Compares the logits of a written model with ours, at each size and each batch size of COMPARED.
 
     Args:
         run: normalised images `[b, 3, h, w]` to logits `[b, classes]`, as the written model computes them.
@@ -135,38 +125,37 @@ def compare(
         `batch`, `size` and relative `difference` of each case.
 
     Raises:
-        UserError: when one exceeds TOLERANCE.
+        UserError: when a difference exceeds TOLERANCE.
     """
-    found = []
-    for size in sizes:
-        for batch in batches:
-            noise = rng.generator(0, "export", batch, *size).standard_normal((batch, 3, *size), dtype=np.float32)
-            images = torch.from_numpy(noise)
-            with torch.no_grad():
-                expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
-                difference = (torch.as_tensor(run(images)) - expected).abs().max().item()
-            relative = difference / max(1.0, expected.abs().max().item())
-            if not relative <= TOLERANCE:  # also nan
-                raise UserError(
-                    f"config.export.format: the {what}, with batch {batch} at {size[0]}x{size[1]} px, differs from the "
-                    f"model by {relative:.1e}: it was not kept: try another version of torch"
-                )
-            found.append({"batch": batch, "size": list(size), "difference": relative})
-    return found
+    cases = []
+    for size, batch in itertools.product(sizes, COMPARED):
+        noise = rng.generator(0, "export", batch, *size).standard_normal((batch, 3, *size), dtype=np.float32)
+        images = torch.from_numpy(noise)
+        with torch.no_grad():
+            expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
+            difference = (torch.as_tensor(run(images)) - expected).abs().max().item()
+        relative = difference / max(1.0, expected.abs().max().item())
+        if not relative <= TOLERANCE:  # also nan
+            raise UserError(
+                f"config.export.format: the {what}, with batch {batch} at {size[0]}x{size[1]} px, differs from the "
+                f"model by {relative:.1e}: it was not kept: try another version of torch"
+            )
+        cases.append({"batch": batch, "size": list(size), "difference": relative})
+    return cases
 
 
 def write_pt2(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
     """Writes `.pt2` for `torch.export.load`, loads it again and compares."""
-    made = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
-    torch.export.save(graph.program, made, extra_files={DESCRIPTION: description})
-    path.write_bytes(made.getbuffer())
+    buffer = io.BytesIO()  # on a full disk, PyTorch's own file writer ends the process
+    torch.export.save(graph.program, buffer, extra_files={DESCRIPTION: description})
+    path.write_bytes(buffer.getbuffer())
     extra = {DESCRIPTION: ""}
     loaded = torch.export.load(path, extra_files=extra).module()
     assert extra[DESCRIPTION] == description, extra
     return compare(graph.model, graph.params, graph.sizes, loaded, "pt2 file")
 
 
-def need(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """Raises UserError when an optional package is missing."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
@@ -174,7 +163,7 @@ def need(*packages: str) -> None:
 
 
 def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
-    """Writes ONNX with the description in its metadata, runs it in onnxruntime and compares; see `need`."""
+    """Writes ONNX with the description in its metadata, runs it in onnxruntime and compares."""
     import onnxruntime
 
     with suppress_logging():
@@ -194,7 +183,7 @@ def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any
 
 
 def atc(path: Path, size: Size, batch: int = 8) -> str:
-    """The command that makes an `.om` for one batch size of an ONNX file; see the top of this module."""
+    """The command that converts an ONNX file to an `.om` for one batch size; see the top of this module."""
     return (
         f"atc --framework=5 --model={path} --output={path.with_suffix('')}_b{batch} --input_format=NCHW "
         f'--input_shape="images:{batch},3,{size[0]},{size[1]}" --soc_version=YOUR_SOC '

@@ -1,11 +1,11 @@
-"""`--mode=export`: a checkpoint as a file for other programs, compared with the model before it gets its name.
+"""`--mode=export`: a checkpoint as a file for other programs, compared with the model before it gets its final name.
 
     --config.export.format=timm     safetensors for timm.create_model(NAME, num_classes=N, checkpoint_path=FILE)
     --config.export.format=onnx     ONNX for any batch; with --config.export.dynamic_size=true also any size from 33 px
     --config.export.format=pt2      torch.export, likewise; torch.export.load(FILE).module()(images)
 
-Each file carries a JSON description: class names, size, normalisation. What the graphs take and give, and the way to
-Ascend's `.om`, is in `export_graph`. Export runs on the host and needs no device.
+Each file contains a JSON description: class names, size, normalisation. Inputs and outputs of the graphs, and the
+conversion to Ascend's `.om`, are described in `export.graph`. Export runs on the host and needs no device.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pcpvt.checkpoints import foreign
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError, suppress_logging
-from pcpvt.export import graph as export_graph
+from pcpvt.export import graph
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt
 from pcpvt.runtime import records
@@ -31,30 +30,60 @@ from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
 SUFFIXES = {"timm": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
-TIMM = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
 
 
-def describe(session: Session, picked: LoadedModel) -> dict[str, Any]:
-    """What a reader of the file must know: `labels` names the outputs, `classes` is None unless training named them."""
-    return {
-        "model": session.config.model.name,
-        "input": "images: float32 [batch, 3, height, width], RGB, (pixel / 255 - mean) / std",
-        "output": "logits: float32 [batch, classes]",
-        "image_size": list(session.size),
-        "crop": session.config.eval.crop,
-        "interpolation": "bicubic",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "classes": picked.classes,
-        "labels": class_names(picked),
-        "checkpoint": Path(picked.path).name,
-        "weights": picked.which,
-        "step": picked.meta.get("step"),
+def run(session: Session) -> int:
+    """Exports one checkpoint and writes `result-export.json`; returns the exit code."""
+    began = time.perf_counter()
+    config, export = session.config, session.config.export
+    say = Console().say
+    if export.format == "timm" and export.dynamic_size:
+        raise UserError("config.export.dynamic_size: weights for timm have no size: leave it out, or use onnx or pt2")
+    if export.format == "onnx":
+        graph.require_packages("onnx", "onnxscript", "onnxruntime")
+    path = destination(session)
+    loaded = load_configured(config, session.workdir)
+    for note in loaded.notes:
+        say(f"note: {note}")
+    say(f"exporting {loaded.path} ({loaded.which}) as {export.format}")
+    description = json.dumps(describe(session, loaded))
+    try:
+        # The final name appears only after the file has been compared.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            cases = write(session, loaded, Path(folder) / path.name, description)
+            os.replace(Path(folder) / path.name, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): check folder and free space") from None
+    seconds = time.perf_counter() - began
+    result = {
+        "mode": "export",
+        "format": export.format,
+        "output": str(path),
+        "bytes": path.stat().st_size,
+        "dynamic_size": export.dynamic_size,
+        "verified": cases,
+        "n_parameters": pcpvt.n_parameters(loaded.model),
+        "checkpoint": loaded.path,
+        "weights": loaded.which,
+        "seconds": round(seconds, 2),
     }
+    records.write_json(session.workdir / "result-export.json", result)
+    for case in cases:
+        height, width = case["size"]
+        say(f"compared at batch {case['batch']}, {height}x{width} px: relative difference {case['difference']:.1e}")
+    if not cases:
+        say(f"not compared: timm has no model like {config.model.name}")
+    say(f"written to {path}, {result['bytes'] / 1e6:.1f} MB, in {duration(seconds)}")
+    if export.format == "timm" and cases:
+        name, outputs = pcpvt.TIMM_NAMES[config.model.name], loaded.model.num_classes
+        say(f'timm.create_model("{name}", num_classes={outputs}, checkpoint_path="{path}")')
+    if export.format == "onnx":
+        say(f"for Ascend, where CANN is (not verified here): {graph.atc(path, session.size)}")
+    return 0
 
 
 def destination(session: Session) -> Path:
-    """Where the file goes; its folder exists afterwards.
+    """The path of the file to write; creates its folder.
 
     Raises:
         UserError: when the name has another format's ending, or the folder cannot be made.
@@ -71,79 +100,46 @@ def destination(session: Session) -> Path:
     return path
 
 
+def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
+    """The description in the file: `labels` names the outputs, `classes` is None unless training named them."""
+    return {
+        "model": session.config.model.name,
+        "input": "images: float32 [batch, 3, height, width], RGB, (pixel / 255 - mean) / std",
+        "output": "logits: float32 [batch, classes]",
+        "image_size": list(session.size),
+        "crop": session.config.eval.crop,
+        "interpolation": "bicubic",
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "classes": loaded.classes,
+        "labels": class_names(loaded),
+        "checkpoint": Path(loaded.path).name,
+        "weights": loaded.which,
+        "step": loaded.meta.get("step"),
+    }
+
+
+def write(session: Session, loaded: LoadedModel, path: Path, description: str) -> list[dict[str, Any]]:
+    """Writes the file; returns the cases in which it was compared with the model (see `graph.compare`)."""
+    export = session.config.export
+    params = {name: value.to(torch.float32) for name, value in loaded.params.items()}
+    if export.format == "timm":
+        return write_timm(session, params, loaded.model, path, description)
+    captured = graph.capture(loaded.model, params, session.size, export.dynamic_size)
+    write_graph = graph.write_onnx if export.format == "onnx" else graph.write_pt2
+    return write_graph(captured, path, description)
+
+
 def write_timm(session: Session, params: pcpvt.Params, model: pcpvt.PCPVT, path: Path, description: str) -> list[dict]:
-    """Writes safetensors; where timm has the model, loads them there and compares."""
+    """Writes safetensors; if timm has the model, loads them there and compares."""
     foreign.write_timm(params, path, {foreign.DESCRIPTION: description})
-    name = TIMM.get(session.config.model.name)
+    name = pcpvt.TIMM_NAMES.get(session.config.model.name)
     if name is None:
         return []
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
     with suppress_logging():
-        theirs = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
-    height, width = (
-        -(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size
-    )  # timm pads other sizes otherwise
-    return export_graph.compare(model, params, [(height, width)], theirs, "file for timm")
-
-
-def write(session: Session, picked: LoadedModel, path: Path, description: str) -> list[dict[str, Any]]:
-    """Writes the file; returns where it was compared with the model, and how much it differs."""
-    export, model = session.config.export, picked.model
-    params: dict[str, Tensor] = {name: value.to(torch.float32) for name, value in picked.params.items()}
-    if export.format == "timm":
-        return write_timm(session, params, model, path, description)
-    graph = export_graph.capture(model, params, session.size, export.dynamic_size)
-    make = export_graph.write_onnx if export.format == "onnx" else export_graph.write_pt2
-    return make(graph, path, description)
-
-
-def run(session: Session) -> int:
-    """Exports one checkpoint and writes `result-export.json`; returns the exit code."""
-    began = time.perf_counter()
-    config, export = session.config, session.config.export
-    say = Console().say
-    if export.format == "timm" and export.dynamic_size:
-        raise UserError("config.export.dynamic_size: weights for timm have no size: leave it out, or use onnx or pt2")
-    if export.format == "onnx":
-        export_graph.need("onnx", "onnxscript", "onnxruntime")
-    path = destination(session)
-    picked = load_configured(config, session.workdir)
-    for note in picked.notes:
-        say(f"note: {note}")
-    say(f"exporting {picked.path} ({picked.which}) as {export.format}")
-    described = describe(session, picked)
-    try:
-        # The final name appears only once the file has been compared.
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-            found = write(session, picked, Path(folder) / path.name, json.dumps(described))
-            os.replace(Path(folder) / path.name, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}): check folder and free space") from None
-    seconds = time.perf_counter() - began
-    result = {
-        "mode": "export",
-        "format": export.format,
-        "output": str(path),
-        "bytes": path.stat().st_size,
-        "dynamic_size": export.dynamic_size,
-        "verified": found,
-        "n_parameters": pcpvt.n_parameters(picked.model),
-        "checkpoint": picked.path,
-        "weights": picked.which,
-        "seconds": round(seconds, 2),
-    }
-    records.write_json(session.workdir / "result-export.json", result)
-    for case in found:
-        height, width = case["size"]
-        say(f"compared at batch {case['batch']}, {height}x{width} px: relative difference {case['difference']:.1e}")
-    if not found:
-        say(f"not compared: timm has no model like {config.model.name}")
-    say(f"written to {path}, {result['bytes'] / 1e6:.1f} MB, in {duration(seconds)}")
-    if export.format == "timm" and found:
-        name, outputs = TIMM[config.model.name], picked.model.num_classes
-        say(f'timm.create_model("{name}", num_classes={outputs}, checkpoint_path="{path}")')
-    if export.format == "onnx":
-        say(f"for Ascend, where CANN is (not verified here): {export_graph.atc(path, session.size)}")
-    return 0
+        network = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
+    height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)  # timm pads others differently
+    return graph.compare(model, params, [(height, width)], network, "file for timm")

@@ -41,6 +41,7 @@ SPECS = {
 }
 _TIED = False  # no two leaves are one, and looking for such takes half a millisecond: 2 % of one image's evaluation
 STRIDE = 32  # of the last stage: 4 * 2 * 2 * 2
+TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
 
 
 class PCPVT(nn.Module):

@@ -2,12 +2,12 @@
 
 The network has no class token whose attention could be drawn, and its last map is 7x7 at 224 px (1x1 at 32 px). So
 the logit of the predicted class is attributed to the positions of one of its named maps, `stages.{s}`: the deepest
-that is at least 8x8. The image is blended in from its own mean colour, and along the way each position's change is
-multiplied by the logit's gradient there and summed up (conductance: Dhamdhere et al. 2018, after integrated
-gradients, Sundararajan et al. 2017). The sums add up to what the image adds to the logit over the plain colour.
+that is at least 8x8. The image is blended in from its own mean colour; at each step, every position's change is
+multiplied by the gradient of the logit there, and the products are summed (conductance: Dhamdhere et al. 2018, after
+integrated gradients, Sundararajan et al. 2017). The sums add up to the image's logit less that of the plain colour.
 
-What it does not show: a position of the map sees more of the image than the square it is drawn on, its neighbours at
-the least; and "for the class" means for this network's output, right or wrong, not for the object.
+Limits: a position of the map depends on more of the image than the square it is drawn on, at least on the
+neighbouring squares; and "for the class" means for this network's output, right or wrong, not for the object.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
 
-STEPS = 32  # of the sum along the way; its error in the total is then about 1 % (16: 5 %)
-AT_ONCE = 8  # images: every map of every block is kept for the gradient
+STEPS = 32  # of the numerical integral, whose total is then off by about 1 % (16: 5 %)
+BATCH = 8  # images at once: every map of every block is kept for the gradient
 SIDE = 256  # pixels of the shorter side of a picture
-GAP = 8
-FOR, AGAINST = (226, 64, 24), (32, 104, 224)
+GAP = 8  # pixels between its halves
+FOR, AGAINST = (226, 64, 24), (32, 104, 224)  # RGB
 
 
 def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of a class, position by position.
+    """Attributes the logit of a class to the positions of a map.
 
     Args:
         params: float32 or float64.
@@ -41,39 +41,36 @@ def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> t
         labels: int64 `[b]`, the class whose logit is attributed.
 
     Returns:
-        `[b, h, w]` of the map that is used, and `[b]`, the logit less that of the mean colour, which is what each map
-        sums to up to the error of the numerical integral.
+        The attribution `[b, h, w]`, and the difference `[b]` of the image's logit to that of its mean colour, which
+        each attribution sums to up to the error of the numerical integral.
     """
     params = {name: value.detach() for name, value in params.items()}
     dtype = next(iter(params.values())).dtype
     target = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD).to(dtype)
     plain = target.mean((1, 2), keepdim=True).expand_as(target)
-    total, before, logits = None, None, []
+    total, previous, logits = None, None, []
     for step in range(STEPS + 1):
-        # Denser at the plain image, where normalisation makes the network steepest.
+        # The steps are denser near the plain image, where normalisation makes the network steepest.
         x = torch.lerp(plain, target, (step / STEPS) ** 2).requires_grad_()
-        every, named = pcpvt.intermediates(model, params, x)
-        logit = every.gather(1, labels[:, None])[:, 0]
-        found = named[f"stages.{_stage(named)}"]
-        (gradient,) = torch.autograd.grad(logit.sum(), found)
-        found = found.detach()
-        if before is not None:
+        outputs, named = pcpvt.intermediates(model, params, x)
+        logit = outputs.gather(1, labels[:, None])[:, 0]
+        # The deepest stage whose map is at least 8x8; for a tiny image, the first.
+        stage = max((s for s in range(4) if min(named[f"stages.{s}"].shape[1:3]) >= 8), default=0)
+        activation = named[f"stages.{stage}"]
+        (gradient,) = torch.autograd.grad(logit.sum(), activation)
+        activation = activation.detach()
+        if previous is not None:
             # The trapezoid rule: the gradient between two steps is the mean of both.
-            part = ((gradient + before[1]) / 2 * (found - before[0])).sum(-1)
+            part = ((gradient + previous[1]) / 2 * (activation - previous[0])).sum(-1)
             total = part if total is None else total + part
-        before = found, gradient
+        previous = activation, gradient
         logits.append(logit.detach())
     assert total is not None
     return total, logits[-1] - logits[0]
 
 
-def _stage(named: dict[str, Tensor]) -> int:
-    """The deepest stage whose map is at least 8x8; of a tiny image the first."""
-    return max((s for s in range(4) if min(named[f"stages.{s}"].shape[1:3]) >= 8), default=0)
-
-
 def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """The image beside itself in grey, reddish where a position speaks for the class and bluish where against it.
+    """The image, and beside it a grey copy that is red where a position speaks for the class and blue where against.
 
     Args:
         image: uint8 `[H, W, 3]`.
@@ -82,8 +79,8 @@ def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
     scale = max(1.0, SIDE / min(image.shape[:2]))
     height, width = (round(side * scale) for side in image.shape[:2])
     large = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    field = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
-    smooth = F.interpolate(field, (height, width), mode="bicubic")[0, 0].numpy()
+    heat_map = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
+    smooth = F.interpolate(heat_map, (height, width), mode="bicubic")[0, 0].numpy()
     strength = np.clip(np.abs(smooth) / max(float(np.abs(heat).max()), 1e-12), 0, 1)[..., None] * 0.8
     grey = np.asarray(large.convert("L"), np.float32)[..., None].repeat(3, -1)
     color = np.where(smooth[..., None] > 0, np.array(FOR, np.float32), np.array(AGAINST, np.float32))
@@ -95,10 +92,10 @@ def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
 
 
 def write(folder: Path, names: list[str], model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> None:
-    """One PNG per image, `<folder>/<name>.png`; arguments as in `attribute`."""
+    """Writes one PNG per image, `<folder>/<name>.png`; the other arguments as in `attribute`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(images), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        heat, _ = attribute(model, params, images[part], labels[part])
-        for name, image, field in zip(names[part], images[part].cpu().numpy(), heat.cpu().numpy(), strict=True):
-            draw(image, field).save(folder / f"{name}.png")
+    for start in range(0, len(images), BATCH):
+        part = slice(start, start + BATCH)
+        heats, _ = attribute(model, params, images[part], labels[part])
+        for name, image, heat in zip(names[part], images[part].cpu().numpy(), heats.cpu().numpy(), strict=True):
+            draw(image, heat).save(folder / f"{name}.png")

@@ -1,15 +1,14 @@
-"""`--mode=predict`: files to their most probable classes, in a file or on standard output, which gets nothing else."""
+"""`--mode=predict`: the most probable classes of image files, in a file or alone on standard output."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch import Tensor
 
@@ -22,13 +21,13 @@ from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.data.sources import EXTENSIONS
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
-from pcpvt.predict import output as predict_output
+from pcpvt.predict.output import FORMATS, Result, best
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
 TOP = 5
-FEW = 64  # images up to which starting loader processes takes longer than reading
+FEW = 64  # up to this many images, starting loader processes takes longer than reading
 
 
 class Files:
@@ -61,119 +60,110 @@ def find(pattern: str) -> list[str]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         inside = (os.path.join(folder, f) for folder, _, files in os.walk(pattern, followlinks=True) for f in files)
-        found = [path for path in inside if os.path.splitext(path)[1].lower() in EXTENSIONS]
-    elif os.path.exists(pattern):  # before patterns: a name may hold brackets
-        found = [pattern]
+        paths = [path for path in inside if os.path.splitext(path)[1].lower() in EXTENSIONS]
+    elif os.path.exists(pattern):  # before patterns: a file name may contain brackets
+        paths = [pattern]
     else:
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    if not found:
+        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not paths:
         raise UserError(f"config.predict.images: {pattern}: no images found: give a file, a folder or a pattern")
-    return sorted(found)
+    return sorted(paths)
 
 
 def run(session: Session) -> int:
-    """Classifies the files; unreadable ones are named and skipped.
+    """Classifies the files; unreadable ones are named in warnings and skipped. Returns the exit code.
 
     Raises:
         UserError: when no file can be read.
     """
     config = session.config
-    if not session.world.is_main:  # started by torchrun: one process does it all
+    if not session.world.is_main:  # under torchrun, one process does everything
         return 0
     console = Console(stream=sys.stderr)
     began = time.perf_counter()
     source = Files(find(config.predict.images))
-    picked = load_configured(config, session.workdir)
-    for note in picked.notes:
+    loaded = load_configured(config, session.workdir)
+    for note in loaded.notes:
         console.say(f"note: {note}")
-    console.say(f"files: {len(source)}; weights: {picked.path} ({picked.which})")
+    console.say(f"files: {len(source)}; weights: {loaded.path} ({loaded.which})")
+    readable = 0
 
-    def write(out: TextIO) -> int:
-        table = predict_output.FORMATS[config.predict.format](out, class_names(picked), TOP)
-        read = 0
-        for paths, probabilities in classify(session, picked, source, console):
-            for path, row in zip(paths, probabilities, strict=True):
-                table(path, row)
-            read += len(paths)
+    def results() -> Iterator[Result]:
+        nonlocal readable
+        for path, probabilities in classify(session, loaded, source, console):
+            readable += 1
+            yield path, best(probabilities, TOP)
+
+    def write(out: TextIO) -> None:
+        FORMATS[config.predict.format](out, class_names(loaded), results())
         out.flush()
-        return read
+        if not readable:  # raised here so that no file is written
+            raise UserError(
+                f"config.predict.images: none of the {len(source)} files can be read: see the warnings above"
+            )
 
     try:
-        read = _written(os.path.expanduser(config.predict.output), write)
+        write_output(os.path.expanduser(config.predict.output), write)
     except BrokenPipeError:
         silence(sys.stdout)
         console.say("the reader closed the output; the rest was not written")
         return 0
-    if not read:
-        raise UserError(f"config.predict.images: none of the {len(source)} files can be read: see the warnings above")
-    skipped = f", {len(source) - read} unreadable and skipped" if read < len(source) else ""
+    skipped = f", {len(source) - readable} unreadable and skipped" if readable < len(source) else ""
     where = f"; written to {config.predict.output}" if config.predict.output else ""
-    console.say(f"{read} images{skipped} in {duration(time.perf_counter() - began)}{where}")
+    console.say(f"{readable} images{skipped} in {duration(time.perf_counter() - began)}{where}")
     if config.predict.explain:
         console.say(f"heat maps in {session.workdir / 'explain'}")
     return 0
 
 
-def classify(
-    session: Session, picked: LoadedModel, source: Files, console: Console
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Batch by batch, the paths that could be read and their probabilities `[b, classes]`; heat maps on the way."""
-    config = session.config
-    batches = EvalBatches(
-        source, session.size, config.eval.crop, min(eval_batch(config), len(source)), 0, 1, on_error="skip"
-    )
-    loader = Loader(
-        batches,
-        range(len(batches)),
-        sessions.workers(session, source) if len(source) > FEW else 0,
-        start=session.device.worker_start,
-        pin=session.device.pins,
-    )
-    predict = session.predictor(picked.model)
-    weights = session.inference(picked.params)
-    exact = {name: value.to(session.device.torch) for name, value in picked.params.items()}
-    names = unique_names(source.paths)
-    for batch in session.device.prefetch(loader):
-        probabilities = predict(weights, batch["image"]).softmax(-1)
-        ids, valid = batch["id"].cpu(), batch["valid"].cpu()
-        for index in ids[(ids >= 0) & ~valid].tolist():
+def classify(session: Session, loaded: LoadedModel, source: Files, console: Console) -> Iterator[tuple[str, Tensor]]:
+    """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
+    config, device = session.config, session.device
+    size = min(eval_batch(config), len(source))
+    batches = EvalBatches(source, session.size, config.eval.crop, size, 0, 1, on_error="skip")
+    workers = sessions.workers(session, source) if len(source) > FEW else 0
+    loader = Loader(batches, range(len(batches)), workers, start=device.worker_start, pin=device.pins)
+    predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
+    exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
+    names, folder = unique_names(source.paths), session.workdir / "explain"
+    for batch in device.prefetch(loader):
+        valid = batch["valid"]
+        probabilities = predict(weights, batch["image"]).softmax(-1)[valid]
+        ids, readable = batch["id"].cpu(), valid.cpu()
+        for index in ids[(ids >= 0) & ~readable].tolist():
             console.warn(_reason(source.paths[index], session.size))
-        good = ids[valid].tolist()
-        if config.predict.explain and good:
-            rows = batch["valid"]
-            called = [names[i] for i in good]
-            _explain(session, called, picked.model, exact, batch["image"][rows], probabilities[rows].argmax(-1))
-        yield [source.paths[i] for i in good], probabilities[batch["valid"]].cpu()
-
-
-def _explain(session: Session, *args: Any) -> None:
-    folder = session.workdir / "explain"
-    try:
-        attribution.write(folder, *args)
-    except OSError as error:
-        raise UserError(
-            f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose another "
-            "--workdir, or leave out config.predict.explain"
-        ) from None
+        indices = ids[readable].tolist()
+        if config.predict.explain and indices:
+            named, labels = [names[i] for i in indices], probabilities.argmax(-1)
+            try:
+                attribution.write(folder, named, loaded.model, exact, batch["image"][valid], labels)
+            except OSError as error:
+                raise UserError(
+                    f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose "
+                    "another --workdir, or leave out config.predict.explain"
+                ) from None
+        yield from zip([source.paths[i] for i in indices], probabilities.cpu(), strict=True)
 
 
 def unique_names(paths: list[str]) -> list[str]:
-    """File names for heat maps: the paths below their common folder in one word, numbered where they collide."""
+    """File names of the heat maps: the paths below their common folder with `__` for `/`, numbered where they collide.
+
+    `a/x/1.png` and `a/y/1.png` become `x__1.png` and `y__1.png`.
+    """
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names, used = [], set()
+    names: dict[str, None] = {}  # in order
     for path in paths:
-        base = os.path.relpath(os.path.abspath(path), common).replace(os.sep, "__")
-        name, number = base, 1
-        while name in used:
+        base = name = os.path.relpath(os.path.abspath(path), common).replace(os.sep, "__")
+        number = 1
+        while name in names:
             number += 1
             name = f"{base}-{number}"
-        used.add(name)
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def _reason(path: str, size: tuple[int, int]) -> str:
-    """Why a file was skipped: a loader process tells only that it was."""
+    """Why a file was skipped: a loader process reports only that it was, so the file is read again."""
     try:
         augment.eval_sample(path, size, 1.0)
     except DecodeError as error:
@@ -181,20 +171,25 @@ def _reason(path: str, size: tuple[int, int]) -> str:
     return f"{path}: could not be read a moment ago"
 
 
-def _written(path: str, write: Callable[[TextIO], int]) -> int:
-    """Calls `write` with standard output, or with a file.
+def write_output(path: str, write: Callable[[TextIO], object]) -> None:
+    """Calls `write` with standard output (for an empty path) or with a file that appears complete or not at all.
 
     Raises:
         UserError: when it cannot be written.
-        BrokenPipeError: when the reader of the output, `head` for one, has seen enough.
+        BrokenPipeError: when the reader of the output has closed it, as `head` does.
     """
+
+    def write_file(file: str | Path) -> None:
+        with open(file, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+            write(out)
+
     try:
         if not path:
-            return write(sys.stdout)
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is written to, never replaced
-            with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-                return write(file)
-        return _whole(Path(path), write)
+            write(sys.stdout)
+        elif os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device must not be replaced by a file
+            write_file(path)
+        else:
+            write_atomically(Path(path), write_file)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -204,22 +199,3 @@ def _written(path: str, write: Callable[[TextIO], int]) -> int:
             f"config.predict.output: {path or 'standard output'}: cannot be written ({error.strerror or error}): "
             "name a file in a folder that exists and has space"
         ) from None
-
-
-def _whole(path: Path, write: Callable[[TextIO], int]) -> int:
-    """Calls `write` with a file that appears whole or not at all, and not without content."""
-    counted = []
-
-    def into(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            counted.append(write(file))
-        if not counted[0]:
-            raise _Nothing
-
-    with contextlib.suppress(_Nothing):
-        write_atomically(path, into)
-    return counted[0]
-
-
-class _Nothing(Exception):
-    """No image could be read: no file is written."""
