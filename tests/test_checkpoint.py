@@ -77,7 +77,7 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
         if 10 in found:  # its note was not lost
             assert checkpoint.read_meta(found[10])["metrics"]["acc1"] == 10
         # The restarted run saves again and leaves what an undisturbed one leaves.
-        saver = Saver(folder, keep=1)
+        saver = Saver(folder, keep_checkpoints=1)
         saver.save(tensors(20), meta(20))
         saver.note(20, metrics={"acc1": 20.0}, best=None, records=2)
         assert saver.wait() is None
@@ -87,7 +87,7 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
 
 
 def test_failed_save_is_reported_once_and_harms_nothing(tmp_path, monkeypatch, steps):
-    saver = Saver(tmp_path, keep=1)
+    saver = Saver(tmp_path, keep_checkpoints=1)
     saver.save(tensors(1), meta(1))
     assert saver.wait() is None
 
@@ -130,7 +130,7 @@ def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_p
         return original(*args)
 
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
-    saver = Saver(tmp_path, keep=1)
+    saver = Saver(tmp_path, keep_checkpoints=1)
     saver.save(setup.copy_to_host(state.flatten(first)), meta(0))  # returns although nothing is written
     assert writing.wait(30) and not checkpoint.steps(tmp_path)
     first.params["w"].zero_()  # the next step reuses the memory
@@ -242,7 +242,7 @@ def test_note_is_written_after_the_records_that_it_refers_to_and_not_without_the
         if len(noted) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    saver = Saver(tmp_path, keep=1, before=sync)
+    saver = Saver(tmp_path, keep_checkpoints=1, before=sync)
     saver.save(tensors(3), meta(3))
     saver.note(3, metrics={"acc1": 7.0})
     assert saver.wait().errno == errno.ENOSPC and "metrics" not in manifest.load(tmp_path)[checkpoint.name_of(3)]

@@ -117,7 +117,7 @@ def test_attributes_put_on_unpickled_objects_do_not_replace_their_methods(tmp_pa
     torch.save(Disguised({"model": Disguised(state)}), tmp_path / "a.pth")
     raw = torch.load(tmp_path / "a.pth")
     assert isinstance(raw.items, torch.Size) and isinstance(raw["model"]["norm.weight"].clone, torch.device)
-    assert_same(foreign.read(tmp_path / "a.pth")[0], leaves())
+    assert_same(foreign.read(tmp_path / "a.pth").params, leaves())
 
 
 def test_dict_that_contains_itself_ends_in_an_error(tmp_path):

@@ -30,7 +30,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, step: int) -> None:
-    saver = Saver(folder, keep=1)
+    saver = Saver(folder, keep_checkpoints=1)
     assert saver.save(tensors(step), meta(step)) is None
     assert saver.note(step, metrics={**METRICS, "acc1": float(step)}, best=METRICS, records=2) is None
     error = saver.wait()
