@@ -1,4 +1,4 @@
-"""Other people's weights: a file that holds none, or is cut or changed, is one line that says what to do."""
+"""Weights files of other programs: one without weights, truncated or changed is an error of one line with a remedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_truncated_files_are_one_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_flipped_bytes_never_crash_and_in_a_zip_never_load_wrong(tmp_path, new_format):
+def test_flipped_bytes_never_crash_and_never_change_weights_of_a_zip(tmp_path, new_format):
     path = tmp_path / "a.pth"
     torch.save(twins(leaves()), path, _use_new_zipfile_serialization=new_format)
     data, draws = path.read_bytes(), numpy.random.default_rng(0)
@@ -50,14 +50,14 @@ def test_flipped_bytes_never_crash_and_in_a_zip_never_load_wrong(tmp_path, new_f
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            if new_format:  # the old format has no checksum, so a changed number cannot be told there
+            if new_format:  # the old format has no checksum, so a changed number cannot be noticed
                 assert_same(params, leaves())
 
 
 @pytest.mark.parametrize(
     "data", [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n", b"x", b"\0" * 99]
 )
-def test_downloaded_web_pages_and_pointers_are_recognised_as_such(tmp_path, data):
+def test_downloaded_web_pages_and_lfs_pointers_are_refused(tmp_path, data):
     (tmp_path / "a.pth").write_bytes(data)
     refused(tmp_path / "a.pth", words=("neither a PyTorch nor a safetensors file",))
 

@@ -1,4 +1,4 @@
-"""Weights from timm by name, and for timm in a file that is there whole or not at all."""
+"""Weights from timm by name, and files for timm, written atomically."""
 
 from __future__ import annotations
 

@@ -228,9 +228,7 @@ def write_timm(params: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: timm reads safetensors by their name only: let it end in .safetensors")
-    tensors = {
-        name: torch.clone(value.detach().cpu(), memory_format=torch.contiguous_format) for name, value in params.items()
-    }
+    tensors = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in params.items()}
     described = {"format": "pt", **(metadata or {})}
     try:
         write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described))

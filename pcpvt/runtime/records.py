@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import tempfile
 import threading
@@ -36,17 +35,13 @@ def open_workdir(path: Path) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes one JSON object atomically."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_finite(value), indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _finite(value: Any) -> Any:
-    """A JSON value with null for numbers that are not finite, which JSON cannot express."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A JSON value with None for numbers that are not finite, which JSON cannot express."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 class MetricsFile:
@@ -71,7 +66,7 @@ class MetricsFile:
     def write(self, record: dict[str, Any]) -> OSError | None:
         """Appends a record, non-finite numbers as null; returns the error because of which it waits, if any."""
         with self._lock:
-            self._waiting += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+            self._waiting += json.dumps(_finite(record)).encode() + b"\n"
             self.count += 1
             return self._flush()
 
