@@ -1,6 +1,6 @@
 """Twins-PCPVT image classifiers: `python -m pcpvt.main` trains and uses them, `pcpvt.api` is for notebooks.
 
-Importing the package imports nothing else; `pcpvt.api`, which needs torch, is imported when it is first used.
+Importing the package imports no other module; `pcpvt.api`, which needs torch, is imported on first use.
 """
 
 from __future__ import annotations

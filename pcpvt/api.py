@@ -1,4 +1,4 @@
-"""For notebooks and other programs: plain functions over `(model, params)`, on the CPU or wherever the tensors are.
+"""Python API for notebooks and other programs: plain functions of `(model, params)`, on any device.
 
     from pcpvt import api
     net = api.load("runs/pcpvt_s")                                           # model, params, classes, size, crop
@@ -7,7 +7,7 @@
     maps = api.features(net.model, net.params, image)                        # four maps [1, c, h, w], strides 4 to 32
     state, metrics = api.train_step(net.model)(api.train_state(net.params), dict(image=image, label=torch.tensor([3])))
 
-Images are uint8 and NHWC everywhere; the functions normalise. More is in `pcpvt.models.pcpvt` (`apply`, and
+Images are uint8 and NHWC everywhere; the functions normalise them. For more, see `pcpvt.models.pcpvt` (`apply`, and
 `intermediates`, with attention maps on request) and `pcpvt.functional`.
 """
 
@@ -35,40 +35,32 @@ Step = Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Ten
 
 
 class Loaded(NamedTuple):
-    """A network and what it was trained on.
+    """A network and the preprocessing of its images."""
 
-    Attributes:
-        model: the structure.
-        params: float32, by the reference checkpoints' names.
-        classes: what the outputs are called.
-        size: (height, width) of the images it is evaluated with.
-        crop: the evaluation crop's side over the resized short side.
-    """
-
-    model: PCPVT
-    params: Params
-    classes: list[str]
-    size: tuple[int, int]
-    crop: float
+    model: PCPVT  # the structure
+    params: Params  # float32, by the reference checkpoints' names
+    classes: list[str]  # names of the outputs
+    size: tuple[int, int]  # (height, width) of the images it is evaluated with
+    crop: float  # side of the evaluation crop divided by the resized short side
 
 
 def load(path: str | Path, which: str = "auto") -> Loaded:
     """A workdir's best checkpoint, a checkpoint file, weights of timm or of the Twins authors, or `timm:NAME`.
 
     Args:
-        which: "params", "ema", or "auto": the averaged weights of our own checkpoints where there are some.
+        which: "params", "ema", or "auto": of checkpoints of pcpvt the averaged weights, where there are some.
 
     Raises:
         UserError: one line, when the file is missing, damaged or of another model.
     """
-    found = load_model(path, which=which)
-    height, width = found.meta.get("image_size", (224, 224))
-    crop = found.meta.get("config", {}).get("eval.crop", 0.875)
-    return Loaded(found.model, found.params, class_names(found), (height, width), crop)
+    loaded = load_model(path, which=which)
+    height, width = loaded.meta.get("image_size", (224, 224))
+    crop = loaded.meta.get("config", {}).get("eval.crop", 0.875)
+    return Loaded(loaded.model, loaded.params, class_names(loaded), (height, width), crop)
 
 
 def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875) -> Tensor:
-    """An image as evaluation takes it: uint8 `[1, height, width, 3]`, the short side resized, the centre cropped.
+    """An image preprocessed for evaluation, uint8 `[1, height, width, 3]`: short side resized, centre cropped.
 
     Args:
         source: a path, bytes, an open file, a PIL image, or a uint8 array `[h, w, 3]`.
@@ -80,14 +72,14 @@ def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875) -> Ten
 
 
 def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:
-    """`[b, classes]` of uint8 images `[b, h, w, 3]`; without gradients."""
+    """Logits `[b, classes]` of uint8 images `[b, h, w, 3]`; without gradients."""
     return make_predict(model)(params, images)
 
 
 def classify(
     model: PCPVT, params: Params, images: Tensor, classes: Sequence[str], top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """For each of the uint8 images `[b, h, w, 3]` the most probable classes with their probabilities."""
+    """The `top` most probable classes of each of the uint8 images `[b, h, w, 3]`, with their probabilities."""
     values, indices = logits(model, params, images).softmax(-1).topk(min(top, model.num_classes))
     return [
         [(classes[i], p) for i, p in zip(*row, strict=True)]
@@ -101,14 +93,14 @@ def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
 
 
 def train_state(params: Params) -> TrainState:
-    """The state before the first step, AdamW's moments at zero; the params are copied, because steps reuse memory."""
+    """The state before the first step, AdamW's moments at zero; copies the params, since steps reuse the memory."""
     own = {name: value.clone() for name, value in params.items()}
     optimizer = _optimizer(own, 0.0, 0.0)
     return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
 
 
 def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
-    """`step(state, batch) -> (state, metrics)`: loss, gradient, AdamW; consumes the state that it is given.
+    """`step(state, batch) -> (state, metrics)`: loss, gradient, AdamW; reuses the memory of the state it is given.
 
     The batch holds `image`, uint8 `[b, h, w, 3]`, and `label`, int64 `[b]`, and may hold the draws of `data.loader`.
     Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.

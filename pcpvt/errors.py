@@ -1,4 +1,4 @@
-"""The exceptions that the program shows to its user, as a single line and a non-zero exit; how lines reach a user."""
+"""Errors for the user, each one line and an exit code; output to the standard streams."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import TextIO
 
 
 class UserError(Exception):
-    """Something the user can put right; the message names the field or file, the value, and the remedy."""
+    """An error that the user can correct; the message names the field or file, the value, and the remedy."""
 
     exit_code = 2
 
 
 class PeerError(UserError):
-    """Another process of the run died or hangs, so this one cannot go on either; the other's own exit says why."""
+    """Another process of the run died or hangs, so this one must stop too; the other's own exit gives the reason."""
 
     exit_code = 76
 
 
 def show(message: str) -> None:
-    """The line that an ending run leaves on standard error."""
+    """Prints the error line of a run that ends."""
     put(f"pcpvt: error: {printable(message)}\n", sys.stderr)
 
 
 def warn(text: str) -> None:
-    """One warning line on standard error."""
+    """Prints one warning line on standard error."""
     put(f"pcpvt: warning: {printable(text)}\n", sys.stderr)
 
 
 def put(text: str, stream: TextIO) -> None:
-    """Writes to a standard stream, in one piece: other threads speak too.
+    """Writes to a standard stream in one call, since other threads write too.
 
-    A stream that takes no more (a full disk, `| head`) is silenced: no run ends for want of a reader.
+    A stream that fails (a full disk, `| head`) is silenced, so that losing the output does not end a run.
     """
     try:
         stream.write(text)
@@ -44,14 +44,14 @@ def put(text: str, stream: TextIO) -> None:
     except OSError as error:
         silence(stream)
         if stream is not sys.stderr:
-            put(f"pcpvt: warning: standard output is lost from here on ({error.strerror or error})\n", sys.stderr)
+            warn(f"standard output is lost from here on ({error.strerror or error})")
 
 
 def silence(stream: TextIO) -> None:
-    """Leads a stream to nowhere, and what waits in its buffer too: the flush at exit would fail once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Redirects a stream to /dev/null, with what its buffer holds: the flush at exit would fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def printable(text: str) -> str:
@@ -59,9 +59,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
+def one_line(text: object) -> str:
+    """The first line of an exception's text, or of a name from a file, printable and of at most 160 characters."""
+    if isinstance(text, Exception):
+        text = str(text) or type(text).__name__
+    line = next(iter(str(text).strip().splitlines()), "")
+    return printable(line if len(line) <= 160 else f"{line[:157]}...")
+
+
 @contextlib.contextmanager
 def suppress_logging() -> Iterator[None]:
-    """Without log lines up to WARNING and without Python warnings; exceptions and errors come through."""
+    """Suppresses log lines up to WARNING and Python warnings; errors and exceptions pass."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,8 +1,8 @@
-"""Import this before torchvision or timm: it lets a torchvision built for CUDA load beside a CPU build of torch.
+"""Makes a torchvision built for CUDA importable beside a CPU build of torch; import it before torchvision or timm.
 
 The x86 torchvision wheel is linked against CUDA. Beside a CPU build of torch (Ascend hosts, CPU machines) its C++
 library does not load, its operators have no schema, and `import torchvision` stops with "operator torchvision::nms does
-not exist" (pytorch/vision issues 9077 and 9085). Its Python half works once the two schemas it annotates exist, so they
+not exist" (pytorch/vision issues 9077 and 9085). Its Python code works once the two schemas it annotates exist, so they
 are declared here. Detection operators stay unavailable. Where torchvision's library loads, nothing is declared.
 """
 

@@ -1,4 +1,4 @@
-"""Weights as this program and others save them, and what every test of reading them looks at."""
+"""Weights files as pcpvt and other programs write them, and assertions for tests of reading them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(path: object, *, which: str = "params", words: tuple[str, ...] = ())
 
 
 def twins(params: dict[str, torch.Tensor], **more: object) -> dict[str, object]:
-    """What the Twins authors' script saves."""
+    """The contents of a checkpoint of the Twins authors' script."""
     momentum = {0: {"step": 7, "exp_avg": torch.ones(4)}}
     args = argparse.Namespace(lr=5e-4, device=torch.device("cuda"), nested=argparse.Namespace(model="pcpvt_small_v0"))
     saved = {"model": collections.OrderedDict(params), "optimizer": {"state": momentum}, "epoch": 299}

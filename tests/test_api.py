@@ -1,4 +1,4 @@
-"""The notebook functions: the lines of their documentation run, and agree with the program's own."""
+"""The Python API: its documented example runs, and its results agree with the program's."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ def net(trained):
     return api.load(trained)
 
 
-def test_the_documented_lines_run(trained, tmp_path, monkeypatch):
+def test_the_documented_example_runs(trained, tmp_path, monkeypatch):
     lines = re.findall(r"^    (\S.*)$", api.__doc__, re.MULTILINE)
     assert len(lines) == 6 and lines[0] == "from pcpvt import api"
     (tmp_path / "runs").mkdir()
@@ -52,7 +52,7 @@ def test_loaded_weights_reproduce_the_accuracy_of_training(net, trained):
     assert net.classes == [str(d) for d in range(10)] and net.size == (32, 32) and net.crop == 1.0
 
 
-def test_steps_learn_and_leave_the_given_params_alone(net):
+def test_steps_learn_and_do_not_change_the_given_params(net):
     before = {name: value.clone() for name, value in net.params.items()}
     image = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     step, state = api.train_step(net.model, lr=1e-2), api.train_state(net.params)

@@ -1,4 +1,4 @@
-"""Checkpoints survive a crash at any point, damage is noticed and passed over, the last good one is never pruned."""
+"""Checkpoints: a crash at any point, damaged files, pruning, and the manifest's notes."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
         folder = tmp_path / str(n)
         found = checkpoint.steps(folder)
         whole = [step for step, path in found.items() if checkpoint.is_whole(path)]
-        assert whole == list(found), (n, point)  # what has a checkpoint's name is one
+        assert whole == list(found), (n, point)  # every file with a checkpoint's name is whole
         assert 10 in found or 20 in found, (n, point)
         renamed = renamed or 20 in found
         assert renamed == (20 in found), (n, point)
-        if 10 in found:  # its note was not lost
+        if 10 in found:  # its note is not lost
             assert checkpoint.read_meta(found[10])["metrics"]["acc1"] == 10
-        # The restarted run saves again and leaves what an undisturbed one leaves.
-        saver = Saver(folder, keep=1)
+        # The restarted run saves again and leaves the same files as an uninterrupted one.
+        saver = Saver(folder, keep_checkpoints=1)
         saver.save(tensors(20), meta(20))
         saver.note(20, metrics={"acc1": 20.0}, best=None, records=2)
         assert saver.wait() is None
@@ -86,8 +86,8 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
     assert renamed
 
 
-def test_failed_save_is_reported_once_and_harms_nothing(tmp_path, monkeypatch, steps):
-    saver = Saver(tmp_path, keep=1)
+def test_failed_save_is_reported_once_and_leaves_earlier_checkpoints(tmp_path, monkeypatch, steps):
+    saver = Saver(tmp_path, keep_checkpoints=1)
     saver.save(tensors(1), meta(1))
     assert saver.wait() is None
 
@@ -106,7 +106,7 @@ def test_failed_save_is_reported_once_and_harms_nothing(tmp_path, monkeypatch, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-00000001.safetensors"]
 
 
-def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, steps):
+def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, steps):
     original = safetensors.torch.save_file
 
     def bad_disk(values, path, metadata):
@@ -119,7 +119,7 @@ def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, steps):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_path, monkeypatch):
+def test_saving_does_not_block_steps_and_is_not_changed_by_them(tmp_path, monkeypatch):
     first = state.create({"w": torch.ones(1000)}, {"count": torch.zeros(())}, {}, ema=True)
     writing, go = threading.Event(), threading.Event()
     original = checkpoint.write_tensors
@@ -130,8 +130,8 @@ def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_p
         return original(*args)
 
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
-    saver = Saver(tmp_path, keep=1)
-    saver.save(setup.copy_to_host(state.flatten(first)), meta(0))  # returns although nothing is written
+    saver = Saver(tmp_path, keep_checkpoints=1)
+    saver.save(setup.copy_to_host(state.flatten(first)), meta(0))  # returns before anything is written
     assert writing.wait(30) and not checkpoint.steps(tmp_path)
     first.params["w"].zero_()  # the next step reuses the memory
     go.set()
@@ -139,12 +139,12 @@ def test_saving_does_not_hold_up_the_step_and_later_steps_do_not_change_it(tmp_p
     assert checkpoint.read(checkpoint.steps(tmp_path)[0]).tensors["params/w"].eq(1).all()
 
 
-def test_files_get_the_mode_that_the_umask_says(tmp_path):
+def test_files_have_the_mode_of_the_umask(tmp_path):
     (tmp_path / "plain").touch()
     assert save(tmp_path, 1).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_link_with_the_temporary_name_is_not_followed(tmp_path):
+def test_link_under_the_temporary_name_is_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     path = tmp_path / "x.json"
@@ -160,10 +160,10 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "keep.tmp"]
 
 
-# Reading and choosing.
+# Reading, resuming and pruning.
 
 
-def test_newest_whole_one_is_taken_and_damaged_ones_are_named(tmp_path, capsys):
+def test_newest_whole_checkpoint_is_resumed_with_a_warning_for_each_damaged_one(tmp_path, capsys):
     session = type("S", (), {"checkpoints": tmp_path})
     save(tmp_path, 1), damage(save(tmp_path, 2)), save(tmp_path, 3).write_bytes(b"")
     assert resume.newest(session, Console()).meta["step"] == 1
@@ -173,14 +173,14 @@ def test_newest_whole_one_is_taken_and_damaged_ones_are_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_damaged_one_that_was_named_stops(tmp_path):
+def test_reading_a_damaged_checkpoint_is_an_error(tmp_path):
     path = save(tmp_path, 2)
     damage(path)
     with pytest.raises(checkpoint.CheckpointError, match=r"step-00000002.*checksum"):
         checkpoint.read(path)
 
 
-def test_file_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):
+def test_file_named_for_another_step_is_refused(tmp_path):
     save(tmp_path, 2).rename(tmp_path / checkpoint.name_of(9))
     with pytest.raises(checkpoint.CheckpointError, match="holds step 2"):
         checkpoint.read(tmp_path / checkpoint.name_of(9))
@@ -188,13 +188,13 @@ def test_file_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):
     assert checkpoint.read(tmp_path / "mine.safetensors").meta["step"] == 2
 
 
-def test_checkpoint_of_another_kind_is_not_resumed_from(tmp_path):
+def test_checkpoint_without_the_fields_of_training_is_not_resumed(tmp_path):
     checkpoint.save(tmp_path, tensors(1), {"step": 1, "classes": ["a"]})
     with pytest.raises(checkpoint.CheckpointError, match="no run goes on from it"):
         resume.newest(type("S", (), {"checkpoints": tmp_path}), Console())
 
 
-def test_best_and_newest_stay(tmp_path, steps):
+def test_pruning_keeps_the_best_and_the_newest(tmp_path, steps):
     for step, acc1 in ((1, 10.0), (2, 30.0), (3, None), (4, 20.0), (5, 20.0)):
         save(tmp_path, step, acc1)
         checkpoint.prune(tmp_path, 2, step)
@@ -202,12 +202,12 @@ def test_best_and_newest_stay(tmp_path, steps):
     assert [path.name[12:13] for path in checkpoint.by_score(tmp_path)] == ["2", "5", "4"]
 
 
-def test_damaged_checkpoints_count_for_nothing_when_pruning(tmp_path, steps):
+def test_damaged_checkpoints_are_neither_counted_nor_pruned(tmp_path, steps):
     save(tmp_path, 10, 50.0)
     damage(save(tmp_path, 20, 90.0))  # newer and better, by its header
     checkpoint.prune(tmp_path, 1, 20)
     assert steps() == [10, 20]
-    save(tmp_path, 15, 40.0)  # the run went back to 10
+    save(tmp_path, 15, 40.0)  # the run resumed from 10
     checkpoint.prune(tmp_path, 1, 15)
     assert steps() == [10, 15, 20]
     save(tmp_path, 20, 60.0)
@@ -215,7 +215,7 @@ def test_damaged_checkpoints_count_for_nothing_when_pruning(tmp_path, steps):
     assert steps() == [20]
 
 
-def test_note_belongs_to_the_very_file(tmp_path):
+def test_note_applies_only_to_the_file_with_its_digest(tmp_path):
     path = save(tmp_path, 3)
     manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
     assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0} == checkpoint.read_meta(path)["metrics"]
@@ -225,16 +225,16 @@ def test_note_belongs_to_the_very_file(tmp_path):
     assert checkpoint.read(path).meta["metrics"] is None
 
 
-def test_checkpoint_written_again_for_a_step_does_not_inherit_what_was_noted_on_the_former(tmp_path):
+def test_rewritten_checkpoint_keeps_its_notes_only_if_its_content_is_the_same(tmp_path):
     path = save(tmp_path, 3)
     manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
     save(tmp_path, 3)
-    assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0}  # the very same content
+    assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0}  # the same content
     checkpoint.save(tmp_path, {**tensors(3), "params/w": torch.ones(4, 5)}, meta(3))
     assert checkpoint.read(path).meta["metrics"] is None is checkpoint.read(path).meta["best"]
 
 
-def test_note_is_written_after_the_records_that_it_refers_to_and_not_without_them(tmp_path):
+def test_note_is_written_only_after_its_records_are_durable(tmp_path):
     noted = []
 
     def sync():
@@ -242,7 +242,7 @@ def test_note_is_written_after_the_records_that_it_refers_to_and_not_without_the
         if len(noted) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    saver = Saver(tmp_path, keep=1, before=sync)
+    saver = Saver(tmp_path, keep_checkpoints=1, before=sync)
     saver.save(tensors(3), meta(3))
     saver.note(3, metrics={"acc1": 7.0})
     assert saver.wait().errno == errno.ENOSPC and "metrics" not in manifest.load(tmp_path)[checkpoint.name_of(3)]

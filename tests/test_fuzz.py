@@ -1,4 +1,4 @@
-"""Hostile bytes: a reader gives exactly what was written or one clear line, and never anything else."""
+"""Hostile bytes: a reader returns exactly what was written or raises an error of one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def written(tmp_path_factory):
 
 
 def refused(path, data: bytes) -> bool:
-    """Reads bytes as a checkpoint; whether they were refused, by one line that names the file."""
+    """Whether bytes are refused as a checkpoint, by one line that names the file; otherwise checks what was read."""
     path.write_bytes(data)
     try:
         found = checkpoint.read(path)
@@ -77,7 +77,7 @@ def test_every_flipped_bit_of_a_number_and_every_flipped_byte_is_noticed(written
             changed[i] ^= flip
             if not refused(path, bytes(changed)):
                 passed.append(bytes(changed[i : i + 1]))
-    # Only what is no content may change: white space in the header's padding.
+    # Only white space in the header's padding may change, which is not content.
     assert set(passed) <= {b"\t", b"\r", b"\n", b" ", b"!", b"$", b"\x00"} and len(passed) < 40, passed
 
 
@@ -89,7 +89,7 @@ def test_swapped_and_repeated_pieces_are_noticed(written, data):
     a, b, c = edges
     pieces = [original[:a], original[a:b], original[b:c], original[c:]]
     order = data.draw(st.sampled_from([(0, 2, 1, 3), (3, 1, 2, 0), (0, 1, 1, 3), (0, 1, 2, 3, 3), (0, 1, 3)]))
-    refused(path, b"".join(pieces[i] for i in order))  # or the same content, as it asserts
+    refused(path, b"".join(pieces[i] for i in order))  # or hold the same content, which it asserts
 
 
 @QUICK
@@ -113,8 +113,8 @@ def test_deep_json_is_refused(written, depth):
 
 @QUICK
 @given(field=st.sampled_from([*META, "format", "extra"]), value=JSON)
-def test_valid_checksum_over_hostile_values_is_no_licence(written, tmp_path, field, value):
-    """A stranger can compute checksums: what is in the JSON is held to its types, down to the config."""
+def test_fields_of_a_wrong_type_are_refused_despite_a_valid_checksum(written, tmp_path, field, value):
+    """A stranger can compute checksums, so the types of all values in the JSON are checked, down to the config."""
     path = tmp_path / "x.safetensors"
     meta = {"format": checkpoint.FORMAT, **META, field: value}
     meta["digest"] = checkpoint.digest(meta, TENSORS)
@@ -173,7 +173,7 @@ def test_tensors_of_another_run_are_refused_by_name(name, kind):
 
 @QUICK
 @given(value=JSON)
-def test_manifest_of_any_content_is_taken_for_what_it_is_worth(written, value):
+def test_manifest_of_any_content_does_not_prevent_reading(written, value):
     path, data = written
     path.write_bytes(data)
     file = path.parent / manifest.FILE

@@ -1,4 +1,4 @@
-"""Weights fit the model by name and shape, or the misfit is listed with what to set."""
+"""Weights are matched to the model by name and shape; an error lists the differences and the field to set."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_16_bit_weights_become_float32_with_a_note_and_float64_stays():
     assert found["norm.weight"].dtype == torch.float32 and "bfloat16" in notes[0]
 
 
-def test_whole_numbers_are_not_weights():
+def test_integer_tensors_are_not_weights():
     found = {**leaves(), "norm.weight": torch.ones(4, dtype=torch.int64)}
     assert "norm.weight is (4,) int64, not (4,)" in _misfit(found, leaves())
 
@@ -89,7 +89,7 @@ def test_another_size_of_the_family_is_named_with_the_field_to_set(depths, name)
     assert message.endswith(f"looks like {name}: use --config.model.name={name}")
 
 
-def test_other_depths_are_told_and_equal_depths_are_not_guessed_at():
+def test_unknown_depths_are_listed_and_equal_depths_suggest_no_model():
     assert "the file has (1, 2) blocks per stage, the model (3, 4, 6, 3)" in _misfit(
         _sized((1, 2)), _sized((3, 4, 6, 3))
     )

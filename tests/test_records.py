@@ -1,4 +1,4 @@
-"""What a run writes for its readers: JSON that every reader takes, and records that wait, are cut, and are dropped."""
+"""Output files of a run: strict JSON, and metrics on a full disk, after a crash and after a resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from pcpvt.runtime.records import MetricsFile, read_metrics, write_json
 
 
-def test_results_are_json_that_every_reader_takes(tmp_path):
+def test_results_are_strict_json(tmp_path):
     values = {"loss": float("nan"), "last": {"loss": float("inf"), "acc1": 1.5}, "rows": (1, [float("-inf")], None)}
     write_json(tmp_path / "result.json", values)
 
@@ -22,7 +22,7 @@ def test_results_are_json_that_every_reader_takes(tmp_path):
     assert found == {"loss": None, "last": {"loss": None, "acc1": 1.5}, "rows": [1, [None], None]}
 
 
-def test_records_of_steps_to_be_done_again_are_dropped_and_a_cut_line_too(tmp_path):
+def test_records_of_steps_to_be_repeated_and_an_incomplete_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     file = MetricsFile(path, 2)

@@ -1,4 +1,4 @@
-"""Other people's weights: no pickle is run, and nothing in one is believed."""
+"""Weights files of other programs: no pickle is run, and nothing in one is trusted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pcpvt.checkpoints import foreign
 
 
 class Payload:
-    """Creates a file when a pickle that holds it is run."""
+    """Calls a function when a pickle that holds it is run."""
 
     def __init__(self, function, *args: object) -> None:
         self.call = (function, args)
@@ -67,7 +67,7 @@ def test_malicious_pickle_never_runs(tmp_path, name, place):
     assert not mark.exists()
 
 
-def test_payload_of_these_tests_would_run_if_it_were_unpickled(tmp_path):
+def test_payload_of_these_tests_runs_when_unpickled_by_pickle(tmp_path):
     pickle.loads(pickle.dumps(_payloads(tmp_path / "mark")["os.system"]))
     assert (tmp_path / "mark").exists()
 
@@ -81,7 +81,7 @@ def test_pickle_under_a_safetensors_name_is_refused(tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_names_that_others_allowed_stay_refused_here_and_allowed_there(tmp_path, monkeypatch):
+def test_names_allowed_by_the_process_are_refused_here_and_stay_allowed_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save(twins(leaves(), extra=Payload(eval, f"open({str(tmp_path / 'mark')!r}, 'w')")), tmp_path / "a.pth")
     before = torch.serialization.get_safe_globals()
@@ -117,7 +117,7 @@ def test_attributes_put_on_unpickled_objects_do_not_replace_their_methods(tmp_pa
     torch.save(Disguised({"model": Disguised(state)}), tmp_path / "a.pth")
     raw = torch.load(tmp_path / "a.pth")
     assert isinstance(raw.items, torch.Size) and isinstance(raw["model"]["norm.weight"].clone, torch.device)
-    assert_same(foreign.read(tmp_path / "a.pth")[0], leaves())
+    assert_same(foreign.read(tmp_path / "a.pth").params, leaves())
 
 
 def test_dict_that_contains_itself_ends_in_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights from timm by name, and for timm in a file that is there whole or not at all."""
+"""Weights from timm by name, and files for timm, written atomically."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_timm_name_gives_what_timm_fetched(monkeypatch, small):
 
     asked = []
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: asked.append((name, kwargs)) or small)
-    found, info = foreign.read("timm:twins_pcpvt_small.in1k")
+    weights = foreign.read("timm:twins_pcpvt_small.in1k")
     assert asked == [("twins_pcpvt_small.in1k", {"pretrained": True})]
-    assert_same(found, small.state_dict())
-    assert info["source"] == "timm" and info["entry"] == "twins_pcpvt_small.in1k"
+    assert_same(weights.params, small.state_dict())
+    assert weights.which == "params"
 
 
 def test_written_file_gives_timm_equal_logits(tmp_path, small):
@@ -60,7 +60,7 @@ def test_written_file_gives_timm_equal_logits(tmp_path, small):
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(theirs(image), small(image), rtol=0, atol=0)
-    found, notes = match_params(foreign.read(path)[0], small.state_dict(), head="exact", path=str(path))
+    found, notes = match_params(foreign.read(path).params, small.state_dict(), head="exact", path=str(path))
     assert_same(found, params)
     assert notes == []
 
@@ -69,7 +69,7 @@ def test_written_file_takes_views_and_keeps_metadata(tmp_path):
     flat = torch.arange(8.0)
     params = {"norm.weight": flat[:4], "norm.bias": flat[4:], "head.weight": flat.view(2, 4).T}
     foreign.write_timm(params, tmp_path / "a.safetensors", {"note": "hello"})
-    assert_same(foreign.read(tmp_path / "a.safetensors")[0], params)
+    assert_same(foreign.read(tmp_path / "a.safetensors").params, params)
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "note": "hello"}
 
@@ -86,7 +86,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         foreign.write_timm(leaves(1), path)
     assert str(path) in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
-    assert_same(foreign.read(path)[0], leaves(0))
+    assert_same(foreign.read(path).params, leaves(0))
 
 
 def test_file_is_flushed_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, no pickle, written so that a crash anywhere leaves the earlier ones whole.
+"""Checkpoints: one safetensors file each, without pickle, written so that a crash leaves the earlier ones whole.
 
 `checkpoints/step-00000100.safetensors` holds the flat TrainState and, in its metadata under the key `pcpvt`, a JSON
 object: `step`, `config`, `model`, `classes`, `image_size`, `metrics`, `digest` and what else a resumed run needs. The
@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or not one of ours."""
+    """A checkpoint is missing, damaged, or not one of pcpvt."""
 
 
 class Checkpoint(NamedTuple):
@@ -59,20 +60,20 @@ def _digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Writes one checkpoint and enters it in the manifest.
+    """Writes one checkpoint and adds it to the manifest.
 
     Args:
-        tensors: on the host; not changed by anybody while this runs.
+        tensors: on the host; nothing may change them while this runs.
         meta: must hold `step`.
 
     Raises:
-        OSError: as the file system gives it; nothing earlier is harmed and no temporary file stays.
+        OSError: as the file system gives it; earlier checkpoints are unharmed and no temporary file stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(meta["step"])
-    known = write_tensors(path, tensors, meta)
+    checksum = write_tensors(path, tensors, meta)
     written = time.strftime("%Y-%m-%d %H:%M:%S")
-    manifest.put(folder, path.name, digest=known, bytes=path.stat().st_size, written=written)
+    manifest.put(folder, path.name, digest=checksum, bytes=path.stat().st_size, written=written)
     return path
 
 
@@ -85,7 +86,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
         sync(temporary)
         try:
-            _verify(temporary)
+            _read(temporary, keep_tensors=False)
         except CheckpointError as error:
             raise OSError(f"{path}: what was written does not read back ({error})") from error
 
@@ -93,28 +94,35 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
     return meta["digest"]
 
 
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's header says that it is a checkpoint of pcpvt; False when it is missing or cannot be parsed."""
+    try:
+        return KEY in tensorfile.metadata(Path(path))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint without its tensors, which are not looked at.
+    """The JSON of a checkpoint with the manifest's notes; the tensors are not read.
 
     Raises:
-        CheckpointError: when the file is not a checkpoint of ours.
+        CheckpointError: when the file is not a checkpoint of pcpvt.
     """
-    return _noted(_checked(_header(path), path), path)
+    return _with_notes(_header(path), path)
 
 
 def read(path: Path) -> Checkpoint:
     """A whole checkpoint, verified.
 
     Raises:
-        CheckpointError: when anything of it is damaged.
+        CheckpointError: when any part of it is damaged.
     """
-    tensors: dict[str, Tensor] = {}
-    meta = _verify(path, tensors.__setitem__)
-    return Checkpoint(path, _noted(meta, path), tensors)
+    meta, tensors = _read(path, keep_tensors=True)
+    return Checkpoint(path, _with_notes(meta, path), tensors)
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Our JSON, as it stands in the file."""
+    """The JSON in the file, with fields of the right types."""
     try:
         meta = json.loads(tensorfile.metadata(path)[KEY])
     except FileNotFoundError:
@@ -127,32 +135,26 @@ def _header(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as a checkpoint ({error}): use another") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint of an unknown format: use the version of pcpvt that wrote it")
+    wrong = _wrong_fields(meta)
+    if wrong:
+        raise CheckpointError(f"{path}: damaged ({', '.join(wrong)} in its header): use another checkpoint")
     return meta
 
 
-def _verify(path: Path, keep: Callable[[str, Tensor], None] = lambda name, value: None) -> dict[str, Any]:
-    """The JSON of a checkpoint whose digest is right; `keep` is called with each tensor before that is known.
-
-    Raises:
-        CheckpointError: when anything of it is damaged.
-    """
-    meta = _checked(_header(path), path)
-
-    def read() -> Iterator[tuple[str, Tensor]]:
-        for name, value in tensorfile.tensors(path):
-            keep(name, value)
-            yield name, value
-
+def _read(path: Path, *, keep_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors of a checkpoint, verified; without `keep_tensors` one at a time is in memory."""
+    meta = _header(path)
     try:
-        found = _digest(meta, read())
+        tensors = dict(tensorfile.tensors(path)) if keep_tensors else {}
+        checksum = _digest(meta, tensors.items() if keep_tensors else tensorfile.tensors(path))
     except Exception as error:  # hostile bytes raise almost anything
         raise CheckpointError(f"{path}: damaged ({error}): use another checkpoint") from None
-    if found != meta.get("digest"):
+    if checksum != meta.get("digest"):
         raise CheckpointError(f"{path}: damaged (its checksum does not match): use another checkpoint")
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != meta["step"]:
         raise CheckpointError(f"{path}: holds step {meta['step']}, not what its name says: rename it, or use another")
-    return meta
+    return meta, tensors
 
 
 def _is_metrics(value: object) -> bool:
@@ -161,7 +163,7 @@ def _is_metrics(value: object) -> bool:
     )
 
 
-# What a well-formed JSON object may still hold in a file from a stranger.
+# Types of the fields: a file from a stranger may hold any well-formed JSON.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": lambda v: type(v) is int and v >= 0,
     "config": lambda v: isinstance(v, dict),
@@ -174,64 +176,54 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    wrong = [name for name, fits in _FIELDS.items() if name in meta and not fits(meta[name])]
-    if wrong or "step" not in meta:
-        raise CheckpointError(f"{path}: damaged ({', '.join(wrong) or 'step'} in its header): use another checkpoint")
-    return meta
+def _wrong_fields(meta: dict[str, Any]) -> list[str]:
+    """The fields of a wrong type; only `step` is required."""
+    return [name for name, fits in _FIELDS.items() if (name in meta or name == "step") and not fits(meta.get(name))]
 
 
-def _noted(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The JSON with what the manifest adds to it; notes of the wrong types are none."""
-    with contextlib.suppress(CheckpointError):
-        return _checked({**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}, path)
-    return meta
+def _with_notes(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The JSON with the manifest's notes on the file, which are ignored if any is of a wrong type."""
+    noted = {**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}
+    return meta if _wrong_fields(noted) else noted
 
 
 def steps(folder: Path) -> dict[int, Path]:
-    """Step to file, ascending; temporary files and other names are not counted."""
+    """Step to file, ascending; files with other names, such as temporary ones, are left out."""
     if not folder.is_dir():
         return {}
-    found = {int(m[1]): entry for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name))}
-    return dict(sorted(found.items()))
+    files = {int(m[1]): entry for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name))}
+    return dict(sorted(files.items()))
 
 
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint verifies."""
     try:
-        return bool(_verify(path))
+        _read(path, keep_tensors=False)
     except CheckpointError:
         return False
-
-
-def score(meta: dict[str, Any]) -> tuple[float, int]:
-    """What "best" means: higher top-1, then the later step; a checkpoint that was not evaluated ranks below all."""
-    metrics = meta.get("metrics")
-    return (metrics["acc1"] if metrics else -1.0, meta["step"])
+    return True
 
 
 def by_score(folder: Path) -> list[Path]:
-    """Evaluated checkpoints, best first; unreadable files are left out."""
+    """Evaluated checkpoints, best first: higher top-1, then the later step; unreadable files are left out."""
     ranked = []
     for path in steps(folder).values():
-        try:
+        with contextlib.suppress(CheckpointError):
             meta = read_meta(path)
-        except CheckpointError:
-            continue
-        if meta.get("metrics"):
-            ranked.append((score(meta), path))
-    return [path for _, path in sorted(ranked, reverse=True)]
+            if meta.get("metrics"):
+                ranked.append((meta["metrics"]["acc1"], meta["step"], path))
+    return [path for *_, path in sorted(ranked, reverse=True)]
 
 
-def prune(folder: Path, keep: int, latest: int, whole: Callable[[Path], bool] = is_whole) -> None:
-    """Removes whole checkpoints up to step `latest` but the `keep` newest and the best one, and a crash's leftovers.
+def prune(folder: Path, keep_checkpoints: int, latest: int, whole: Callable[[Path], bool] = is_whole) -> None:
+    """Removes whole checkpoints up to step `latest` but the newest `keep_checkpoints` and the best, and leftover files.
 
-    What is damaged counts for nothing and is left for its owner to look at; what is later than `latest` was found
-    damaged when the run was resumed. So the last good checkpoint always stays.
+    Damaged checkpoints are not counted and stay for the user to look at; those after `latest` were found damaged when
+    the run was resumed. So the last good checkpoint always stays.
     """
     found = [path for step, path in steps(folder).items() if step <= latest and whole(path)]
-    wanted = {*found[-keep:], *[path for path in by_score(folder) if path in found][:1]}
+    kept = {*found[-keep_checkpoints:], *[path for path in by_score(folder) if path in found][:1]}
     for path in found:
-        if path not in wanted:
+        if path not in kept:
             path.unlink(missing_ok=True)
     remove_leftovers(folder)

@@ -1,29 +1,25 @@
-"""Other people's weights: read any of the usual files, fit them to a model, and write them for timm.
+"""Weights files of other programs: reads them for a model, and writes them for timm.
 
-What is read: checkpoints of the Twins authors and of timm (`.pth`, `.pt`, old and new format), plain state
-dicts, safetensors, our own checkpoints, and `timm:NAME` from timm's hub. Nothing in a file is ever run. What
-comes out is the flat `dict[str, Tensor]` under the reference names, or one line that says what is wrong and
-what to do.
+What is read: checkpoints of the Twins authors and of timm (`.pth`, `.pt`, old and new format), plain state dicts,
+safetensors, checkpoints of pcpvt, and `timm:NAME` from timm's hub. Nothing in a file is ever run. The result is the
+flat `dict[str, Tensor]` under the reference names, or a one-line error that says what is wrong and what to do.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, unpickle
-from pcpvt.checkpoints.unpickle import one_line
-from pcpvt.errors import UserError, suppress_logging
-
-__all__ = ["WHICH", "from_checkpoint", "is_ours", "read", "write_timm"]
+from pcpvt.checkpoints import checkpoint, tensorfile, unpickle
+from pcpvt.checkpoints.atomic import write_atomically
+from pcpvt.errors import UserError, one_line, suppress_logging
 
 WHICH = ("auto", "params", "ema")
 # Where training scripts put a state dict: the Twins authors and DeiT `model`, `model_ema`; timm `state_dict`,
@@ -32,24 +28,27 @@ _RAW = ("model", "state_dict", "module")
 _EMA = ("model_ema", "state_dict_ema", "ema")
 # Left in the names by DDP, torch.compile and wrapper modules; no layer of the model is called so.
 _PREFIXES = frozenset({"module", "_orig_mod", "model"})
-DESCRIPTION = (
-    "description"  # key of the JSON about an exported model (classes, size, normalisation) in a file's metadata
-)
-_NESTING = 8  # deeper nesting than any real file; a pickled dict may even contain itself
-_LISTED = 10
+DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
+_MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
+_MAX_LISTED = 10
 
 
-def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights of a local file or of `timm:NAME`.
+class Weights(NamedTuple):
+    """The weights of one file."""
+
+    params: dict[str, Tensor]  # own copies, on the CPU, in the file's dtype
+    which: str  # "params" or "ema"
+    classes: list[str] | None  # their names, where the file gives them
+    notes: list[str]  # for the log
+    meta: dict[str, Any]  # JSON of a checkpoint of pcpvt; empty for other files
+
+
+def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weights:
+    """Reads the weights of a local file or of `timm:NAME`.
 
     Args:
-        which: "params" or "ema"; "auto" takes from our own checkpoints what training evaluated (the average where there
-            is one) and from all others the params.
-
-    Returns:
-        The params (own copies, on the CPU, in the file's dtype) and what was found: `source` ("pcpvt", "safetensors",
-        "torch", "timm"), `which` ("params" or "ema"), `entry` (the place inside the file), `epoch` and `step` (int or
-        None), `classes` (list of names or None), `notes` (lines for the log), `meta` (the JSON of our own checkpoints).
+        which: "params" or "ema"; "auto" takes from checkpoints of pcpvt what training evaluated (the average where
+            there is one) and from all other files the params.
 
     Raises:
         UserError: naming the file and the remedy.
@@ -58,14 +57,7 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tupl
         raise UserError(f"config.weights: {which!r} is not known: choose from {', '.join(WHICH)}")
     if str(path_or_name).startswith("timm:"):
         return _from_timm(str(path_or_name), which)
-    if is_ours(path_or_name):
-        path = pathlib.Path(os.path.expanduser(path_or_name))
-        try:
-            return from_checkpoint(checkpoint.read(path), which)
-        except RecursionError:  # JSON of a hostile depth
-            raise UserError(f"{path}: damaged (its metadata cannot be read): use another checkpoint") from None
-    which = "params" if which == "auto" else which
-    path = pathlib.Path(os.path.expanduser(path_or_name))
+    path = Path(os.path.expanduser(path_or_name))
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder: name the weights file inside it")
@@ -75,6 +67,9 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tupl
             start = file.read(9)
         if not start:
             raise UserError(f"{path}: an empty file: get it again")
+        if checkpoint.is_checkpoint(path):
+            return from_checkpoint(checkpoint.read(path), which)
+        which = "params" if which == "auto" else which
         if start[8:] == b"{":  # a safetensors header follows its own 8-byte length
             return _from_safetensors(path, which)
         if path.suffix == ".safetensors":
@@ -89,39 +84,14 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> tupl
         ) from None
 
 
-def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says that it is a checkpoint of this program; a damaged or missing one does not."""
-    try:
-        with safetensors.safe_open(os.path.expanduser(path), framework="pt") as file:
-            return checkpoint.KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, RecursionError):  # the last from JSON of a hostile depth
-        return False
-
-
-def _info(source: str, which: str, entry: str, found: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    def integer(name: str) -> int | None:
-        return found[name] if type(found.get(name)) is int else None
-
-    classes = found.get("classes")
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return {
-        "source": source, "which": which, "entry": entry, "epoch": integer("epoch"), "step": integer("step"),
-        "classes": classes if named else None, "notes": notes, "meta": dict(found) if source == "pcpvt" else {},
-    }  # fmt: skip
-
-
-def _ema_note(path: object, entry: str) -> str:
-    return f"{path}: also holds EMA weights ({entry}), which were not asked for"
-
-
-def _from_timm(name: str, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _from_timm(name: str, which: str) -> Weights:
     from pcpvt import torchvision_compat  # noqa: F401, I001  # before timm
     import timm
 
     if which == "ema":
         raise UserError(f"{name}: holds no EMA weights, only params: use config.weights=params")
     model_name = name.removeprefix("timm:")
-    # is_model also keeps timm's own schemes (local-dir:, hf-hub:) out: those may name any file or model.
+    # is_model also refuses timm's own schemes (local-dir:, hf-hub:), which may name any file or model.
     if not timm.is_model(model_name):
         known = ", ".join(f"timm:{model}" for model in timm.list_models("twins_pcpvt_*"))
         raise UserError(f"{one_line(name)}: timm has no such model: use one of {known}")
@@ -133,31 +103,27 @@ def _from_timm(name: str, which: str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"{name}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
             "network, or download the file elsewhere and give its path"
         ) from None
-    return _clean(model.state_dict(), name), _info("timm", "params", model_name, {}, [])
+    return Weights(_clean(model.state_dict(), name), "params", None, [], {})
 
 
-def _from_safetensors(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _from_safetensors(path: Path, which: str) -> Weights:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            if which == "ema":
-                raise _absent(path, which, ["params"])
-            state = {name: file.get_tensor(name) for name in list(file.keys())}
-            return _clean(state, path), _info("safetensors", which, "", _described(file.metadata()), [])
-    except (safetensors.SafetensorError, RecursionError) as error:  # the second from JSON of a hostile depth
+        state, metadata = dict(tensorfile.tensors(path)), tensorfile.metadata(path)
+    except OSError:
+        raise
+    except Exception as error:  # hostile bytes raise almost anything
         raise UserError(f"{path}: a damaged or incomplete safetensors file ({one_line(error)}): get it again") from None
-
-
-def _described(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """What `write_timm` was told to put beside the tensors; nothing when it is not such JSON."""
+    if which == "ema":
+        raise _absent(path, which, ["params"])
     try:
-        found = json.loads((metadata or {}).get(DESCRIPTION, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        description = json.loads(metadata.get(DESCRIPTION, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        description = {}
+    return Weights(_clean(state, path), which, _class_names(description), [], {})
 
 
-def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`read` for a checkpoint of our own that is open already; the optimizer's moments are left behind."""
+def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> Weights:
+    """`read` for a checkpoint of pcpvt that is already in memory; the optimizer's state is left out."""
     path, meta, tensors = loaded
     groups = {name.split("/")[0] for name in tensors}
     if which == "auto":
@@ -167,47 +133,55 @@ def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> tuple
     prefix = f"{which}/"
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     notes = [_ema_note(path, "ema")] if which == "params" and "ema" in groups else []
-    return _clean(state, path), _info("pcpvt", which, which, meta, notes)
+    return Weights(_clean(state, path), which, _class_names(meta), notes, meta)
 
 
-def _from_torch(path: pathlib.Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tree = _plain(unpickle.load(path), path)
-    top, entry, at_ema, ema_beside = tree, [], False, ""
-    for _ in range(_NESTING):
-        ema = next((name for name in _EMA if _is_entry(tree.get(name))), "")
-        raw = next((name for name in _RAW if _is_entry(tree.get(name))), "")
-        if ema and not at_ema and which == "params":
-            ema_beside = ema
-            if not raw:
+def _from_torch(path: Path, which: str) -> Weights:
+    top = tree = _plain(unpickle.load(path), path)
+    ema_found = ""  # the entry with EMA weights that is taken, or noted when params are
+    for _ in range(_MAX_NESTING):
+        ema, name = _entry(tree, _EMA), _entry(tree, _RAW)
+        if ema and which == "params":
+            ema_found = ema
+            if not name:
                 raise UserError(f"{path}: holds EMA weights only ({ema}), no params: use config.weights=ema")
-        step = ema if ema and not at_ema and which == "ema" else raw
-        if not step:
+        elif ema and not ema_found:
+            ema_found = name = ema
+        if not name:
             break
-        at_ema = at_ema or step == ema
-        entry.append(step)
-        tree = _plain(tree[step], path)
-    if which == "ema" and not at_ema:
+        tree = _plain(tree[name], path)
+    if which == "ema" and not ema_found:
         raise _absent(path, which, ["params"] if tree is top else [str(name) for name in top])
-    notes = [_ema_note(path, ema_beside)] if ema_beside else []
-    return _clean(tree, path), _info("torch", which, ".".join(entry), top, notes)
+    notes = [_ema_note(path, ema_found)] if ema_found and which == "params" else []
+    return Weights(_clean(tree, path), which, _class_names(top), notes, {})
 
 
-def _absent(path: object, which: str, holds: Iterable[str]) -> UserError:
-    what = "EMA weights" if which == "ema" else "params"
+def _class_names(fields: object) -> list[str] | None:
+    names = fields.get("classes") if isinstance(fields, dict) else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _ema_note(path: Path, entry: str) -> str:
+    return f"{path}: also holds EMA weights ({entry}), which were not asked for"
+
+
+def _absent(path: Path, which: str, holds: Iterable[str]) -> UserError:
+    what, other = ("EMA weights", "params") if which == "ema" else ("params", "ema")
     listed = [one_line(name) for name in sorted(holds)]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
     return UserError(
-        f"{path}: holds no {what}, only {', '.join(listed[:_LISTED]) or 'nothing'}{more}: "
-        f"use config.weights={'params' if which == 'ema' else 'ema'}, or give another file"
+        f"{path}: holds no {what}, only {', '.join(listed[:_MAX_LISTED]) or 'nothing'}{more}: "
+        f"use config.weights={other}, or give another file"
     )
 
 
-def _is_entry(value: object) -> bool:
-    return isinstance(value, dict) and dict.__len__(value) > 0
+def _entry(tree: dict[Any, Any], names: Iterable[str]) -> str:
+    """The first of the names that leads to a non-empty dict; empty when none does."""
+    return next((name for name in names if isinstance(tree.get(name), dict) and dict.__len__(tree[name])), "")
 
 
-def _plain(value: object, path: object) -> dict[Any, Any]:
-    """A plain copy: an OrderedDict out of a pickle may carry attributes that hide its methods."""
+def _plain(value: object, path: Path) -> dict[Any, Any]:
+    """A plain copy of a dict: an OrderedDict from a pickle may carry attributes that hide its methods."""
     if not isinstance(value, dict):
         raise UserError(
             f"{path}: holds a {type(value).__name__}, not a dict of tensors: save model.state_dict() instead"
@@ -216,7 +190,7 @@ def _plain(value: object, path: object) -> dict[Any, Any]:
 
 
 def _clean(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
-    """Drop wrapper prefixes at any depth, refuse all but ordinary tensors, and copy those out of the file."""
+    """Drops wrapper prefixes at any depth, refuses all but ordinary tensors, and copies those."""
     if not state:
         raise UserError(f"{path}: holds no tensors: give a file with weights")
     params: dict[str, Tensor] = {}
@@ -233,6 +207,7 @@ def _clean(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
 
 
 def _fault(value: object) -> str:
+    """Why a value is not an ordinary tensor; empty when it is one."""
     if isinstance(value, unpickle.Ignored):
         return "is a numpy value or a path, not a tensor"
     if not isinstance(value, Tensor):
@@ -244,24 +219,19 @@ def _fault(value: object) -> str:
     return ""
 
 
-def write_timm(
-    params: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
-) -> None:
-    """Write safetensors that `timm.create_model(name, num_classes=N, checkpoint_path=path)` loads strictly.
+def write_timm(params: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Atomically writes safetensors that `timm.create_model(name, num_classes=N, checkpoint_path=path)` loads strictly.
 
-    The file appears whole or not at all: it is written under a temporary name, flushed to the disk and
-    renamed. Raises UserError when it cannot be written, or when its name does not end in .safetensors, by
-    which timm tells the format.
+    Raises:
+        UserError: when it cannot be written, or when its name does not end in .safetensors, by which timm recognises
+            the format.
     """
-    path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: timm reads safetensors by their name only: let it end in .safetensors")
-    tensors = {
-        name: torch.clone(value.detach().cpu(), memory_format=torch.contiguous_format) for name, value in params.items()
-    }
+    tensors = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in params.items()}
     described = {"format": "pt", **(metadata or {})}
     try:
-        checkpoint.write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described))
+        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described))
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise UserError(

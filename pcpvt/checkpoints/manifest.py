@@ -1,8 +1,8 @@
-"""`checkpoints/manifest.json`: the checkpoints that were written whole, their checksums, and what became known later.
+"""`checkpoints/manifest.json`: the completed checkpoints, their checksums, and the results of later evaluations.
 
-A checkpoint is written before it is evaluated, so that an evaluation can be killed; its result is noted here. A note
-belongs to the file with the same digest and to no other. A manifest that is missing or damaged counts as empty: a
-checkpoint describes and verifies itself, and only an evaluation has to be repeated.
+A checkpoint is written before its evaluation, which may be killed; the result is noted here afterwards. A note
+belongs to the file with the same digest and to no other. A manifest that is missing or damaged counts as empty: every
+checkpoint can be verified without it, and only an evaluation has to be repeated.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ FILE = "manifest.json"
 NOTES = ("metrics", "best", "records")
 
 
-def put(folder: Path, name: str, **entry: Any) -> None:
-    """Adds to the entry of the checkpoint `name`, which a new digest starts anew; entries of files that are gone go.
+def put(folder: Path, name: str, **fields: Any) -> None:
+    """Adds fields to the entry of the checkpoint `name`; a new digest resets the entry. Drops entries of removed files.
 
     Raises:
         OSError: when it cannot be written; the former manifest then stays.
     """
-    entries = {known: value for known, value in load(folder).items() if (folder / known).exists()}
-    former = entries.get(name, {})
-    if entry.get("digest", former.get("digest")) != former.get("digest"):
-        former = {}  # what was noted is about another file
-    entries[name] = {**former, **entry}
-    value = {"checkpoints": entries, "checksum": _checksum(entries)}
-    text = json.dumps(value, indent=1) + "\n"
+    entries = {known: entry for known, entry in load(folder).items() if (folder / known).exists()}
+    entry = entries.get(name, {})
+    if fields.get("digest", entry.get("digest")) != entry.get("digest"):
+        entry = {}  # it describes another file
+    entries[name] = {**entry, **fields}
+    text = json.dumps({"checkpoints": entries, "checksum": _checksum(entries)}, indent=1) + "\n"
     write_atomically(folder / FILE, lambda temporary: temporary.write_text(text))
 
 

@@ -1,7 +1,8 @@
-"""Safetensors files read with read(2), not mapped: a failing disk, or a file cut short meanwhile, is an error here.
+"""Reads safetensors files with read(2), one tensor at a time, into newly allocated memory.
 
-With a mapping it would be a SIGBUS, and the tensors would lie wherever the file has them instead of aligned. One tensor
-at a time is read, so that a file can be verified without room for all of it.
+The reader of the safetensors package maps the file. A failing disk, or a file cut short while it is read, would then be
+a SIGBUS instead of an error, and tensors would be aligned as in the file, which can select other kernels. Its
+`deserialize` needs the whole file in memory, but checkpoints are verified without room for all their tensors.
 """
 
 from __future__ import annotations
@@ -11,36 +12,31 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-HEADER = 100_000_000  # bytes; the format's own limit
-
-
-class _Entry(NamedTuple):
-    dtype: torch.dtype
-    shape: list[int]
-    start: int  # bytes, from the end of the header
-    end: int
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The `__metadata__` of a file; its tensors are not looked at.
+    """The `__metadata__` of a file; its tensors are not read.
 
     Raises:
-        OSError, ValueError, TypeError, RecursionError: when it cannot be read, or is of another format.
+        OSError, ValueError, RecursionError: when it cannot be read, or is of another format.
     """
     with path.open("rb") as file:
-        found = _header(file).get("__metadata__", {})
-    if not isinstance(found, dict):
+        value = _header(file).get("__metadata__", {})
+    if not isinstance(value, dict):
         raise ValueError("its metadata are no object")
-    return found
+    return value
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -50,40 +46,32 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError: when it cannot be read, or is damaged.
     """
     with path.open("rb") as file:
-        entries = {name: _entry(value) for name, value in _header(file).items() if name != "__metadata__"}
-        begin, size = file.tell(), os.fstat(file.fileno()).st_size
-        edges = [
-            0,
-            *(edge for span in sorted((e.start, e.end) for e in entries.values()) for edge in span),
-            size - begin,
-        ]
-        if edges[::2] != edges[1::2]:
-            raise ValueError("its tensors do not fill it without gaps")
-        for name in sorted(entries):
-            entry = entries[name]
-            value = torch.empty(entry.shape, dtype=entry.dtype)
-            file.seek(begin + entry.start)
-            if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != entry.end - entry.start:
-                raise ValueError("it is cut short")
+        header = _header(file)
+        header.pop("__metadata__", None)
+        start = end = file.tell()
+        layout = {}  # name: dtype, shape, position in the file
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, position = DTYPES[entry["dtype"]], entry["shape"], end
+            end += math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [position - start, end - start]:
+                raise ValueError("its tensors do not have the sizes of their shapes, or leave gaps")
+            layout[name] = dtype, shape, position
+        if end != os.fstat(file.fileno()).st_size:  # so no tensor is larger than the file
+            raise ValueError("its tensors do not fill it: it is cut short, or not as its header says")
+        for name, (dtype, shape, position) in sorted(layout.items()):
+            value = torch.empty(shape, dtype=dtype)
+            file.seek(position)
+            if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != value.nbytes:
+                raise ValueError("it was cut short while it was read")
             yield name, value
 
 
 def _header(file: BinaryIO) -> dict[str, Any]:
-    """The JSON object at the beginning of a file, which is left at its end."""
+    """The JSON object at the beginning of a file; leaves the file's position at its end."""
     length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(HEADER, os.fstat(file.fileno()).st_size):
+    if not 2 <= length <= min(MAX_HEADER, os.fstat(file.fileno()).st_size):
         raise ValueError("its length is not that of a header")
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
     return header
-
-
-def _entry(value: dict[str, Any]) -> _Entry:
-    shape, (start, end) = list(value["shape"]), value["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError("a shape or a position is no number")
-    dtype = DTYPES[value["dtype"]]
-    if math.prod(shape) * dtype.itemsize != end - start:
-        raise ValueError("a tensor has not the size of its shape")
-    return _Entry(dtype, shape, start, end)

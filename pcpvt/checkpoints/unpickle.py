@@ -1,27 +1,26 @@
-"""Reads a file written by torch.save without running anything that is in it.
+"""Reads files written by torch.save without running anything in them.
 
-A pickle is a program. torch's restricted unpickler builds tensors and plain containers and refuses every
-other name; the names allowed on top are `argparse.Namespace`, in which the reference code keeps its
-arguments, and a few harmless types often found inside one, each replaced by an empty stand-in. Nothing else
-that this process has allowed is in force here.
+A pickle is a program. torch's restricted unpickler builds tensors and plain containers and refuses every other name.
+Allowed in addition are `argparse.Namespace`, in which the reference code keeps its arguments, and a few harmless types
+often found inside one, each replaced by an empty class. What else this process has allowed does not apply here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import pathlib
 import re
 import tarfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pcpvt.errors import UserError
+from pcpvt.errors import UserError, one_line
 
 _ZIP_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"  # the PROTO opcode; torch.save has never written a protocol below 2
@@ -29,7 +28,7 @@ _LOCK = threading.Lock()  # torch's list of allowed names belongs to the process
 
 
 class Ignored:
-    """Stands where a file holds a path or a numpy value: takes any arguments and state, and keeps nothing."""
+    """Replaces a path or a numpy value of a file: takes any arguments and state, and stores nothing."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -42,20 +41,18 @@ _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "Pure
 _IGNORED = (
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype",
-    "numpy.ndarray",
+    *("numpy.dtype", "numpy.ndarray"),
 )
-_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    *((Ignored, name) for name in _IGNORED),
-]
+_ALLOWED: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
 
 
-def load(path: pathlib.Path) -> Any:
-    """Return what torch.save put into `path`, on the CPU.
+def load(path: Path) -> Any:
+    """The object that torch.save wrote to `path`, on the CPU.
 
-    The new (zip) format is memory-mapped and its tensors look into the file: copy what must outlive it.
-    Raises UserError when the file is damaged, is of another kind, or names anything that would have to run.
+    The new (zip) format is memory-mapped and its tensors refer to the file: copy what must outlive it.
+
+    Raises:
+        UserError: when the file is damaged, is of another kind, or names anything that would have to run.
     """
     with path.open("rb") as file:
         start = file.read(16)
@@ -74,20 +71,20 @@ def load(path: pathlib.Path) -> Any:
         )
     try:
         with _LOCK, _only_our_names(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of them is raised below, as one line
+            warnings.simplefilter("ignore")  # those that matter are raised below, as one line
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # hostile bytes raise almost anything: struct.error, IndexError, KeyError, ...
         raise _refusal(path, error) from None
 
 
-def _check_zip(path: pathlib.Path) -> None:
-    """Refuse TorchScript, compressed records (a mapping would take packed bytes for numbers) and damage.
+def _check_zip(path: Path) -> None:
+    """Refuses TorchScript, compressed records (when mapped, packed bytes would pass for numbers) and damage.
 
     torch itself does not compare the checksums of the records.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            script = any(name.endswith("/constants.pkl") for name in archive.namelist())  # as torch tells it
+            script = any(name.endswith("/constants.pkl") for name in archive.namelist())  # torch's own criterion
             packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
             damaged = None if script or packed else archive.testzip()
     except Exception as error:
@@ -104,38 +101,28 @@ def _check_zip(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _only_our_names() -> Iterator[None]:
-    """Make `_ALLOWED` all that is allowed, and put back afterwards what the process had allowed before."""
+    """Allows `_ALLOWED` only, and restores afterwards what the process had allowed before."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_ALLOWED)
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            yield
+        yield
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
 
 
-def _refusal(path: pathlib.Path, error: Exception) -> UserError:
-    text = str(error)
-    refused = re.search(r"GLOBAL ([\w.]+)", text)
+def _refusal(path: Path, error: Exception) -> UserError:
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
         return UserError(
             f"{path}: refused, because reading it would run {refused[1][:120]}, and nothing in a weights "
             "file is run: if you trust the file, load it where it was made and save only its tensors: "
             "torch.save({'model': model.state_dict()}, path)"
         )
-    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     return UserError(
         f"{path}: cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, "
         "incomplete or not written by torch.save: get it again, or save it again with "
         "torch.save(model.state_dict(), path)"
     )
-
-
-def one_line(text: object) -> str:
-    """One line of a message, or a name out of a file, safe to print: bounded, no control characters."""
-    if isinstance(text, Exception):
-        text = str(text) or type(text).__name__
-    lines = str(text).strip().splitlines() or [""]
-    line = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
-    return "".join(c if c.isprintable() else "?" for c in line)

@@ -1,12 +1,12 @@
-"""What a run writes for its reader: `config.json`, `metrics.jsonl`, `result.json`, and the workdir that holds them."""
+"""The output files of a run: `config.json`, `metrics.jsonl`, `result.json`, and the workdir that holds them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
-import math
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
 
 
 def open_workdir(path: Path) -> Path:
-    """Creates the workdir and proves that it can be written."""
+    """Creates the workdir and checks that files can be written there.
+
+    Raises:
+        UserError: when they cannot.
+    """
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe.{os.getpid()}.tmp"
-        probe.write_text("")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(
             f"--workdir: {path} cannot be written ({error.strerror}): choose another with --workdir=DIR"
@@ -32,44 +34,39 @@ def open_workdir(path: Path) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """One JSON object, replaced as a whole."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    """Writes one JSON object atomically."""
+    text = json.dumps(_finite(value), indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _finite(value: Any) -> Any:
-    """A JSON value with null for numbers that are not finite, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A JSON value with None for numbers that are not finite, which JSON cannot express."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per record, appended as a whole line or not at all.
+    """`metrics.jsonl`: one JSON object per record, appended as a whole line or not at all.
 
-    A full disk loses nothing: lines wait in memory, and go out with the next one that can be written.
+    A full disk loses no record: lines wait in memory and are written with the next one that succeeds.
 
     Args:
-        path: of the file.
-        keep: records that belong to the run so far; later ones are of steps that will be done again, and dropped.
+        keep_records: of those in the file, how many to keep: later ones belong to steps that will be repeated.
     """
 
-    def __init__(self, path: Path, keep: int):
+    def __init__(self, path: Path, keep_records: int):
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        kept = lines[:-1][:keep]  # what follows the last line break is a line cut short
+        kept = lines[:-1][:keep_records]  # what follows the last line break is an incomplete line
         if lines != [*kept, b""] or path.is_symlink():
             write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in kept)))
         self.count = len(kept)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._waiting = b""
-        self._lock = threading.Lock()  # `sync` comes from the thread that writes checkpoints
+        self._lock = threading.Lock()  # `sync` is called by the thread that writes checkpoints
 
     def write(self, record: dict[str, Any]) -> OSError | None:
-        """Appends a record, numbers that are not finite as null; returns the error that keeps it waiting, if any."""
+        """Appends a record, non-finite numbers as null; returns the error because of which it waits, if any."""
         with self._lock:
-            self._waiting += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+            self._waiting += json.dumps(_finite(record)).encode() + b"\n"
             self.count += 1
             return self._flush()
 
@@ -77,22 +74,19 @@ class MetricsFile:
         """Makes all records durable.
 
         Raises:
-            OSError: when they are not.
+            OSError: when a record could not be written.
         """
         with self._lock:
             if error := self._flush():
                 raise error
             os.fsync(self._file)
 
-    def close(self) -> OSError | None:
+    def close(self) -> None:
         with self._lock:
-            error = self._flush()
+            self._flush()
             os.close(self._file)
-            return error
 
     def _flush(self) -> OSError | None:
-        if not self._waiting:
-            return None
         size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, self._waiting) < len(self._waiting):
@@ -105,10 +99,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order; a line that a crash cut short is left out."""
-    found = []
+    """All records of a run, in order; lines that are incomplete or damaged are left out."""
+    records = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]

@@ -234,12 +234,12 @@ def init_params(
     params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
     notes = []
     if config.finetune:
-        path, found, info = read_weights(config.finetune, config.weights)
+        path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(found, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
+        fitted, said = match_params(weights.params, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({info['which']})", *info["notes"], *said]
-        theirs = info["classes"]
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
+        theirs = weights.classes
         if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
             notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
     for field in ("fresh", "frozen"):

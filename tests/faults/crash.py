@@ -1,7 +1,7 @@
-"""Saves checkpoints, killed at the n-th call that touches the disk, for every n; one process per n, forked from here.
+"""Saves checkpoints and is killed at the n-th call that changes the disk, for every n, in one forked process per n.
 
 `python crash.py FOLDER`: in FOLDER/n for n = 1, 2, ... a run that has saved step 10 saves step 20 and notes its
-evaluation. Prints one line per n, what was killed, until a run gets through.
+evaluation. Prints one line per n, the call at which it was killed, until a run completes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, step: int) -> None:
-    saver = Saver(folder, keep=1)
+    saver = Saver(folder, keep_checkpoints=1)
     assert saver.save(tensors(step), meta(step)) is None
     assert saver.note(step, metrics={**METRICS, "acc1": float(step)}, best=METRICS, records=2) is None
     error = saver.wait()
@@ -39,7 +39,7 @@ def save(folder: Path, step: int) -> None:
 
 
 def kill_at(n: int) -> None:
-    """Arms all calls by which the protocol changes the disk: before each, and in the middle of writing tensors."""
+    """Kills the process at the n-th of the calls that change the disk: before each, or halfway through the tensors."""
     count = itertools.count(1)
 
     def before(name, function):

@@ -1,8 +1,8 @@
-"""Faults for the real binary, from outside: Python imports this at start when its folder is on PYTHONPATH.
+"""Injects faults into the real program: Python imports this file at start when its folder is on PYTHONPATH.
 
-The environment variable FAULTS holds a JSON list of objects: `at` (where: a key of PLACES), `n` (which time, from 1),
+The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, or an errno's name to be raised), and
-optionally `rank`, `again` (every time from the n-th on) and `to` (`self`, `group` or `child`).
+optionally `rank`, `again` (at every call from the n-th on) and `to` (`self`, `group` or `child`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def happen(fault: dict) -> None:
     os.write(1, f"fault: {fault['do']}\n".encode())
     if what == "sleep":
         time.sleep(float(amount))
-    elif what == "hold":  # like a collective that never returns: in C, where no handler of Python's runs
+    elif what == "hold":  # like a collective that never returns: in C, where no Python signal handler runs
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         ctypes.CDLL(None).sleep(int(amount))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -56,7 +56,7 @@ def counted(function, fault: dict, count: list[int], after: bool = False):
 
 
 def in_module(module: str, path: str, after: bool = False):
-    """A fault around a function of a module that is not imported yet."""
+    """A fault before (or after) a function of a module that is not imported yet."""
 
     def arm(fault: dict) -> None:
         def patch(loaded) -> None:
@@ -70,7 +70,7 @@ def in_module(module: str, path: str, after: bool = False):
 
 
 def in_system(*names: str):
-    """A fault before calls of functions of `os`, counted together."""
+    """A fault before calls of these functions of `os`, counted together."""
 
     def arm(fault: dict) -> None:
         count = [0]
