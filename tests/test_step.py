@@ -139,7 +139,7 @@ def test_accumulation_equals_the_big_batch(parts):
 def test_parameters_lie_in_memory_as_they_did_and_that_changes_no_result():
     """In float64: the moments of a projection of patches are other sums only if strides were mistaken."""
     found = []
-    for lay in (lambda value: value.clone(), lambda value: precision.laid_out(value.clone())):
+    for lay in (lambda value: value.clone(), lambda value: precision.to_patch_layout(value.clone())):
         _, params = nano_state()
         start = {name: lay(value) for name, value in params.items()}
         strides = {name: value.stride() for name, value in start.items()}
