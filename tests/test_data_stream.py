@@ -165,7 +165,7 @@ class Broken(Arrays):
 
 def test_an_unreadable_training_image_stops_or_is_replaced_by_the_next(tmp_path):
     batches = train_batches()
-    batches.source = Broken(tmp_path)
+    batches.dataset = Broken(tmp_path)
     hits = [step for step in range(4) if {3, 4} & {d.index for d in batches.draws(step)}]
     with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read"):
         list(Loader(batches, hits, 0))
