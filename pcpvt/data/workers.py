@@ -15,6 +15,10 @@ from multiprocessing import resource_tracker
 from pcpvt.devices.allocator import keep_freed_memory
 from pcpvt.errors import UserError
 
+# Parts of PyTorch's error messages.
+_DIED = ("exited unexpectedly", "is killed by signal")
+_NO_SHARED_MEMORY = ("shared memory", "unable to resize file", "No space left on device")
+
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
@@ -22,8 +26,13 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        reason = _why_worker_died(error)
-        if not reason:
+        message = str(error)
+        lines = message.strip().splitlines() or [type(error).__name__]
+        if not isinstance(error, RuntimeError) or any(text in message for text in _DIED):  # or its pipe is closed
+            reason = f"died ({lines[0]})"
+        elif any(text in message for text in _NO_SHARED_MEMORY):
+            reason = f"has no shared memory left ({lines[-1]})"
+        else:
             raise
         raise UserError(
             f"config.data.workers: a loader process {reason}: free memory and /dev/shm, or use fewer of them"
@@ -77,15 +86,3 @@ def _kill_children_at_exit() -> None:
             child.kill()
 
     atexit.register(kill)  # after multiprocessing's own handler, so it runs before that
-
-
-def _why_worker_died(error: Exception) -> str:
-    """The cause of a loader process's death, from PyTorch's message; empty for other errors."""
-    message = str(error)
-    lines = message.strip().splitlines() or [type(error).__name__]
-    lost_pipe = not isinstance(error, RuntimeError)
-    if lost_pipe or "exited unexpectedly" in message or "is killed by signal" in message:
-        return f"died ({lines[0]})"
-    if "shared memory" in message or "unable to resize file" in message or "No space left on device" in message:
-        return f"has no shared memory left ({lines[-1]})"
-    return ""

@@ -20,21 +20,13 @@ NOISE_ZERO = 128
 
 
 class MixSpec(NamedTuple):
-    """How batches are mixed.
+    """How batches are mixed."""
 
-    Attributes:
-        mixup: alpha of mixup's Beta(alpha, alpha); 0: no mixup.
-        cutmix: alpha of cutmix's Beta(alpha, alpha); 0: no cutmix.
-        prob: probability that mixing happens at all.
-        switch_prob: probability of cutmix when both are on.
-        mode: `batch`, `pair` or `elem`: the samples that share one draw.
-    """
-
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    mode: str = "batch"
+    mixup: float = 0.8  # alpha of mixup's Beta(alpha, alpha); 0: no mixup
+    cutmix: float = 1.0  # alpha of cutmix's Beta(alpha, alpha); 0: no cutmix
+    prob: float = 1.0  # probability that a draw mixes at all
+    switch_prob: float = 0.5  # probability of cutmix when both are on
+    mode: str = "batch"  # the samples that share one draw: `batch`, `pair` or `elem`
 
 
 def mixing_draws(
@@ -109,11 +101,7 @@ def mix_images(x: Tensor, lam: Tensor, box: Tensor) -> Tensor:
 
 
 def mix_targets(
-    target: Tensor,
-    lam: Tensor | None,
-    num_classes: int,
-    smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    target: Tensor, lam: Tensor | None, num_classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Soft targets `[B, num_classes]` in `dtype`; each row sums to 1 up to rounding.
 

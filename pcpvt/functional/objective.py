@@ -20,11 +20,7 @@ Batch = dict[str, Tensor]
 
 
 def make_objective(
-    model: pcpvt.PCPVT,
-    *,
-    smoothing: float = 0.0,
-    policy: Policy = FLOAT32,
-    kernels: Kernels = PLAIN,
+    model: pcpvt.PCPVT, *, smoothing: float = 0.0, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params are in the compute dtype already.
 
@@ -45,10 +41,7 @@ def make_objective(
 
 
 def make_predict(
-    model: pcpvt.PCPVT,
-    *,
-    policy: Policy = FLOAT32,
-    kernels: Kernels = PLAIN,
+    model: pcpvt.PCPVT, *, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Tensor], Tensor]:
     """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params are in the compute dtype already."""
 
