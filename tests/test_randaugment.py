@@ -68,7 +68,7 @@ def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seed
     assert {name for name, *_ in ours} == {name for name, *_ in theirs} == names
     for name in names:
         a, b = ([call for call in calls if call[0] == name] for calls in (ours, theirs))
-        # Each operation is drawn 12,000 * 2 * 0.5 / 15 = 800 times, with a standard deviation of sqrt(800) on each side.
+        # Each operation is drawn 12,000 * 2 * 0.5 / 15 = 800 times on each side, with a variance of 800.
         assert abs(len(a) - len(b)) < 4.5 * np.sqrt(1600), name
         if len(a[0]) > 1:
             bound = 1 if name.startswith("Posterize") else -np.inf
