@@ -1,4 +1,4 @@
-"""What the tests of pixels share: pictures to transform, timm's transforms, and when two distributions agree."""
+"""Helpers of the image transform tests: test pictures, timm's transforms, and a comparison of distributions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def agree(ours, theirs) -> bool:
-    """Equal means and variances, within 4.5 standard errors of their difference.
+    """Whether means and variances are equal, within 4.5 standard errors of their difference.
 
-    The standard error of a mean is sqrt(variance / n); the variance is the mean of squared deviations, so its
-    own error follows the same formula. Seeds are fixed; over all comparisons of the tests a right
-    implementation has a chance of about 1e-3 to fail at 4.5; a wrong alpha, for one, is off by 10 or more.
+    The standard error of a mean is sqrt(variance / n); the variance is the mean of squared deviations, so its own error
+    follows the same formula. Seeds are fixed. Over all comparisons of the tests a correct implementation fails at 4.5
+    with a probability of about 1e-3; a wrong alpha, for example, is off by 10 or more.
     """
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     for a, b in ((ours, theirs), ((ours - ours.mean(0)) ** 2, (theirs - theirs.mean(0)) ** 2)):
@@ -31,7 +31,7 @@ def agree(ours, theirs) -> bool:
 
 @functools.cache
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Large shapes with some noise on them, as photographs have."""
+    """Large shapes with some noise, as in photographs."""
     draws = generator(seed, "picture")
     coarse = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)

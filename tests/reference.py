@@ -1,4 +1,4 @@
-"""The peers that numbers are compared with: timm's model, and the network written out; and what both are given."""
+"""References for numeric tests: timm's model, and the network written out in plain PyTorch; and their inputs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pc
 
 
 def timm_model(name: str, num_classes: int = 1000, seed: int = 0, **options) -> torch.nn.Module:
-    """timm's model of the same size, with weights from a seed; every leaf is made to matter.
+    """timm's model of the same size, with weights from a seed.
 
-    timm starts biases at 0 and norms at 1, which would hide a leaf that is not used: they are shaken.
+    timm initialises biases to 0 and norms to 1, which would hide a parameter that is not used, so noise is added.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -43,13 +43,13 @@ def images(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 
 
 def nano(num_classes: int = 10, pad: str = "pad"):
-    """The miniature and float64 parameters for it."""
+    """The model pcpvt_nano and float64 parameters for it."""
     model = pcpvt.build("pcpvt_nano", num_classes, pad)
     return model, {n: v.double() for n, v in init(model, 0).items()}
 
 
 def written_out(spec: pcpvt.Spec, params: pcpvt.Params, x: torch.Tensor) -> torch.Tensor:
-    """Logits of NHWC images by F.conv2d and F.linear, each map filled up by hand before a convolution with a stride."""
+    """Logits of NHWC images by F.conv2d and F.linear, with explicit zero padding before each strided convolution."""
 
     def linear(x, name):
         return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
@@ -64,11 +64,11 @@ def written_out(spec: pcpvt.Spec, params: pcpvt.Params, x: torch.Tensor) -> torc
         return F.conv2d(full, params[f"{name}.weight"], params[f"{name}.bias"], stride)
 
     def attention(x, size, name, heads, reduction):
-        source = x
+        reduced = x
         if reduction > 1:
             reduced = strided(x.mT.unflatten(2, size), f"{name}.sr", reduction)
-            source = norm(reduced.flatten(2).mT, f"{name}.norm", 1e-5)
-        q, (k, v) = linear(x, f"{name}.q"), linear(source, f"{name}.kv").chunk(2, -1)
+            reduced = norm(reduced.flatten(2).mT, f"{name}.norm", 1e-5)
+        q, (k, v) = linear(x, f"{name}.q"), linear(reduced, f"{name}.kv").chunk(2, -1)
         q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
         return linear((weights @ v).transpose(1, 2).flatten(2), f"{name}.proj")

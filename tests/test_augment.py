@@ -1,4 +1,4 @@
-"""Training pixels: timm's and torchvision's distributions, from our keys alone."""
+"""Training transforms have the distributions of timm's and torchvision's, and depend on their key only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_crop_boxes_have_torchvisions_distribution(shape, theirs_seeded):
 
 
 @pytest.mark.parametrize("shape", [(10, 400), (400, 10), (30, 30), (1, 50), (1, 1)])
-def test_impossible_crops_fall_back_to_torchvisions(shape):
+def test_impossible_crops_fall_back_as_in_torchvision(shape):
     from torchvision.transforms import RandomResizedCrop
 
     scale, ratio = (4.0, 5.0), (3 / 4, 4 / 3)  # never fits
@@ -46,13 +46,13 @@ def test_impossible_crops_fall_back_to_torchvisions(shape):
 
 @pytest.mark.parametrize(("shape", "ratio"), [((1, 10), (0.1, 0.3)), ((10, 1), (3.0, 9.0))])
 def test_a_crop_has_at_least_one_pixel(shape, ratio):
-    """torchvision's fallback would have none: 0.3 of a pixel wide, or high."""
+    """torchvision's fallback would have none: its width or height would be 0.3 pixels."""
     assert augment.random_crop_box(*shape, (4.0, 5.0), ratio, generator(0, "crop"))[2:] == (1, 1)
     spec = augment.AugmentSpec((8, 8), scale=(4.0, 5.0), ratio=ratio)
     assert augment.train_sample(picture(*shape), spec, generator(0, "crop"))[0].shape == (8, 8, 3)
 
 
-def test_flips_are_exact_and_come_with_their_probability():
+def test_flips_are_exact_and_have_the_given_probability():
     image = picture(12, 10)
     spec = augment.AugmentSpec((12, 10), scale=(), hflip=0.3)
     flipped = 0
@@ -75,7 +75,7 @@ def test_pad_and_crop_visits_every_offset_equally(mode):
     assert abs(np.array(list(windows.values())) / 5000 - 1 / 25).max() < 4.5 * np.sqrt(1 / 25 / 5000)
 
 
-def test_a_sample_that_needs_nothing_costs_nothing():
+def test_a_sample_that_needs_no_transform_is_not_copied():
     image = picture(32, 32)
     spec = augment.AugmentSpec((32, 32), scale=(), hflip=0.0)
     pixels, box = augment.train_sample(image, spec, generator(0, "x"))
@@ -83,7 +83,7 @@ def test_a_sample_that_needs_nothing_costs_nothing():
     assert np.shares_memory(augment.eval_sample(image, (32, 32), 1.0), image)
 
 
-def test_other_sizes_are_covered_and_cropped_without_a_random_crop():
+def test_without_a_random_crop_the_image_is_resized_to_cover_the_size_and_centre_cropped():
     spec = augment.AugmentSpec((24, 16), scale=(), hflip=0.0)
     pixels, _ = augment.train_sample(picture(60, 90), spec, generator(0, "x"))
     np.testing.assert_array_equal(pixels, augment.resize(picture(60, 90), (24, 36), "bicubic")[:, 10:26])
@@ -107,7 +107,7 @@ def test_color_jitter_has_torchvisions_distribution(theirs_seeded):
     assert agree(statistics(ours), statistics(theirs))
 
 
-def test_color_jitter_comes_in_every_order(monkeypatch):
+def test_color_jitter_is_applied_in_every_order(monkeypatch):
     orders, order = set(), []
     for name in ("Brightness", "Contrast", "Color"):
         original = getattr(augment.ImageEnhance, name)
@@ -153,12 +153,11 @@ def test_erasing_has_timms_distribution(theirs_seeded):
     assert agree(ours, theirs)
 
     def aspects(rows):
-        return [np.log((bottom - top) / (right - left)) for top, bottom, left, right, _, found in rows if found]
+        return [np.log((bottom - top) / (right - left)) for top, bottom, left, right, _, erased in rows if erased]
 
     assert agree(aspects(ours), aspects(theirs))
     ours, theirs = np.concatenate(noise), np.concatenate(their_noise)
-    # Millions of normal numbers, in steps of 1/32 (which adds 1/32**2/12 = 8e-5 to the variance) and cut at
-    # 4.
+    # Millions of normal numbers, in steps of 1/32 (which adds 1/32**2/12 = 8e-5 to the variance) and clipped at 4.
     assert abs(ours.mean()) < 4.5 / np.sqrt(len(ours)) + 1e-4
     assert abs(ours.var() - 1) < 4.5 * np.sqrt(2 / len(ours)) + 1e-3
     for quantile in (0.001, 0.05, 0.5, 0.95, 0.999):
@@ -176,7 +175,7 @@ def test_erasing_has_timms_distribution(theirs_seeded):
     ],
 )
 def test_training_images_have_the_statistics_of_timms_transform(options, timm_posterize, theirs_seeded):
-    """Three fixed images, 1,500 draws each: brightness, contrast, colour, and where in the image they are."""
+    """For three fixed images, 1,500 draws each: brightness, contrast and colour, overall and by quarter."""
     spec = augment.AugmentSpec(
         (24, 24),
         options.get("scale", (0.08, 1.0)),
@@ -201,7 +200,7 @@ def test_training_images_have_the_statistics_of_timms_transform(options, timm_po
 
 
 def test_crops_of_large_jpegs_have_the_same_statistics_at_reduced_scale(monkeypatch):
-    """The same crops, decoded small and decoded in full: mean within 0.5 of 255, contrast within 2 %."""
+    """The same crops, decoded at reduced and at full scale: mean within 0.5 of 255, contrast within 2 %."""
     buffer = io.BytesIO()
     Image.fromarray(picture(400, 500)).save(buffer, "JPEG", quality=90)
     spec = augment.AugmentSpec((32, 32), scale=(0.3, 1.0), hflip=0.0)

@@ -1,4 +1,4 @@
-"""Every kind of image becomes upright RGB, or one error that names the file."""
+"""Images of every format and mode are decoded to upright RGB; errors name the file."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from pcpvt.rng import generator
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture without sharp edges, uint8 `[height, width, 3]`, different in every corner."""
+    """A picture without sharp edges and with four different corners, uint8 `[height, width, 3]`."""
     coarse = generator(seed, "picture").integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -74,7 +74,7 @@ def test_modes_become_rgb(mode, colour, form, expected):
 @pytest.mark.parametrize("form", ["PNG", "GIF"])
 def test_palettes_keep_their_colours_without_a_warning(form, transparency):
     if form == "GIF" and isinstance(transparency, bytes):
-        pytest.skip("GIF knows one transparent colour only")
+        pytest.skip("GIF has at most one transparent colour")
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     image.putdata([0, 1, 2])
@@ -129,7 +129,7 @@ def test_image_with_broken_exif_is_read_as_stored_and_without_a_warning(form, op
     assert not recwarn.list
 
 
-def test_of_an_animation_the_first_frame():
+def test_of_an_animation_the_first_frame_is_used():
     frames = [Image.new("RGB", (6, 4), c) for c in ("red", "green", "blue")]
     for form in ("GIF", "WEBP", "PNG", "TIFF"):
         data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
@@ -162,10 +162,10 @@ def test_both_decoders_give_the_same_pixels(subsampling, progressive, monkeypatc
     np.testing.assert_array_equal(fast, pixels(data, box=(3, 7, 50, 60)))
 
 
-def test_blemishes_that_pillow_passes_are_passed(decoder):
+def test_minor_defects_that_pillow_accepts_are_accepted(decoder):
     data = encoded(Image.fromarray(smooth(64, 64)), "JPEG")
-    blemished = data[:-2] + b"\x00\x01\x02" + data[-2:]
-    np.testing.assert_array_equal(pixels(blemished), pixels(data))
+    defective = data[:-2] + b"\x00\x01\x02" + data[-2:]
+    np.testing.assert_array_equal(pixels(defective), pixels(data))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
@@ -181,7 +181,7 @@ def test_truncated_files_raise_an_error_with_their_path(form, tmp_path, decoder)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0" + bytes(100), None])
-def test_what_is_no_image_raises_an_error_with_its_path(content, tmp_path):
+def test_a_file_that_is_no_image_raises_an_error_with_its_path(content, tmp_path):
     path = tmp_path / "no.jpg"
     if content is not None:
         path.write_bytes(content)
@@ -196,7 +196,7 @@ def test_a_given_name_is_used_in_messages():
 
 
 def forged_png(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge image."""
+    """A small file whose header claims a huge image."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -239,7 +239,7 @@ def test_the_scale_leaves_enough_pixels(box, at_least, factor):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("box", [(0, 0, 299, 301), (17, 33, 200, 150), (81, 103, 201, 183)])
 def test_reduced_crops_show_the_same_scene(mode, orientation, box):
-    """On a slope the mean tells where the crop is: within half a reduced pixel on either side."""
+    """On a gradient the mean gives the position of the crop: within half a reduced pixel on either side."""
     slope = np.zeros((301, 399, 3), np.uint8)
     slope[..., 0], slope[..., 1] = np.linspace(0, 200, 399)[None], np.linspace(0, 200, 301)[:, None]
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Drop path: rates and masks as they should be drawn, each factor applied once to its own branch."""
+"""Drop path: the distribution of rates and factors, and each factor applied once, to its own branch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN
 
 
-class Keep(torch.nn.Module):
-    """What timm's DropPath does to a branch, with given factors."""
+class ScaleBranch(torch.nn.Module):
+    """timm's DropPath with given factors."""
 
     def __init__(self, factors: torch.Tensor):
         super().__init__()
@@ -27,37 +27,38 @@ class Keep(torch.nn.Module):
 @pytest.mark.full
 @pytest.mark.parametrize("kernels", ["plain", "cpu"])
 def test_logits_and_gradients_are_timms_under_the_same_factors(kernels):
-    """A factor that is applied twice, squared, left out or given to the other branch would show."""
+    """Detects a factor that is applied twice, squared, omitted or applied to the other branch."""
     theirs = timm_model("pcpvt_s", num_classes=10).double()
     model = pcpvt.build("pcpvt_s", 10)
     rates = pcpvt.drop_rates(model.spec, 0.5)
-    keep = torch.from_numpy(
+    scale = torch.from_numpy(
         np.stack([pcpvt.draw_drop_path_scale(rng.generator(0, "test", i), rates) for i in range(4)])
     ).double()
-    assert (keep == 0).sum() > 20 and len(keep.unique()) > 15
+    assert (scale == 0).sum() > 20 and len(scale.unique()) > 15
     blocks = [block for stage in theirs.blocks for block in stage]
     for i, block in enumerate(blocks):
-        block.drop_path1, block.drop_path2 = Keep(keep[:, 2 * i]), Keep(keep[:, 2 * i + 1])
+        block.drop_path1, block.drop_path2 = ScaleBranch(scale[:, 2 * i]), ScaleBranch(scale[:, 2 * i + 1])
     x, y = images(4, 64, 64, 3, dtype=torch.float64), torch.tensor([3, 7, 1, 0])
     expected = theirs(nchw(x))
     reference = torch.autograd.grad(F.cross_entropy(expected, y), list(theirs.parameters()))
     params = {n: p.detach().requires_grad_() for n, p in theirs.named_parameters()}
     own = PLAIN if kernels == "plain" else devices.get("cpu").kernels(torch.float64)
-    found = pcpvt.apply(model, params, x, keep, kernels=own)
+    found = pcpvt.apply(model, params, x, scale, kernels=own)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     grads = torch.autograd.grad(F.cross_entropy(found, y), list(params.values()), materialize_grads=True)
     for name, grad, other in zip(params, grads, reference, strict=True):
         assert (grad - other).abs().max() <= 1e-10 * other.abs().max(), name
 
 
-def test_drop_path_rates_rise_linearly_and_masks_have_the_right_expectation():
+def test_drop_path_rates_rise_linearly_and_factors_have_the_right_expectation():
     spec = pcpvt.SPECS["pcpvt_s"]
     rates = pcpvt.drop_rates(spec, 0.2)
     assert len(rates) == 32 and rates[0] == rates[1] == 0 and rates[-1] == pytest.approx(0.2)
     steps = np.diff(rates[::2])
     assert np.allclose(steps, steps[0]) and np.array_equal(rates[::2], rates[1::2])
     draws = np.stack([pcpvt.draw_drop_path_scale(rng.generator(0, "drop_path", 0, i), rates) for i in range(20_000)])
-    # Kept with probability 1 - r and scaled by 1 / (1 - r): mean 1, variance r / (1 - r); five standard errors.
+    # A branch is kept with probability 1 - r and scaled by 1 / (1 - r): mean 1, variance r / (1 - r).
+    # The tolerance is 5 standard errors.
     assert np.all(np.abs(draws.mean(0) - 1) <= 5 * np.sqrt(rates / (1 - rates) / len(draws)) + 1e-6)
     np.testing.assert_allclose(draws.var(0), rates / (1 - rates), atol=0.02)
     # The two branches of a block are drawn independently.
@@ -65,7 +66,7 @@ def test_drop_path_rates_rise_linearly_and_masks_have_the_right_expectation():
 
 
 def test_drop_path_is_applied_once_per_branch_and_per_sample():
-    """Dropping every branch leaves embeddings and position encodings; keeping all changes nothing."""
+    """With every branch dropped only embeddings and position encodings remain; keeping all changes nothing."""
     model, params = nano()
     x = images(3, 64, 64, 3, dtype=torch.float64)
     ones = torch.ones(3, model.branches)
@@ -76,10 +77,10 @@ def test_drop_path_is_applied_once_per_branch_and_per_sample():
     mixed = pcpvt.apply(model, params, x, dropped)
     torch.testing.assert_close(mixed[1], pcpvt.apply(model, silent, x)[1], rtol=1e-12, atol=1e-12)
     assert torch.equal(mixed[[0, 2]], pcpvt.apply(model, params, x)[[0, 2]])
-    for branch in range(model.branches):  # each factor reaches exactly one branch, linearly in its output
+    for branch in range(model.branches):  # each factor scales exactly one branch
         out = []
         for factor in (0.0, 1.0, 2.0):
-            keep = ones.clone()
-            keep[:, branch] = factor
-            out.append(pcpvt.apply(model, params, x, keep))
+            scale = ones.clone()
+            scale[:, branch] = factor
+            out.append(pcpvt.apply(model, params, x, scale))
         assert not torch.equal(out[0], out[1]) and not torch.equal(out[1], out[2])

@@ -1,4 +1,4 @@
-"""Evaluation's pixels: timm's and torchvision's, exactly or up to rounding, at square and other sizes."""
+"""The evaluation transform equals timm's and torchvision's, exactly or up to rounding, at square and other sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_exact_evaluation_equals_timms_pixel_for_pixel(shape, size, crop):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_evaluation_equals_timms_up_to_rounding(shape):
-    """Where the passes' order differs, Pillow and PyTorch round and clip other intermediate values."""
+    """Pillow and PyTorch order the two passes differently, so they round and clip different intermediate values."""
     exact = augment.eval_sample(picture(*shape), (56, 56), 0.875, exact=True).astype(int)
     fast = augment.eval_sample(picture(*shape), (56, 56), 0.875).astype(int)
     difference = np.abs(exact - fast)
@@ -35,18 +35,18 @@ def test_evaluation_equals_timms_up_to_rounding(shape):
     assert difference.max() <= 2 and (difference > 1).sum() <= 1 and difference.mean() < 0.02
 
 
-def test_evaluation_to_another_shape_covers_it_in_proportion():
-    got = augment.eval_sample(picture(100, 90), (64, 48), 0.875)  # 73 x 54 are covered; 65.7 is nearer to 66
+def test_evaluation_at_another_aspect_ratio_keeps_the_images_proportions():
+    got = augment.eval_sample(picture(100, 90), (64, 48), 0.875)  # 73 x 54 must be covered; 65.7 rounds to 66
     np.testing.assert_array_equal(got, augment.resize(picture(100, 90), (73, 66), "bicubic")[4:68, 9:57])
 
 
-def test_a_crop_of_more_than_the_image_is_all_of_it():
+def test_a_crop_share_above_one_uses_the_whole_image():
     whole = augment.eval_sample(picture(100, 90), (64, 48), 1.0)
     np.testing.assert_array_equal(augment.eval_sample(picture(100, 90), (64, 48), 2.0), whole)
 
 
-def test_elongated_images_do_not_explode():
-    """One pixel by 200,000: 256 pixels high it would have 13 thousand million."""
+def test_elongated_images_are_refused_before_they_take_all_memory():
+    """1 by 200,000 pixels: resized to a height of 256, the image would have 13 thousand million."""
     strip = np.zeros((1, 200_000, 3), np.uint8)
     with pytest.raises(DecodeError, match="limit"):
         augment.eval_sample(strip, (224, 224), 0.875)

@@ -1,4 +1,4 @@
-"""Evaluation's sums: the counts of torch.topk, ties and rows that are not finite decided, padding left out."""
+"""Evaluation metrics: the counts of torch.topk; ties, rows that are not finite, and padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def sums(logits: list[list[float]], labels: list[int]) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def test_counts_and_loss_are_those_of_plain_code_and_padding_counts_nowhere():
+def test_counts_and_loss_equal_plain_code_and_padding_is_not_counted():
     draws = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(200, 20, generator=draws), torch.randint(20, (200,), generator=draws)
     valid = torch.arange(200) < 150
@@ -30,7 +30,7 @@ def test_counts_and_loss_are_those_of_plain_code_and_padding_counts_nowhere():
     assert summary["acc1"] == pytest.approx(100 * hits[:, 0].double().mean().item()) and summary["seen"] == 150
 
 
-def test_of_equal_scores_the_lower_class_is_ahead():
+def test_of_equal_scores_the_lower_class_ranks_higher():
     assert sums([[0.0] * 7] * 7, list(range(7)))["top1"] == 1
     assert sums([[0.0] * 7] * 7, list(range(7)))["top5"] == 5
 

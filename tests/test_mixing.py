@@ -1,4 +1,4 @@
-"""Mixup, cutmix and the decoding of batches: timm's distributions, exact labels, one graph."""
+"""Mixup, cutmix and image decoding: timm's distributions, exact labels, one compiled graph."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def our_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tupl
 
 
 def timm_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same, read off what timm's Mixup makes of a black first and white other images."""
+    """The same for timm's Mixup, measured on a batch whose first image is black and whose others are white."""
     from timm.data import Mixup
 
     mixup = Mixup(
@@ -35,7 +35,7 @@ def timm_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tup
     for i in range(draws):
         x, target = mixup(images.clone(), torch.arange(batch))
         lam[i] = target[0, 0]
-        cut = x[0].unique().tolist() == [0, 1]  # mixup leaves one grey
+        cut = x[0].unique().tolist() == [0, 1]  # mixup gives a single grey
         area[i] = (x[0] == 1).float().mean() if cut else 0
     np.random.set_state(before)
     return lam, area
@@ -56,7 +56,7 @@ def test_draws_have_timms_distributions(mode, case):
 
 
 @pytest.mark.parametrize("mode, distinct", [("batch", 1), ("pair", 8), ("elem", 16)])
-def test_mode_says_what_shares_a_draw(mode, distinct):
+def test_mode_selects_the_samples_that_share_a_draw(mode, distinct):
     lam, box = mixing.mixing_draws(generator(0, "mix"), 16, (32, 48), mixing.MixSpec(0.8, 0.0, mode=mode))
     assert len(np.unique(lam)) == distinct
     assert lam.dtype == np.float32 and box.dtype == np.int32 and not box.any()
@@ -107,7 +107,7 @@ def test_targets_accept_distributions_and_no_mixing():
 
 
 def test_label_mass_equals_pixel_mass():
-    """A black and a white image: what the picture holds of the partner is what the label says."""
+    """A black and a white image: the partner's share of the pixels equals its share of the label."""
     x = torch.stack([torch.zeros(24, 40, 3), torch.ones(24, 40, 3)])
     for seed in range(200):
         lam, box = mixing.mixing_draws(generator(seed, "mix"), 2, (24, 40), mixing.MixSpec(mode="elem"))
@@ -116,7 +116,7 @@ def test_label_mass_equals_pixel_mass():
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets[:, 1], rtol=1e-5, atol=1e-6)
 
 
-def test_mixed_images_are_what_the_formula_says():
+def test_mixed_images_follow_the_formula():
     x = torch.from_numpy(generator(0, "x").standard_normal((4, 6, 8, 3), np.float32))
     lam = torch.tensor([0.25, 0.25, 0.5, 1.0])
     box = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 4, 2, 8], [0, 0, 0, 0]], dtype=torch.int32)
@@ -135,14 +135,14 @@ def test_no_mixing_returns_the_input_bit_for_bit():
     assert torch.equal(mixing.mix_images(x, torch.from_numpy(lam), torch.from_numpy(box)), x)
 
 
-def test_mixing_does_not_depend_on_how_the_batch_is_cut():
+def test_mixing_does_not_depend_on_how_the_batch_is_split():
     x = torch.from_numpy(generator(0, "x").standard_normal((8, 6, 6, 3), np.float32))
     labels = torch.arange(8)
     draws = mixing.mixing_draws(generator(3, "mix"), 8, (6, 6), mixing.MixSpec(mode="pair"))
     lam, box = (torch.from_numpy(a) for a in draws)
     whole = mixing.mix_images(x, lam, box), mixing.mix_targets(labels, lam, 10, 0.1)
-    for cut in (2, 4):
-        parts = [slice(i, i + cut) for i in range(0, 8, cut)]
+    for size in (2, 4):
+        parts = [slice(i, i + size) for i in range(0, 8, size)]
         assert torch.equal(torch.cat([mixing.mix_images(x[p], lam[p], box[p]) for p in parts]), whole[0])
         assert torch.equal(torch.cat([mixing.mix_targets(labels[p], lam[p], 10, 0.1) for p in parts]), whole[1])
 

@@ -1,4 +1,4 @@
-"""The model is timm's, leaf by leaf and number by number, and its extras do what they say."""
+"""The model equals timm's in parameters, logits, gradients and features; initialisation and intermediates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pcpvt.models.init import init
 
 
 @pytest.mark.parametrize(("name", "count"), [("pcpvt_s", 24_106_216), ("pcpvt_b", 43_828_456), ("pcpvt_l", 60_989_672)])
-def test_names_shapes_and_counts_are_timms(name, count):
+def test_names_shapes_and_counts_equal_timms(name, count):
     ours = pcpvt.build(name, 1000)
     theirs = {n: p.shape for n, p in timm_model(name).named_parameters()}
     assert pcpvt.shapes(ours) == theirs
@@ -24,7 +24,7 @@ def test_names_shapes_and_counts_are_timms(name, count):
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
 @pytest.mark.parametrize("size", [224, 64])
-def test_float32_logits_are_timms_to_1e_5(name, size):
+def test_float32_logits_equal_timms_to_1e_5(name, size):
     theirs = timm_model(name).eval()
     x = images(2, size, size, 3)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_float32_logits_are_timms_to_1e_5(name, size):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
-def test_float64_logits_and_gradients_are_timms_to_1e_10(name):
+def test_float64_logits_and_gradients_equal_timms_to_1e_10(name):
     theirs = timm_model(name, num_classes=10).double().eval()
     x, y = images(2, 64, 64, 3, dtype=torch.float64), torch.tensor([3, 7])
     expected = theirs(nchw(x))
@@ -53,7 +53,7 @@ def test_float64_logits_and_gradients_are_timms_to_1e_10(name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
-def test_float32_gradients_are_timms_to_1e_4_relative(name):
+def test_float32_gradients_equal_timms_to_1e_4_relative(name):
     theirs = timm_model(name, num_classes=10).eval()
     x, y = images(2, 64, 64, 3), torch.tensor([3, 7])
     F.cross_entropy(theirs(nchw(x)), y).backward()
@@ -65,13 +65,13 @@ def test_float32_gradients_are_timms_to_1e_4_relative(name):
         assert (grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), leaf
 
 
-def test_init_has_the_references_statistics_and_depends_on_the_seed_alone():
+def test_init_has_the_references_statistics_and_depends_only_on_the_seed():
     model = pcpvt.build("pcpvt_s", 1000)
     params, theirs = init(model, 0), dict(timm_model("pcpvt_s").named_parameters())
     for name, value in params.items():
         assert value.shape == theirs[name].shape
         if value.ndim > 1:
-            # The standard error of a standard deviation over n normals is std / sqrt(2 n); six of them each.
+            # The standard error of a standard deviation over n normals is std / sqrt(2 n); six of them on each side.
             bound = 6 * theirs[name].std().item() * 2 / (2 * value.numel()) ** 0.5
             assert abs(value.std().item() - theirs[name].std().item()) < bound, name
             assert abs(value.mean().item()) < 6 * value.std().item() / value.numel() ** 0.5, name
@@ -96,7 +96,7 @@ def test_functional_call_takes_any_parameters_and_leaves_the_module_empty():
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_features_are_timms_intermediates_at_four_strides(name, dtype, tolerance):
+def test_features_equal_timms_intermediates_at_four_strides(name, dtype, tolerance):
     theirs = timm_model(name).to(dtype).eval()
     x = images(1, 96, 64, 3, dtype=dtype)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_features_are_differentiable_in_params_and_images():
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
 
 
-def test_features_compile_into_one_graph_that_has_their_gradient():
+def test_features_compile_into_one_graph_with_the_same_gradient():
     model, params = nano()
     fast = torch.compile(lambda p, x: pcpvt.features(model, p, x), backend="aot_eager", fullgraph=True)
     x = images(1, 64, 64, 3, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_features_compile_into_one_graph_that_has_their_gradient():
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12 * reference.abs().max().item())
 
 
-def test_intermediates_are_named_and_change_no_number():
+def test_intermediates_are_named_and_leave_the_logits_unchanged():
     model, params = nano()
     x = images(2, 64, 64, 3, dtype=torch.float64)
     logits, out = pcpvt.intermediates(model, params, x)
@@ -139,15 +139,15 @@ def test_intermediates_are_named_and_change_no_number():
     blocks = {f"blocks.{s}.{i}" for s, depth in enumerate(model.spec.depths) for i in range(depth)}
     assert set(out) == {"pooled", "logits", *(f"stages.{s}" for s in range(4)), *blocks}
 
-    logits, more = pcpvt.intermediates(model, params, x, attention=True)
-    assert torch.equal(logits, out["logits"]) and set(more) == set(out) | {f"{name}.attention" for name in blocks}
-    assert more["blocks.0.0.attention"].shape == (2, 1, 256, 4)  # heads, 16x16 tokens, 2x2 keys
+    logits, both = pcpvt.intermediates(model, params, x, attention=True)
+    assert torch.equal(logits, out["logits"]) and set(both) == set(out) | {f"{name}.attention" for name in blocks}
+    assert both["blocks.0.0.attention"].shape == (2, 1, 256, 4)  # heads, 16x16 tokens, 2x2 keys
     for name in blocks:
-        rows = more[f"{name}.attention"].sum(-1)
+        rows = both[f"{name}.attention"].sum(-1)
         torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
-def test_every_device_s_plain_attention_is_softmax_attention():
+def test_plain_attention_is_softmax_attention():
     from pcpvt.models.layers import attend_plain
 
     q, k, v = (images(2, 3, n, 8, dtype=torch.float64, seed=seed) for seed, n in enumerate((10, 5, 5)))

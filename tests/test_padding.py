@@ -1,4 +1,4 @@
-"""Sizes that 32 does not divide: zeros at the bottom and right of every patch step, and nothing else."""
+"""Image sizes that 32 does not divide: every patch step pads with zeros at the bottom and right."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pcpvt.models import pcpvt
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 70), (33, 31), (7, 5)])
-def test_logits_are_those_of_convolutions_over_maps_filled_up_by_hand(size):
-    """50x70 is 13x18, 7x9, 4x5 and 2x3 tokens, and each stage attends to 2x3: both kinds of steps are padded."""
+def test_logits_equal_those_of_convolutions_over_explicitly_padded_maps(size):
+    """50x70 gives 13x18, 7x9, 4x5 and 2x3 tokens with 2x3 keys in each stage: embeddings and reductions are padded."""
     model, _ = nano()
-    shaken = torch.Generator().manual_seed(0)  # of init's zeros and ones none would show
+    generator = torch.Generator().manual_seed(0)  # init's zeros and ones would hide a parameter that is not used
     params = {
-        n: 0.3 * torch.randn(shape, generator=shaken, dtype=torch.float64) for n, shape in pcpvt.shapes(model).items()
+        n: 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for n, shape in pcpvt.shapes(model).items()
     }
     x = images(2, *size, 3, dtype=torch.float64)
     expected = written_out(model.spec, params, x)
@@ -26,7 +27,7 @@ def test_logits_are_those_of_convolutions_over_maps_filled_up_by_hand(size):
 
 @pytest.mark.full
 @pytest.mark.parametrize("size", [(64, 64), (50, 70)])
-def test_logits_of_the_full_size_are_those_of_convolutions_too(size):
+def test_logits_of_the_full_size_equal_those_of_convolutions(size):
     theirs = timm_model("pcpvt_s").double()
     params = {n: p.detach() for n, p in theirs.named_parameters()}
     x = images(1, *size, 3, dtype=torch.float64)
@@ -36,8 +37,8 @@ def test_logits_of_the_full_size_are_those_of_convolutions_too(size):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 70), (33, 31), (224, 160), (7, 5)])
-def test_padding_loses_nothing_of_the_image(size):
-    """Every pixel, those of the last row and column included, has an influence on the logits."""
+def test_with_padding_every_pixel_influences_the_logits(size):
+    """Also those of the last row and column."""
     model, params = nano()
     x = images(1, *size, 3, dtype=torch.float64).requires_grad_()
     logits = pcpvt.apply(model, params, x)
@@ -47,16 +48,16 @@ def test_padding_loses_nothing_of_the_image(size):
 
 
 def test_padding_is_zeros_at_the_bottom_and_right_at_every_patch_step():
-    """50x70 in tokens is 13x18, 7x9, 4x5, 2x3: the first step equals padding the image to 52x72 by hand."""
+    """50x70 gives 13x18, 7x9, 4x5, 2x3 tokens: the first step equals explicit padding of the image to 52x72."""
     model, params = nano()
     x = images(1, 50, 70, 3, dtype=torch.float64)
-    by_hand = F.pad(x, (0, 0, 0, 2, 0, 2))
+    padded = F.pad(x, (0, 0, 0, 2, 0, 2))
     maps = pcpvt.features(model, params, x)
     assert [tuple(m.shape[2:]) for m in maps] == [(13, 18), (7, 9), (4, 5), (2, 3)]
-    assert torch.equal(maps[0], pcpvt.features(model, params, by_hand)[0])
+    assert torch.equal(maps[0], pcpvt.features(model, params, padded)[0])
 
 
-def test_divisible_sizes_are_the_same_to_the_bit_with_pad_and_error():
+def test_divisible_sizes_give_the_same_bits_with_pad_and_error():
     model, params = nano()
     strict, _ = nano(pad="error")
     x = images(2, 64, 96, 3, dtype=torch.float64)

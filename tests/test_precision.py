@@ -1,4 +1,4 @@
-"""Policies mean what they say; norms, softmax and means accumulate in float32; the loss scale follows the gradient."""
+"""Precision policies; norms, softmax and means accumulate in float32; loss scaling for float16."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def assert_rounded_once(result: torch.Tensor, reference: torch.Tensor) -> None:
-    """`result` is the float32 `reference` rounded to the result's dtype: within one unit of its last place.
+    """`result` equals the float32 `reference` rounded to the result's dtype, within one unit in the last place.
 
-    Numbers below 1/32 have the unit of 1/32: near zero, float32's own rounding of the terms shows.
+    For numbers below 1/32 the unit is that of 1/32: near zero, float32's rounding of the terms is larger than theirs.
     """
     assert reference.dtype == torch.float32
     unit = torch.finfo(result.dtype).eps * 2 ** reference.abs().clamp(min=2.0**-5).log2().floor()
@@ -34,7 +34,7 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_layer_norm_accumulates_in_float32(dtype):
-    """On 4,096 features around 10: a 16-bit sum would stop growing, and one of squares would lose the variance."""
+    """4,096 features around 10: a 16-bit sum would stop growing, and a sum of squares would lose the variance."""
     x = (10 + draws(8, 4096)).to(dtype).requires_grad_()
     weight, bias = (draws(4096, seed=s).to(dtype).requires_grad_() for s in (1, 2))
     wide = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
@@ -44,7 +44,7 @@ def test_layer_norm_accumulates_in_float32(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gradients_of_norms_accumulate_in_float32(dtype):
-    """Over 25,088 rows, as in stage 1 at 224 px, where the CPU's own 16-bit kernel loses most of the bias gradient."""
+    """25,088 rows, as in stage 1 at 224 px, where the CPU's 16-bit kernel loses most of the bias gradient."""
     norm, policy = LayerNorm(16, eps=1e-6), Policy(compute=dtype)
     params = {"norm.weight": 1 + 0.1 * draws(16), "norm.bias": draws(16, seed=1)}
     x, ahead = (1 + draws(25088, 16)).to(dtype), (0.5 + draws(25088, 16, seed=2)).to(dtype)
@@ -62,27 +62,24 @@ def test_gradients_of_norms_accumulate_in_float32(dtype):
         torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=0.01)
 
 
-def test_all_norms_and_nothing_else_stay_wide():
+def test_fp32_norms_keeps_all_norms_and_nothing_else_in_float32():
     model, params = nano_state(torch.float32)
-    found = {
-        name
-        for name, value in precision.cast(params, Policy(compute=torch.bfloat16), True).items()
-        if value.dtype == torch.float32
-    }
+    mixed = precision.cast(params, Policy(compute=torch.bfloat16), fp32_norms=True)
+    float32 = {name for name, value in mixed.items() if value.dtype == torch.float32}
     expected = {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
         if isinstance(module, LayerNorm)
         for leaf in ("weight", "bias")
     }
-    assert found == expected and len(found) > 20
+    assert float32 == expected and len(float32) > 20
     narrow = precision.cast(params, Policy(compute=torch.bfloat16))
     assert {value.dtype for value in narrow.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_softmax_and_means_accumulate_in_float32(dtype):
-    """4,096 equal shares: in 16 bits their sum would stop growing at 256 or 2,048 of them."""
+    """4,096 almost equal terms: a 16-bit sum would stop growing after 256 or 2,048 of them."""
     scores = (0.01 * draws(4, 4096)).to(dtype)
     assert_rounded_once(scores.softmax(-1), scores.float().softmax(-1))
     assert_rounded_once(torch.ops.aten._softmax(scores, -1, False), scores.float().softmax(-1))
@@ -98,7 +95,7 @@ def test_attention_kernels_of_the_cpu_agree_with_float32(dtype):
         torch.testing.assert_close(attend(q, k, v).float(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_policies_are_read_and_written():
+def test_policies_are_parsed_and_formatted():
     assert precision.parse("bfloat16") == Policy(torch.float32, torch.bfloat16, torch.float32)
     assert precision.parse("float64") == Policy(*[torch.float64] * 3)
     text = "params=float32,compute=float16,output=float32"
@@ -139,7 +136,7 @@ def test_parameters_are_cast_once_a_step_and_the_loss_is_float32():
 
 
 class Fp16:
-    """A float16 run of the miniature whose next gradient can be spoilt."""
+    """A float16 run of pcpvt_nano; the factor given to a step scales its loss, e.g. to inf or nan."""
 
     SCALER = DynamicScale(initial=2.0**10, interval=3)
 
@@ -184,7 +181,7 @@ def same(a, b) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_scale_grows_after_good_steps_and_leaves_the_result_alone():
+def test_the_scale_grows_after_good_steps_and_does_not_change_the_loss():
     run = Fp16()
     losses = [run.step()["loss"].item() for _ in range(4)]
     assert run.scale == 2.0**11
@@ -197,7 +194,7 @@ def test_the_scale_grows_after_good_steps_and_leaves_the_result_alone():
 @pytest.mark.parametrize("honors_found_inf", [True, False])
 @pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e6])
 def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing_else(poison, honors_found_inf):
-    """1e6 is finite: only float16's own range turns it into inf on its way back through the network."""
+    """1e6 is finite: it overflows float16 only in the backward pass."""
     run = Fp16(honors_found_inf=honors_found_inf)
     run.step()
     before = run.leaves()
@@ -207,7 +204,7 @@ def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing_else(poi
     assert run.step()["skipped"] == 0 and not same(before, run.leaves())
 
 
-def test_both_ways_of_unscaling_give_the_same_bits():
+def test_unscaling_in_the_kernel_and_on_the_host_gives_the_same_bits():
     runs = Fp16(), Fp16(honors_found_inf=False)
     for run in runs:
         for factor in (1.0, float("inf"), 1.0):
@@ -215,12 +212,12 @@ def test_both_ways_of_unscaling_give_the_same_bits():
     assert same(runs[0].leaves(), runs[1].leaves())
 
 
-def test_saturated_gradients_are_skipped_by_the_devices_own_flag():
-    """What a 910A does: inf becomes 65504 and nan 0, the gradient stays finite, and a sticky flag goes up."""
+def test_the_devices_overflow_flag_skips_saturated_gradients():
+    """As on a 910A: inf becomes 65504 and nan 0, the gradient stays finite, and a sticky flag is set."""
     flag, rises = torch.ones(()), torch.zeros(())
     run = Fp16(overflow=Overflow(flag.zero_, lambda: flag.add_(rises).clone()))
     before = run.leaves()
-    assert run.step()["skipped"] == 0 and not same(before, run.leaves())  # a flag from before the step means nothing
+    assert run.step()["skipped"] == 0 and not same(before, run.leaves())  # a flag from before the step is cleared
     before = run.leaves()
     rises.fill_(1.0)
     metrics = run.step()
@@ -228,17 +225,16 @@ def test_saturated_gradients_are_skipped_by_the_devices_own_flag():
     assert run.scale == 2.0**9
 
 
-def test_the_scale_stays_in_its_bounds():
+def test_the_scale_stays_within_its_bounds():
     scaler, one, zero = DynamicScale(initial=2.0, interval=1, maximum=4.0), torch.ones(()), torch.zeros(())
-    kept = scaler.init()
-    seen = []
+    scale, factors = scaler.init(), []
     for skip in (zero, zero, one, one, one, one):
-        kept = scaler.update(kept, skip)
-        seen.append(kept["factor"].item())
-    assert seen == [4.0, 4.0, 2.0, 1.0, 1.0, 1.0]
+        scale = scaler.update(scale, skip)
+        factors.append(scale["factor"].item())
+    assert factors == [4.0, 4.0, 2.0, 1.0, 1.0, 1.0]
 
 
-def test_the_scale_is_part_of_what_a_checkpoint_holds(tmp_path):
+def test_the_scale_is_saved_in_checkpoints(tmp_path):
     from pcpvt.checkpoints import checkpoint
 
     run = Fp16()

@@ -1,4 +1,4 @@
-"""What holds for all inputs: the order of samples, schedules, checkpoints and the parsing of configs."""
+"""Property tests: the order of samples, schedules, checkpoints and the parsing of configs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SEEDS = st.integers(0, 2**32)
 
 
 @QUICK
-@given(seed=SEEDS, examples=st.integers(1, 60), batch=st.integers(1, 70), repeats=st.integers(1, 3))
-def test_stream_is_full_epochs_one_after_another_however_it_is_cut(seed, examples, batch, repeats):
+@given(seed=SEEDS, examples=st.integers(1, 300), batch=st.integers(1, 70), repeats=st.integers(1, 3))
+def test_stream_is_one_full_epoch_after_another_at_any_batch_size(seed, examples, batch, repeats):
     epochs = 3
     steps = -(-epochs * examples // batch)
     stream = [draw for step in range(steps) for draw in order.global_batch(seed, step, batch, examples, repeats)]
@@ -57,7 +57,7 @@ def test_ranks_share_a_batch_without_gap_or_overlap(seed, step, local, world, ex
 
 
 @QUICK
-@given(examples=st.integers(0, 200), local=st.integers(1, 20), world=st.integers(1, 7))
+@given(examples=st.integers(0, 200), local=st.integers(1, 40), world=st.integers(1, 7))
 def test_evaluation_sees_every_sample_once_in_equally_many_batches(examples, local, world):
     parts = [order.evaluation_batches(examples, local, rank, world) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
@@ -117,13 +117,13 @@ def tensor(draw) -> torch.Tensor:
 
 @QUICK
 @given(tensors=st.dictionaries(NAMES, tensor(), max_size=4), step=st.integers(0, 10**9), note=st.text(max_size=5))
-def test_checkpoint_comes_back_to_the_bit(tmp_path, tensors, step, note):
+def test_checkpoint_is_read_back_bit_for_bit(tmp_path, tensors, step, note):
     meta = {"step": step, "config": {"note": note, "scale": [0.1, 1 / 3]}, "metrics": None}
-    found = checkpoint.read(checkpoint.save(tmp_path, tensors, meta))
-    assert {name: found.meta[name] for name in meta} == meta
-    assert found.tensors.keys() == tensors.keys()
+    restored = checkpoint.read(checkpoint.save(tmp_path, tensors, meta))
+    assert {name: restored.meta[name] for name in meta} == meta
+    assert restored.tensors.keys() == tensors.keys()
     for name, value in tensors.items():
-        got = found.tensors[name]
+        got = restored.tensors[name]
         assert (got.dtype, got.shape) == (value.dtype, value.shape)
         assert got.contiguous().reshape(-1).view(torch.uint8).tolist() == value.reshape(-1).view(torch.uint8).tolist()
 
@@ -132,7 +132,7 @@ def test_checkpoint_comes_back_to_the_bit(tmp_path, tensors, step, note):
 @given(
     a=st.dictionaries(st.sampled_from("xyz"), tensor(), max_size=3), b=st.dictionaries(st.sampled_from("xyz"), tensor())
 )
-def test_checksum_tells_states_apart(a, b):
+def test_checksum_differs_exactly_when_states_differ(a, b):
     def content(tensors):
         return {n: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for n, t in tensors.items()}
 
@@ -144,9 +144,9 @@ def test_checksum_tells_states_apart(a, b):
 @given(params=st.dictionaries(st.sampled_from(["head.bias", "blocks.0.1.norm"]), tensor(), min_size=1))
 def test_state_is_restored_from_its_flat_form(params):
     opt = {"count": torch.ones(()), "mu": {name: value.clone() for name, value in params.items()}}
-    made = state.create(params, opt, {"factor": torch.tensor(8.0)}, ema=True)
-    flat = {name: value.clone() for name, value in state.flatten(made).items()}
-    blank = state.unflatten(made, {name: torch.zeros_like(value) for name, value in flat.items()})
+    before = state.create(params, opt, {"factor": torch.tensor(8.0)}, ema=True)
+    flat = {name: value.clone() for name, value in state.flatten(before).items()}
+    blank = state.unflatten(before, {name: torch.zeros_like(value) for name, value in flat.items()})
     restored = resume.restore(checkpoint.Checkpoint("file", {}, flat), blank)
     assert checkpoint.digest({}, state.flatten(restored)) == checkpoint.digest({}, flat)
 
@@ -161,7 +161,7 @@ def test_state_is_restored_from_its_flat_form(params):
     batch=st.integers(1, 999),
     examples=st.integers(1, 9999),
 )
-def test_duration_is_done_in_full_and_no_step_more(amount, unit, batch, examples):
+def test_duration_is_rounded_up_to_whole_steps(amount, unit, batch, examples):
     steps = plan.in_steps(amount, unit, batch, examples)
     size = {"steps": batch, "epochs": examples, "examples": 1}[unit]
     assert (steps - 1) * batch < amount * size * (1 + 1e-5) and steps * batch >= amount * size * (
@@ -176,9 +176,9 @@ def test_duration_is_done_in_full_and_no_step_more(amount, unit, batch, examples
         st.from_regex(r"(cpu|npu|cuda|gpu)\d{0,3}(,(perf|paper|finetune|digit)s?){0,3}", fullmatch=True),
     )
 )
-def test_any_arg_is_a_config_or_one_line(arg):
+def test_any_arg_is_a_config_or_a_one_line_error(arg):
     if not arg.partition(",")[0]:
-        return  # the devices of this host
+        return  # depends on the devices of this host
     try:
         config = recipes.from_arg(arg, "pcpvt_s", 0.2)
     except UserError as error:
@@ -190,7 +190,7 @@ def test_any_arg_is_a_config_or_one_line(arg):
 
 @QUICK
 @given(st.text("0123456789. epochstp-", max_size=12))
-def test_any_text_is_a_duration_or_one_line(text):
+def test_any_text_is_a_duration_or_a_one_line_error(text):
     config = base()
     config.epochs, config.eval_every = 1.0, text
     try:
@@ -217,7 +217,7 @@ def test_config_comes_back_from_its_file(tmp_path, data):
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if not field.unset])
-def test_field_that_has_a_default_is_not_unset(name):
+def test_field_with_a_default_cannot_be_unset(name):
     config = base()
     config.epochs = 1.0
     config.update_from_flattened_dict({name: None})

@@ -1,4 +1,4 @@
-"""RandAugment: timm's operations and distributions, from our keys alone."""
+"""RandAugment has timm's operations and distributions, and depends on its key only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pcpvt.rng import generator
 
 
 def test_operations_equal_timms(timm_posterize, theirs_seeded):
-    """Each of timm's 15 operations with the same arguments; the faster ones may round differently."""
+    """Each of timm's 15 operations with the same arguments; the faster versions may round differently."""
     image = picture(48, 40)
     policy = randaugment._policy(POLICY, 40, "bicubic", (124, 116, 104))
     assert len({op.name for op in policy.ops}) == 15
@@ -44,7 +44,7 @@ def test_shifted_rows_equal_pillows_transform(factor, shape):
 
 
 def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seeded):
-    """What reaches the operations: which they are, and their arguments."""
+    """The names and arguments of the operations that are called."""
     from timm.data.auto_augment import rand_augment_transform
 
     def recorded(transform, run, draws):
@@ -68,7 +68,7 @@ def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seed
     assert {name for name, *_ in ours} == {name for name, *_ in theirs} == names
     for name in names:
         a, b = ([call for call in calls if call[0] == name] for calls in (ours, theirs))
-        # Each operation comes 12,000 * 2 * 0.5 / 15 = 800 times, give or take sqrt(800) on either side.
+        # Each operation is drawn 12,000 * 2 * 0.5 / 15 = 800 times on each side, with a variance of 800.
         assert abs(len(a) - len(b)) < 4.5 * np.sqrt(1600), name
         if len(a[0]) > 1:
             bound = 1 if name.startswith("Posterize") else -np.inf
@@ -77,7 +77,7 @@ def test_magnitudes_and_choices_have_timms_distribution(monkeypatch, theirs_seed
 
 
 def test_thousands_of_draws_raise_nothing():
-    """timm asks for 0 bits in 0.15 % of the draws: 5,000 of them meet it seven times."""
+    """timm asks for posterizing to 0 bits in 0.15 % of the draws, which is 7 of 5,000."""
     image = picture(16, 16)
     for i in range(5000):
         out = randaugment.rand_augment(image, POLICY, "bicubic", (124, 116, 104), generator(1, "ra", i))
@@ -94,7 +94,7 @@ def test_weighted_choices_and_bilinear_work():
     assert len({o.tobytes() for o in out}) > 20
 
 
-def test_a_loader_process_needs_no_more_of_timm_than_its_policies():
+def test_rand_augment_imports_only_one_module_of_timm():
     script = (
         "import sys, numpy as np; from pcpvt.data.randaugment import rand_augment;"
         "image = np.zeros((8, 8, 3), np.uint8);"
@@ -104,7 +104,7 @@ def test_a_loader_process_needs_no_more_of_timm_than_its_policies():
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
-def test_a_timm_whose_policies_do_not_stand_alone_is_imported_whole(monkeypatch):
+def test_timm_is_imported_whole_if_its_module_cannot_be_loaded_alone(monkeypatch):
     alone = randaugment._timm()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     whole = randaugment._timm.__wrapped__()

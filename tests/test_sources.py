@@ -1,4 +1,4 @@
-"""Every kind of data set gives the images and labels that it holds, or one line that says what is wrong."""
+"""Every kind of dataset gives its images and labels, or a one-line error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = ["cat", "dog", "eel"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ and val/ with three classes of four one-coloured images; the colour is the label."""
+    """train/ and val/ with three classes of four images of a single colour, which is the label."""
     for split in ("train", "val"):
         for label, name in enumerate(CLASSES):
             (tmp_path / split / name / "deeper").mkdir(parents=True)
@@ -32,29 +32,29 @@ def folder(tmp_path):
 
 def test_an_image_folder_has_sorted_classes_and_every_image_once(folder):
     (folder / "train" / "cat" / "notes.txt").write_text("no image")
-    source = sources.open_split("folder", str(folder), "train", (16, 16))
-    assert source.classes == CLASSES and len(source) == 12
-    seen = [(Picture(source[i][0]).crop()[0, 0].tolist(), source[i][1]) for i in range(12)]
+    dataset = sources.open_split("folder", str(folder), "train", (16, 16))
+    assert dataset.classes == CLASSES and len(dataset) == 12
+    seen = [(Picture(dataset[i][0]).crop()[0, 0].tolist(), dataset[i][1]) for i in range(12)]
     assert sorted(seen) == sorted(([50 * label, i, 0], label) for label in range(3) for i in range(4))
-    assert source.name(0).endswith("cat/0.png")
+    assert dataset.name(0).endswith("cat/0.png")
 
 
-def test_a_tar_through_timm_is_the_folder_it_was_made_of(folder, tmp_path):
+def test_a_tar_read_by_timm_equals_the_folder_it_was_made_from(folder, tmp_path):
     for split in ("train", "val"):
-        for name in CLASSES:  # timm takes the innermost folder for the class
+        for name in CLASSES:  # timm takes the innermost folder as the class
             (folder / split / name / "deeper" / "3.png").rename(folder / split / name / "3.png")
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             tar.add(folder / split, arcname=".")
-    source = sources.open_split("tar", str(tmp_path), "val", (16, 16))
-    assert len(source) == 12 and [c.lstrip("./") for c in source.classes] == CLASSES
-    seen = sorted((Picture(source[i][0]).crop()[0, 0].tolist(), source[i][1]) for i in range(12))
+    dataset = sources.open_split("tar", str(tmp_path), "val", (16, 16))
+    assert len(dataset) == 12 and [c.lstrip("./") for c in dataset.classes] == CLASSES
+    seen = sorted((Picture(dataset[i][0]).crop()[0, 0].tolist(), dataset[i][1]) for i in range(12))
     assert seen == sorted(([50 * label, i, 0], label) for label in range(3) for i in range(4))
-    batches = EvalBatches(source, (16, 16), 1.0, 5, 0, 1, "error")
+    batches = EvalBatches(dataset, (16, 16), 1.0, 5, 0, 1, "error")
     alone = [b["image"].sum().item() for b in Loader(batches, range(3), 0)]
-    assert alone == [b["image"].sum().item() for b in Loader(batches, range(3), 1)]  # it travels to a worker
+    assert alone == [b["image"].sum().item() for b in Loader(batches, range(3), 1)]  # pickled to a worker
 
 
-def test_a_torchvision_set_through_timm_gives_its_images(tmp_path):
+def test_a_torchvision_dataset_read_by_timm_gives_its_images(tmp_path):
     root = tmp_path / "cifar-10-batches-py"
     root.mkdir()
     pixels = np.arange(5 * 3072, dtype=np.uint32).astype(np.uint8).reshape(5, 3072)
@@ -69,27 +69,27 @@ def test_a_torchvision_set_through_timm_gives_its_images(tmp_path):
     original = CIFAR10._check_integrity
     CIFAR10._check_integrity, CIFAR10.meta = (lambda self: True), {**CIFAR10.meta, "md5": None}
     try:
-        source = sources.open_split("torch/cifar10", str(tmp_path), "val", (32, 32))
+        dataset = sources.open_split("torch/cifar10", str(tmp_path), "val", (32, 32))
     finally:
         CIFAR10._check_integrity = original
-    assert len(source) == 5 and source.classes == CLASSES
-    image, label = source[1]
+    assert len(dataset) == 5 and dataset.classes == CLASSES
+    image, label = dataset[1]
     expected = pixels[1].reshape(3, 32, 32).transpose(1, 2, 0)
     assert label == 1 and np.array_equal(Picture(image).crop(), expected)
-    assert source.name(1) == "torch/cifar10/validation[1]"  # CIFAR10 has a `filename` of its own, a text
+    assert dataset.name(1) == "torch/cifar10/validation[1]"  # CIFAR10 has an attribute `filename` that is a string
 
 
 @pytest.fixture
 def timm_opens(monkeypatch):
-    """Replaces what timm makes of a name by a data set of the test's own."""
+    """Replaces timm.data.create_dataset by a function of the test."""
     import pcpvt.torchvision_compat  # noqa: F401 - before timm
     import timm.data  # isort: skip
 
     return lambda make: monkeypatch.setattr(timm.data, "create_dataset", make)
 
 
-class DecodesItself:
-    """As torchvision's sets are: sample 2 raises what Pillow raises, where it is looked up."""
+class DecodesOnIndexing:
+    """Like torchvision's datasets: indexing sample 2 raises Pillow's error."""
 
     class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
 
@@ -102,26 +102,26 @@ class DecodesItself:
         return Image.new("RGB", (16, 16), (index, 0, 0)), index % 2
 
 
-def test_on_error_holds_for_sets_that_decode_when_they_are_indexed(timm_opens):
-    timm_opens(lambda *_, **__: DecodesItself())
-    source = sources.open_split("torch/pets", "", "val", (16, 16))
+def test_on_error_applies_to_datasets_that_decode_on_indexing(timm_opens):
+    timm_opens(lambda *_, **__: DecodesOnIndexing())
+    dataset = sources.open_split("torch/pets", "", "val", (16, 16))
     named = r"torch/pets/validation\[2\]: cannot be read as an image \(OSError: image file is truncated\)"
     spec = AugmentSpec((16, 16), scale=(), hflip=0.0)
     for batches in (
-        EvalBatches(source, (16, 16), 1.0, 4, 0, 1, "error"),
-        TrainBatches(source, spec, None, np.zeros(2), seed=0, batch=4),
+        EvalBatches(dataset, (16, 16), 1.0, 4, 0, 1, "error"),
+        TrainBatches(dataset, spec, None, np.zeros(2), seed=0, batch=4),
     ):
         with pytest.raises(UserError, match=named):
             batches[0]
         batches.on_error = "skip"
-    found = EvalBatches(source, (16, 16), 1.0, 4, 0, 1, "skip")[0]
-    assert found["valid"].tolist() == [True, True, False, True] and found["id"].tolist() == [0, 1, 2, 3]
-    assert found["label"].tolist() == [0, 1, 0, 1]
+    batch = EvalBatches(dataset, (16, 16), 1.0, 4, 0, 1, "skip")[0]
+    assert batch["valid"].tolist() == [True, True, False, True] and batch["id"].tolist() == [0, 1, 2, 3]
+    assert batch["label"].tolist() == [0, 1, 0, 1]
     assert sorted(batches[0]["id"].tolist()) == [0, 1, 3, 3]
 
 
 @pytest.mark.parametrize("name", ["hfids/pets", "wds/pets", "tfds/pets"])
-def test_a_stream_is_refused_in_one_line(timm_opens, name):
+def test_a_stream_is_refused_with_a_one_line_error(timm_opens, name):
     from timm.data.dataset import IterableImageDataset
 
     timm_opens(lambda *_, **__: IterableImageDataset("", reader=[(b"", 0)]))
@@ -132,18 +132,18 @@ def test_a_stream_is_refused_in_one_line(timm_opens, name):
 
 def test_the_val_split_may_have_another_name(timm_opens):
     asked = []
-    timm_opens(lambda *_, split, **__: asked.append(split) or DecodesItself())
+    timm_opens(lambda *_, split, **__: asked.append(split) or DecodesOnIndexing())
     for split, more in (("train", ()), ("val", ()), ("val", (None, "test"))):
         sources.open_split("hfds/pets", "", split, (16, 16), *more)
     assert asked == ["train", "validation", "test"]
 
 
-def test_a_package_that_a_reader_needs_is_named_and_nothing_else_is_said(timm_opens, capsys):
-    def needs(*_, **__):
+def test_a_missing_package_is_named_and_nothing_else_is_printed(timm_opens, capsys):
+    def fails(*_, **__):
         print("Please install Hugging Face datasets package `pip install datasets`.")
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 
-    timm_opens(needs)
+    timm_opens(fails)
     with pytest.raises(UserError, match=r"config\.data\.name: 'hfds/pets': .*: pip install datasets$"):
         sources.open_split("hfds/pets", "", "train", (16, 16))
     assert capsys.readouterr().out == ""
@@ -164,10 +164,10 @@ def test_digits_at_another_size_are_enlarged():
     assert sources.open_split("digits", "", "val", (48, 64)).images.shape[1:] == (48, 64, 3)
 
 
-def test_synthetic_images_have_the_asked_size_and_classes():
-    source = sources.open_split("synthetic", "", "train", (24, 40), 7)
-    image, label = source[3]
-    assert image.shape == (24, 40, 3) and 0 <= label < 7 and len(source.classes) == 7
+def test_synthetic_images_have_the_requested_size_and_classes():
+    dataset = sources.open_split("synthetic", "", "train", (24, 40), 7)
+    image, label = dataset[3]
+    assert image.shape == (24, 40, 3) and 0 <= label < 7 and len(dataset.classes) == 7
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_missing_or_empty_folder_is_named(tmp_path, make, words):
         sources.open_split("folder", str(tmp_path), "train", (16, 16))
 
 
-def test_no_path_and_unknown_names_are_one_line():
+def test_a_missing_path_and_unknown_names_are_one_line_errors():
     with pytest.raises(UserError, match=r"config.data.path: not set"):
         sources.open_split("folder", "", "train", (16, 16))
     for name in ("torch/nothing", "hfds/", "nothing/at/all"):

@@ -1,4 +1,4 @@
-"""The pure step is a plain PyTorch training loop, number by number; what it adds changes nothing it should not."""
+"""The train step equals a plain PyTorch training loop; accumulation, skipped steps, EMA, freezing, schedules."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def plain_loop(model, data, schedule, dtype, steps):
 @pytest.mark.full
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_twenty_steps_equal_timm_with_torch_adamw_and_clip_grad_norm(dtype, bound):
-    """Relative to each leaf's largest number.
+    """Relative to the norm of each parameter.
 
-    Adam divides a gradient by its own size, so where a gradient is near zero its rounding error is all there is and
-    decides the update's sign. In float32 such elements move by up to 2 lr per step on both sides; eps is therefore
-    1e-8 on both, lr small, and the bound is on each leaf's norm.
+    Adam divides a gradient by its magnitude, so where a gradient is near zero its rounding error decides the sign of
+    the update. In float32 such elements may differ by up to 2 lr per step; therefore eps is 1e-8 on both sides, lr is
+    small, and the bound is on each parameter's norm.
     """
     theirs = timm_model("pcpvt_s", CLASSES)
     data = batches(4, 64, 4)
@@ -96,9 +96,9 @@ def test_twenty_steps_equal_timm_with_torch_adamw_and_clip_grad_norm(dtype, boun
     named, reference = plain_loop(theirs, data, schedule, dtype, 20)
     for mine, other in zip(ours, reference, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=10 * bound)
-    assert max(h["grad_norm"] for h in reference) > 5  # clipping was at work
+    assert max(h["grad_norm"] for h in reference) > 5  # clipping had an effect
     for name, value in ts.params.items():
-        assert (value - start[name]).norm() > 0, name  # every leaf has moved
+        assert (value - start[name]).norm() > 0, name  # every parameter has changed
         assert (value - named[name]).norm() <= bound * named[name].norm(), name
 
 
@@ -107,7 +107,7 @@ def nano_state(dtype=torch.float64, seed=0):
     return model, {n: v.to(dtype) for n, v in init(model, seed).items()}
 
 
-def test_both_ways_of_taking_a_gradient_are_equal():
+def test_autograd_and_functional_gradients_are_equal():
     model, params = nano_state()
     batch = batches(1, 32, 4)[0]
     objective = make_objective(model, policy=precision.parse("float64"))
@@ -136,18 +136,18 @@ def test_accumulation_equals_the_big_batch(parts):
     assert runs[0][1][-1]["loss"] == pytest.approx(runs[1][1][-1]["loss"], rel=1e-12)
 
 
-def test_parameters_lie_in_memory_as_they_did_and_that_changes_no_result():
-    """In float64: the moments of a projection of patches are other sums only if strides were mistaken."""
-    found = []
-    for lay in (lambda value: value.clone(), lambda value: precision.laid_out(value.clone())):
+def test_parameters_keep_their_memory_layout_which_changes_no_result():
+    """In float64: the moments of a patch projection would differ if strides were ignored."""
+    states = []
+    for layout in (lambda value: value.clone(), lambda value: precision.to_patch_layout(value.clone())):
         _, params = nano_state()
-        start = {name: lay(value) for name, value in params.items()}
+        start = {name: layout(value) for name, value in params.items()}
         strides = {name: value.stride() for name, value in start.items()}
         ts, _ = our_loop(start, "pcpvt_nano", batches(2, 32, 4), schedules.constant(1e-3), torch.float64, 3)
         assert {name: value.stride() for name, value in ts.params.items()} == strides
-        found.append(state.flatten(ts))
-    assert not torch.equal(found[0]["params/head.weight"], params["head.weight"])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+        states.append(state.flatten(ts))
+    assert not torch.equal(states[0]["params/head.weight"], params["head.weight"])
+    torch.testing.assert_close(states[1], states[0], rtol=1e-10, atol=1e-12)
 
 
 def test_split_keeps_the_order_and_every_entry():
@@ -158,7 +158,7 @@ def test_split_keeps_the_order_and_every_entry():
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
-def test_a_non_finite_gradient_changes_nothing_but_the_counters(poison):
+def test_a_non_finite_gradient_changes_only_the_counters(poison):
     model, params = nano_state(torch.float32)
     optimizer = optim.chain(
         optim.clip_by_global_norm(5.0), optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05))
@@ -204,7 +204,7 @@ def test_ema_is_the_decayed_mean_of_the_parameters():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
 
 
-def test_frozen_parameters_have_no_moments_and_do_not_move():
+def test_frozen_parameters_have_no_moments_and_do_not_change():
     model, params = nano_state()
     frozen = [n for n in params if n.startswith(("patch_embeds.0", "blocks.0"))]
     trained = {n: v for n, v in params.items() if n not in frozen}
@@ -214,14 +214,14 @@ def test_frozen_parameters_have_no_moments_and_do_not_move():
         make_objective(model, policy=policy), optimizer, global_batch=4, policy=policy, trainable=list(trained)
     )
     before = {n: v.clone() for n, v in params.items()}
-    data = batches(1, 64, 4)[0]  # at 32 px the deeper stages have one key, and queries no gradient
+    data = batches(1, 64, 4)[0]  # at 32 px the deeper stages have one key, so queries have no gradient
     ts, _ = step(state.create(params, optimizer.init(params), {}, ema=False), data)
     assert ts.opt["mu"].keys() == trained.keys()
     for name, value in ts.params.items():
         assert torch.equal(value, before[name]) == (name in frozen), name
 
 
-def test_groups_exempt_one_dimensional_leaves_biases_and_position_encodings_from_decay():
+def test_groups_exempt_one_dimensional_parameters_and_position_encodings_from_decay():
     model = pcpvt.build("pcpvt_s", 1000)
     params = {n: torch.empty(s, device="meta") for n, s in pcpvt.shapes(model).items()}
     parts = optim.groups(params, 0.05, pcpvt.layer_decay(model.spec, 0.8))
@@ -234,7 +234,7 @@ def test_groups_exempt_one_dimensional_leaves_biases_and_position_encodings_from
             assert group.lr_scale == pytest.approx(0.8 ** (16 - pcpvt.depth_of(model.spec, name)))
 
 
-def test_per_step_schedule_warms_up_linearly_and_ends_at_the_floor():
+def test_per_step_schedule_warms_up_linearly_and_ends_at_min_lr():
     lr = schedules.warmup_cosine(1e-3, 100, 10, warmup_lr=1e-6, min_lr=1e-5)
     assert lr(0) == 1e-6 and lr(5) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2) and lr(10) == pytest.approx(1e-3)
     assert lr(55) == pytest.approx(1e-5 + 0.5 * (1e-3 - 1e-5)) and lr(100) == pytest.approx(1e-5)
@@ -243,7 +243,7 @@ def test_per_step_schedule_warms_up_linearly_and_ends_at_the_floor():
 
 
 def test_reference_schedule_is_timms_stepped_after_each_epoch():
-    """The Twins code builds timm's scheduler and calls it with the epoch that has just ended."""
+    """The Twins code uses timm's scheduler and calls it with the number of the epoch that has just ended."""
     import reference  # noqa: F401 - makes timm importable
     from timm.scheduler import CosineLRScheduler
 

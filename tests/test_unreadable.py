@@ -1,4 +1,4 @@
-"""Under `on_error=skip` an unreadable image is named once and counted, in training and in evaluation."""
+"""With `on_error=skip` an unreadable image is named once and counted, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import miniature
 from pcpvt.distributed.signals import PREEMPTED
 
 
-def test_unreadable_images_are_named_once_and_counted_over_all_processes_and_parts_of_a_run(tmp_path):
+def test_unreadable_images_are_named_once_and_counted_over_all_processes_and_resumed_runs(tmp_path):
     data = miniature.image_folder(tmp_path / "data")  # 32 training images: 12 batches of 8 are 3 epochs
     bad = [data / split / "cat" / "3.png" for split in ("train", "val")]
     for path in bad:

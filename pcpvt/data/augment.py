@@ -1,12 +1,11 @@
-"""One sample to network input on the host: uint8 in, uint8 out, every random number from the given generator.
+"""Image transforms on the host, uint8 to uint8; all random numbers come from the generator that is passed in.
 
-Training: crop, flip, RandAugment, colour jitter, random erasing, in timm's order and with timm's
-    distributions.
+Training: crop, flip, RandAugment, colour jitter, random erasing, in timm's order and with timm's distributions.
 Evaluation: resize of the short side, centre crop.
 
-Resizing is PyTorch's antialiased uint8 kernel: 5 times as fast as Pillow's, with the same filters. Both round
-between their two passes, and Pillow chooses the order of the passes by version and shape, so single pixels
-can differ.
+Images are resized with PyTorch's antialiased uint8 kernel: 5 times as fast as Pillow's, with the same filters. Both
+round between their two passes, and Pillow chooses the order of the passes by version and shape, so single pixels can
+differ.
 """
 
 from __future__ import annotations
@@ -26,35 +25,22 @@ from pcpvt.functional.mixing import NOISE_SCALE, NOISE_ZERO
 
 
 class AugmentSpec(NamedTuple):
-    """How a training sample is augmented.
+    """How a training sample is augmented."""
 
-    Attributes:
-        size: (height, width) of the result.
-        scale: area range of the random resized crop, as a fraction of the image; empty: resize the short side
-            and crop the centre.
-        ratio: range of width / height of the random resized crop.
-        crop_padding: if not 0, in place of the random resized crop: pad by so many pixels and crop at random.
-        padding_mode: `constant` (black) or `reflect`, for `crop_padding`.
-        hflip: probability of a horizontal flip.
-        interpolation: `bicubic` or `bilinear`.
-        randaugment: timm's notation; empty: none.
-        color_jitter: brightness, contrast and saturation vary by factors in 1 +- this; 0: none. timm leaves
-            it out beside RandAugment; here both apply when both are set.
-        erase_prob: probability of random erasing with noise.
-        fill: colour that RandAugment fills in; ImageNet's mean, as in timm.
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # (height, width) of the result
+    # Area range of the random resized crop, as a fraction of the image; empty: resize the short side, crop the centre.
     scale: tuple[float, ...] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_padding: int = 0
-    padding_mode: Literal["constant", "reflect"] = "constant"
-    hflip: float = 0.5
-    interpolation: str = "bicubic"
-    randaugment: str = ""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of width / height of the random resized crop
+    crop_padding: int = 0  # if not 0: pad by this many pixels and crop at random, instead of the random resized crop
+    padding_mode: Literal["constant", "reflect"] = "constant"  # constant: black
+    hflip: float = 0.5  # probability of a horizontal flip
+    interpolation: str = "bicubic"  # or `bilinear`
+    randaugment: str = ""  # timm's notation; empty: none
+    # Brightness, contrast and saturation vary by factors in 1 +- this; 0: none. timm omits it with RandAugment; here
+    # both apply when both are set.
     color_jitter: float = 0.0
-    erase_prob: float = 0.0
-    fill: tuple[int, int, int] = (124, 116, 104)
+    erase_prob: float = 0.0  # probability of random erasing with noise
+    fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside, in RandAugment: ImageNet's mean, as in timm
 
 
 def train_sample(
@@ -65,19 +51,18 @@ def train_sample(
     Args:
         source: see `decode.Picture`.
         rng: the sample's own generator.
-        name: what to call the source in messages.
+        name: the source's name in messages.
 
     Returns:
-        uint8 `[height, width, 3]`, which may share memory with an array source, and the random-erasing box,
-        int32 (top, bottom, left, right), all 0 where nothing was erased. Inside the box the image holds noise
-        codes, see `erase`.
+        uint8 `[height, width, 3]`, which may share memory with an array source, and the random-erasing box, int32
+        (top, bottom, left, right), all 0 if nothing was erased. Inside it the image holds noise codes, see `erase`.
 
     Raises:
         DecodeError: the source cannot be read.
     """
     picture = Picture(source, name)
     if spec.crop_padding or not spec.scale:
-        pixels = resized_centre(picture, spec.size, spec.size, spec.interpolation)
+        pixels = _resized_centre(picture, spec.size, spec.size, spec.interpolation)
     else:
         box = random_crop_box(picture.height, picture.width, spec.scale, spec.ratio, rng)
         pixels = resize(picture.crop(box, spec.size), spec.size, spec.interpolation)
@@ -95,39 +80,32 @@ def train_sample(
 
 
 def eval_sample(
-    source: ImageSource,
-    size: tuple[int, int],
-    crop: float,
-    name: str = "",
-    *,
-    interpolation: str = "bicubic",
-    exact: bool = False,
+    source: ImageSource, size: tuple[int, int], crop: float, name: str = "", *, exact: bool = False
 ) -> np.ndarray:
-    """An evaluation image: resized in proportion, the centre cropped; JPEGs decoded at full scale.
+    """An evaluation image: resized bicubically in proportion, the centre cropped; JPEGs are decoded at full scale.
 
     Args:
         source, name: see `decode.Picture`.
         size: (height, width) of the result.
-        crop: what share of the resized image's short side the result takes, at most all of it; where `size` is
-            not square, the resized image covers (height, width) / crop. Rounded as in timm.
-        exact: resize with Pillow, to the very pixels of timm's and torchvision's transforms; 2 times as slow
+        crop: the share of the resized image's short side that the result takes, at most 1; if `size` is not square,
+            the resized image covers (height, width) / crop. Rounded as in timm.
+        exact: resize with Pillow, to exactly the pixels of timm's and torchvision's transforms; 2 times as slow
             overall. Without it, on photographs, 0.3 % of the values differ, by one level and rarely two.
 
     Returns:
         uint8 `[height, width, 3]`, which may share memory with an array source.
 
     Raises:
-        DecodeError: the source cannot be read, or is so elongated that its resized form would be absurdly
-            large.
+        DecodeError: the source cannot be read, or is so elongated that it would exceed `MAX_PIXELS` when resized.
     """
     cover = max(size[0], int(size[0] / crop)), max(size[1], int(size[1] / crop))
-    return resized_centre(Picture(source, name), size, cover, interpolation, exact)
+    return _resized_centre(Picture(source, name), size, cover, "bicubic", exact)
 
 
-def resized_centre(
+def _resized_centre(
     picture: Picture, size: tuple[int, int], cover: tuple[int, int], interpolation: str, exact: bool = False
 ) -> np.ndarray:
-    """The picture resized, in proportion, until it just covers `cover`; of that the centre of `size`."""
+    """The centre `size` of the picture, after resizing it in proportion so that it just covers `cover`."""
     height, width = picture.height, picture.width
     if cover[0] == cover[1]:  # torchvision's Resize, which rounds the longer side down
         short = min(height, width)
@@ -137,7 +115,7 @@ def resized_centre(
         resized = round(height / ratio), round(width / ratio)
     check_pixels(*resized, picture.name)
     pixels = resize(picture.crop(), resized, interpolation, exact)
-    # A half rounds to even, as in torchvision.
+    # Halves are rounded to even, as in torchvision.
     top, left = (round((n - m) / 2) for n, m in zip(resized, size, strict=True))
     return pixels[top : top + size[0], left : left + size[1]]
 
@@ -148,7 +126,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, exact:
         return pixels
     if exact:
         return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling[interpolation.upper()]))
-    # Contiguous and with the batch axis first, or PyTorch takes the layout for planar and is half as fast.
+    # Contiguous and with a batch axis: otherwise PyTorch takes the layout for planar and is half as fast.
     channels_last = _tensor(pixels)[None].permute(0, 3, 1, 2)
     out = F.interpolate(channels_last, size, mode=interpolation, antialias=True)
     return np.ascontiguousarray(out.permute(0, 2, 3, 1)[0].numpy())
@@ -157,7 +135,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, exact:
 def random_crop_box(
     height: int, width: int, scale: tuple[float, ...], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of torchvision's RandomResizedCrop: ten tries, then a central one."""
+    """(top, left, height, width) as in torchvision's RandomResizedCrop: ten attempts, then a central crop."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
@@ -176,7 +154,7 @@ def random_crop_box(
 def pad_and_crop(
     pixels: np.ndarray, padding: int, mode: Literal["constant", "reflect"], rng: np.random.Generator
 ) -> np.ndarray:
-    """Pads all sides and cuts out a window of the original size at a uniformly drawn place."""
+    """Pads all sides and crops a window of the original size at a uniformly drawn position."""
     height, width = pixels.shape[:2]
     top, left = (int(n) for n in rng.integers(0, 2 * padding + 1, 2))
     padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
@@ -184,7 +162,7 @@ def pad_and_crop(
 
 
 def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """torchvision's ColorJitter: brightness, contrast, saturation, in any order, by U(1 -+ strength) each."""
+    """torchvision's ColorJitter: brightness, contrast, saturation, in random order, each by U(1 - s, 1 + s)."""
     image = Image.fromarray(pixels)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(3):
@@ -193,7 +171,7 @@ def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator)
 
 
 def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of timm's RandomErasing: 2 % to a third of the area, aspect 0.3 to 1/0.3."""
+    """(top, bottom, left, right) as in timm's RandomErasing: 2 % to a third of the area, aspect 0.3 to 1/0.3."""
     for _ in range(10):
         area = height * width * rng.uniform(0.02, 1 / 3)
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
@@ -205,14 +183,13 @@ def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, i
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random erasing with noise: N(0, 1) per pixel and channel of the *normalised* image, as timm's mode
-    `pixel`.
+    """Random erasing with noise: N(0, 1) per pixel and channel of the *normalised* image, as in timm's mode `pixel`.
 
-    The image is normalised later, on the device, so the noise is written as 8-bit codes (see
-    `functional.mixing`), which `decode_images` reads back: in steps of 1/32, from -4 to 3.97.
+    The image is normalised later, on the device, so the noise is written as 8-bit codes, in steps of 1/32 from -4 to
+    3.97, which `functional.mixing.decode_images` decodes.
 
     Returns:
-        a copy of the pixels with the codes, and the box, int32 (top, bottom, left, right).
+        A copy of the pixels with the codes, and the box, int32 (top, bottom, left, right).
     """
     top, bottom, left, right = erase_box(pixels.shape[0], pixels.shape[1], rng)
     draws = rng.integers(0, 1 << 16, (bottom - top, right - left, 3), np.uint16)
@@ -223,15 +200,15 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 @functools.cache
 def _noise_codes() -> np.ndarray:
-    """65,536 equally likely codes: a table is 5 times as fast as normal draws that are rounded to 8 bits."""
+    """65,536 equally likely codes: a table is 5 times as fast as rounding normal draws to 8 bits."""
     edges = [(code - 0.5 - NOISE_ZERO) / NOISE_SCALE for code in range(1, 256)]
-    below = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
-    counts = np.diff(np.rint(np.array(below) * (1 << 16)).astype(np.int64))
+    cumulative = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
+    counts = np.diff(np.rint(np.array(cumulative) * (1 << 16)).astype(np.int64))
     return np.repeat(np.arange(256, dtype=np.uint8), counts)
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:
-    """For reading only: PyTorch warns of arrays that cannot be written to, and takes no negative strides."""
+    """A tensor to read from. PyTorch warns about read-only arrays and takes no negative strides: those are copied."""
     if not pixels.flags.writeable or not pixels.flags.c_contiguous:
         pixels = pixels.copy()
     return torch.from_numpy(pixels)

@@ -1,13 +1,13 @@
-"""Encoded images of any kind to upright 8-bit RGB, or one `DecodeError` that names the file.
+"""Decoding of images of any format to upright 8-bit RGB; a `DecodeError` names the file.
 
-What "RGB" means here, where a format leaves it open:
-- alpha and palette transparency are dropped, not composited, as timm and torchvision do;
+Conversion to RGB:
+- alpha and palette transparency are dropped, not composited, as in timm and torchvision;
 - 16-bit grey is scaled to 8 bits (Pillow's own conversion clips nearly everything to white);
 - EXIF orientation is applied; timm and torchvision ignore it, so rotated photographs differ from theirs;
-- of an animation, the first frame.
+- of an animation the first frame is used.
 
-Only the header is read until pixels are asked for, so that a JPEG can be decoded at the scale its crop needs.
-With simplejpeg (installed where it has wheels), full-scale JPEGs decode 1.2 times as fast, to the same pixels.
+Only the header is read until pixels are requested, so that a JPEG can be decoded at the scale its crop needs. With
+simplejpeg (installed where it has wheels), full-scale JPEGs decode 1.2 times as fast, to the same pixels.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ try:
 except ImportError:  # optional, for speed only
     simplejpeg = None
 
-# 256 MiB of RGB; above it Pillow warns of a decompression bomb.
-MAX_PIXELS = 89_478_485
-MAX_BYTES = 1 << 30  # of a file; more than so many pixels take in any format
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB; for larger images Pillow warns of a decompression bomb
+MAX_BYTES = 1 << 30  # of a file; more than MAX_PIXELS take in any format
 
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and for the others this turns the stored image upright
-_TURNS = {
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_TURNS = {  # orientation to the operation that turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -50,28 +49,27 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Ima
 
 
 class DecodeError(UserError):
-    """An image that cannot be read; `config.data.on_error` decides what follows."""
+    """An image that cannot be read; `config.data.on_error` says how to go on."""
 
 
 class Picture:
-    """An image whose size is known, and whose pixels are decoded on demand.
+    """An image whose size is known and whose pixels are decoded on demand.
 
     Args:
-        source: a path, encoded bytes, an open binary file, a PIL image, or a uint8 array `[height, width,
-            3]`.
-        name: what to call it in messages; by default the path, or the file's own name.
+        source: a path, encoded bytes, an open binary file, a PIL image, or a uint8 array `[height, width, 3]`.
+        name: its name in messages; by default the path, or the name of the open file.
 
     Attributes:
         height, width: of the upright full-size image, in pixels.
 
     Raises:
-        DecodeError: unreadable, or more than `MAX_PIXELS` pixels.
+        DecodeError: the image is unreadable or has more than `MAX_PIXELS` pixels.
     """
 
     def __init__(self, source: ImageSource, name: str = ""):
         self.name = name or _name(source)
         self._jpeg: JpegImageFile | None = None
-        self._used = False
+        self._loaded = False
         self._data = b""
         if isinstance(source, np.ndarray):
             form = source.dtype, source.ndim, source.shape[-1]
@@ -92,7 +90,7 @@ class Picture:
         width, height = image.size
         check_pixels(height, width, self.name)
         if not self._data or not isinstance(image, JpegImageFile):
-            # Pillow turns some formats (TIFF) upright while loading: the orientation is asked for afterwards.
+            # Pillow turns some formats (TIFF) upright while loading, so the orientation is read afterwards.
             image.load()
             turn = _TURNS.get(_orientation(image))
             self._pixels = np.asarray(to_rgb(image if turn is None else image.transpose(turn)))
@@ -102,14 +100,12 @@ class Picture:
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def crop(self, box: tuple[int, int, int, int] | None = None, at_least: tuple[int, int] | None = None) -> np.ndarray:
-        """The pixels of a box, uint8 `[h, w, 3]`; they may share memory with the source, so do not write to
-        them.
+        """The pixels of a box, uint8 `[h, w, 3]`; they may share memory with the source, so do not write to them.
 
         Args:
             box: (top, left, height, width) in full-size upright pixels; by default the whole image.
-            at_least: (height, width) that the caller will reduce the box to. A JPEG may then come at 1/2, 1/4
-                or 1/8 scale, as long as the box keeps at least that many pixels. By default the scale is
-                full.
+            at_least: (height, width) that the caller will reduce the box to. A JPEG may then be decoded at 1/2, 1/4 or
+                1/8 scale, as long as the box keeps at least that many pixels. By default at full scale.
 
         Raises:
             DecodeError: the data are truncated or corrupt.
@@ -120,15 +116,14 @@ class Picture:
             return self._pixels[top : top + height, left : left + width]
         factor = scale_factor((height, width), at_least) if at_least else 1
         with decode_errors(self.name):
-            # Cut in the stored orientation: a side that the factor does not divide has its excess at the end.
-            stored = self._stored((left, top, left + width, top + height))
-            pixels = self._decode(stored, factor)
+            # Crop before turning: of a side that the factor does not divide, the excess is at the end as stored.
+            pixels = self._decode(self._stored_box((left, top, left + width, top + height)), factor)
             if self._orientation != 1:
                 pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[self._orientation]))
             return pixels
 
-    def _stored(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """A box (left, top, right, bottom) of the upright image, where it lies in the stored one."""
+    def _stored_box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A box (left, top, right, bottom) of the upright image, in coordinates of the stored image."""
         left, top, right, bottom = box
         if self._orientation in (2, 3, 6, 7):
             left, right = self.width - right, self.width - left
@@ -140,27 +135,26 @@ class Picture:
         """A box (left, top, right, bottom) of the stored image, at 1 / factor of its scale."""
         assert self._jpeg is not None
         if simplejpeg and factor == 1 and self._jpeg.mode == "RGB":
-            with contextlib.suppress(ValueError):  # it refuses blemishes that Pillow passes: let Pillow judge
+            with contextlib.suppress(ValueError):  # it rejects minor defects that Pillow accepts: Pillow decides
                 return simplejpeg.decode_jpeg(self._data)[box[1] : box[3], box[0] : box[2]]
         image: Image.Image = self._jpeg
-        if self._used:  # an earlier crop may have had another scale
+        if self._loaded:  # an earlier crop may have had another scale
             image = Image.open(io.BytesIO(self._data))
-        self._used = True
+        self._loaded = True
         if factor > 1:
             image.draft("RGB", (image.width // factor, image.height // factor))
         image.load()
-        # A reduced pixel stands for factor x factor full ones: edges of the box move by at most half of one.
+        # A reduced pixel covers factor x factor full-size ones: the box's edges move by at most half a reduced pixel.
         left, top, right, bottom = (round(edge / factor) for edge in box)
         image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
         return np.asarray(to_rgb(image))
 
 
 def scale_factor(box: tuple[int, int], at_least: tuple[int, int]) -> int:
-    """The coarsest JPEG scale, 1/8 to 1/1, at which a box (height, width) keeps at least so many pixels.
+    """The largest of 8, 4, 2 and 1 by which a JPEG can be reduced so that a box (height, width) keeps `at_least`.
 
-    With no pixel to spare, the picture after bicubic reduction differs from the full-scale one by 33 dB, 3.4
-    levels of 255 on average, while mean and contrast agree to 0.1 %: good for training, too coarse for an
-    evaluation.
+    With no pixel to spare, the image after bicubic reduction differs from the full-scale one by 33 dB, 3.4 levels of
+    255 on average, while mean and contrast agree to 0.1 %: good for training, too coarse for evaluation.
     """
     for factor in (8, 4, 2):
         if box[0] >= factor * at_least[0] and box[1] >= factor * at_least[1]:
@@ -169,7 +163,7 @@ def scale_factor(box: tuple[int, int], at_least: tuple[int, int]) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB; see this module's first lines for what is kept."""
+    """The image in mode RGB, converted as the module docstring says."""
     mode = image.mode
     if mode == "RGB":
         return image
@@ -181,12 +175,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif mode == "La":
         image = image.convert("LA")
     elif mode in ("PA", "RGBa") or (mode == "P" and "transparency" in image.info):
-        image = image.convert("RGBA")  # straight to RGB Pillow warns of the transparency it ignores
+        image = image.convert("RGBA")  # directly to RGB, Pillow warns about the transparency it ignores
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """A key of `_TURNS`, or 1: upright, also where the EXIF data are broken and only they."""
+    """A key of `_TURNS`, or 1 for an upright image, also if its EXIF data are broken."""
     with contextlib.suppress(Exception):  # Pillow raises SyntaxError, struct.error, ...
         tag = image.getexif().get(_ORIENTATION)
         return tag if tag in _TURNS else 1
@@ -194,24 +188,21 @@ def _orientation(image: Image.Image) -> int:
 
 
 def check_pixels(height: int, width: int, name: str) -> None:
-    """Raises DecodeError for an image, or a resized image, that is absurdly large."""
+    """Raises DecodeError for an image, or a resized image, of more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
         raise DecodeError(f"{name}: {width} x {height} pixels are over the limit of {MAX_PIXELS}: scale it down")
 
 
 def _read(source: str | os.PathLike[str] | bytes | IO[bytes]) -> bytes:
-    """All bytes of an encoded image, of which there may be `MAX_BYTES`; raises OSError for anything but a file."""
+    """All bytes of an encoded image; raises OSError for more than `MAX_BYTES` or a path that is no regular file."""
     if isinstance(source, bytes):
         return source
-    if hasattr(source, "read"):
-        return _bounded(source.read(MAX_BYTES + 1))
-    if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would be waited for, and a device has no end
-        raise OSError("not a regular file")
-    with open(source, "rb") as file:
-        return _bounded(file.read(MAX_BYTES + 1))
-
-
-def _bounded(data: bytes) -> bytes:
+    if isinstance(source, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(source).st_mode):  # reading a pipe would wait, and a device has no end
+            raise OSError("not a regular file")
+        with open(source, "rb") as file:
+            return _read(file)
+    data = source.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise OSError(f"larger than the limit of {MAX_BYTES} bytes")
     return data
@@ -227,9 +218,9 @@ def _name(source: ImageSource) -> str:
 
 @contextlib.contextmanager
 def decode_errors(name: str) -> Iterator[None]:
-    """Turns whatever decoders raise (OSError, SyntaxError, struct.error, ...) into one DecodeError that has a name.
+    """Turns any exception of a decoder (OSError, SyntaxError, struct.error, ...) into a DecodeError with a name.
 
-    Their warnings name no file, and what is wrong enough becomes an error: they are not shown.
+    Decoders' warnings are suppressed: they name no file, and serious defects are errors.
     """
     try:
         with warnings.catch_warnings():

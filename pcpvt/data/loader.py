@@ -1,16 +1,15 @@
-"""Samples to batches: fixed shapes, every random draw included, the same bytes for any number of workers.
+"""Batches from a dataset: fixed shapes, all random draws included, the same bytes for any number of loader processes.
 
-Loader processes are PyTorch's; each builds whole batches in shared memory, and they live as long as the run, because
+Loader processes are PyTorch's. Each builds whole batches in shared memory, and they live as long as the run, because
 the training stream has no end (see `order`).
 """
 
 from __future__ import annotations
 
-import functools
-import os
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,31 +26,26 @@ from pcpvt.functional.objective import Batch
 from pcpvt.models.pcpvt import draw_drop_path_scale
 
 
+@dataclasses.dataclass(eq=False)
 class TrainBatches:
     """`batches[step]` is this process's part of the global batch of that step."""
 
-    def __init__(
-        self,
-        source: Dataset,
-        spec: augment.AugmentSpec,
-        mix: mixing.MixSpec | None,
-        drop_rates: np.ndarray,
-        *,
-        seed: int,
-        batch: int,
-        rank: int = 0,
-        world: int = 1,
-        repeats: int = 1,
-        on_error: str = "error",
-    ):
-        self.source, self.spec, self.mix, self.drop_rates = source, spec, mix, drop_rates
-        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
-        self.repeats, self.on_error = repeats, on_error
+    dataset: Dataset
+    spec: augment.AugmentSpec
+    mix: mixing.MixSpec | None
+    drop_rates: np.ndarray
+    _: dataclasses.KW_ONLY
+    seed: int
+    batch: int  # samples over all processes
+    rank: int = 0
+    world: int = 1
+    repeats: int = 1
+    on_error: str = "error"
 
     def draws(self, step: int) -> list[order.Draw]:
-        """What this process reads in a step."""
-        everything = order.global_batch(self.seed, step, self.batch, len(self.source), self.repeats)
-        return order.rank_slice(everything, self.rank, self.world)
+        """The draws that this process reads in a step."""
+        draws = order.global_batch(self.seed, step, self.batch, len(self.dataset), self.repeats)
+        return order.rank_slice(draws, self.rank, self.world)
 
     def __getitem__(self, step: int) -> Batch:
         draws = self.draws(step)
@@ -70,50 +64,48 @@ class TrainBatches:
         if self.spec.erase_prob:
             batch["erase"] = torch.from_numpy(erase)
         if self.drop_rates.any():
-            scales = [
-                draw_drop_path_scale(rng.generator(self.seed, "drop_path", *draw), self.drop_rates) for draw in draws
-            ]
+            generators = (rng.generator(self.seed, "drop_path", *draw) for draw in draws)
+            scales = [draw_drop_path_scale(generator, self.drop_rates) for generator in generators]
             batch["drop_path_scale"] = torch.from_numpy(np.stack(scales))
         if self.mix is not None:
             generator = rng.generator(self.seed, "mix", step)
             lam, box = mixing.mixing_draws(generator, self.batch, self.spec.size, self.mix)
-            mine = slice(self.rank * len(draws), (self.rank + 1) * len(draws))
-            batch["lam"], batch["box"] = torch.from_numpy(lam[mine].copy()), torch.from_numpy(box[mine].copy())
+            batch["lam"] = torch.from_numpy(order.rank_slice(lam, self.rank, self.world).copy())
+            batch["box"] = torch.from_numpy(order.rank_slice(box, self.rank, self.world).copy())
         return batch
 
     def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, int]:
-        """The sample, or under `skip` the next readable one; `id` tells the reader which it was."""
-        for tries in range(len(self.source)):
-            chosen = (index + tries) % len(self.source)
+        """(index, pixels, erasing box, label) of the sample, or with `on_error="skip"` of the next readable one."""
+        for offset in range(len(self.dataset)):
+            candidate = (index + offset) % len(self.dataset)
             try:
-                image, label = self.source[chosen]
-                pixels, box = augment.train_sample(image, self.spec, generator, self.source.name(chosen))
+                image, label = self.dataset[candidate]
+                pixels, box = augment.train_sample(image, self.spec, generator, self.dataset.name(candidate))
             except DecodeError:
                 if self.on_error == "error":
                     raise
                 continue
-            return chosen, pixels, box, label
+            return candidate, pixels, box, label
         raise UserError("config.data.path: no training image can be read: check the files")
 
 
+@dataclasses.dataclass(eq=False)
 class EvalBatches:
-    """`batches[i]` is this process's i-th evaluation batch; rows beyond the data are invalid and count nowhere.
+    """`batches[i]` is this process's i-th evaluation batch; rows beyond the data are invalid and are not counted.
 
-    No sample is ever substituted. Under `skip` an unreadable one stays invalid and is reported by its id.
+    No sample is ever substituted. With `on_error="skip"` an unreadable one stays invalid and is reported by its id.
     """
 
-    def __init__(
-        self,
-        source: Dataset,
-        size: tuple[int, int],
-        crop: float,
-        local_batch: int,
-        rank: int,
-        world: int,
-        on_error: str,
-    ):
-        self.source, self.size, self.crop, self.local_batch, self.on_error = source, size, crop, local_batch, on_error
-        self.batches = order.evaluation_batches(len(source), local_batch, rank, world)
+    dataset: Dataset
+    size: tuple[int, int]
+    crop: float
+    local_batch: int
+    rank: int
+    world: int
+    on_error: str
+
+    def __post_init__(self) -> None:
+        self.batches = order.evaluation_batches(len(self.dataset), self.local_batch, self.rank, self.world)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -130,8 +122,8 @@ class EvalBatches:
         for row, sample in enumerate(self.batches[index]):
             batch["id"][row] = sample
             try:
-                image, batch["label"][row] = self.source[sample]
-                pixels[row] = augment.eval_sample(image, self.size, self.crop, self.source.name(sample))
+                image, batch["label"][row] = self.dataset[sample]
+                pixels[row] = augment.eval_sample(image, self.size, self.crop, self.dataset.name(sample))
                 batch["valid"][row] = True
             except DecodeError:
                 if self.on_error == "error":
@@ -139,39 +131,36 @@ class EvalBatches:
         return batch
 
 
-class _Failure(NamedTuple):
-    """A user error that crosses from a loader process as data: a traceback would hide its one line."""
-
-    message: str
-
-
 class _Read(NamedTuple):
+    """What a loader process returns. A user error is returned as text: raised, it would arrive inside a traceback."""
+
     batch: Batch
     seconds: float
+    error: str = ""
 
 
-class _Guarded(torch.utils.data.Dataset[_Read | _Failure]):
+class _Timed(torch.utils.data.Dataset[_Read]):
     def __init__(self, batches: TrainBatches | EvalBatches):
         self.batches = batches
 
-    def __getitem__(self, index: int) -> _Read | _Failure:
+    def __getitem__(self, index: int) -> _Read:
         began = time.perf_counter()
         try:
             return _Read(self.batches[index], time.perf_counter() - began)
         except UserError as error:
-            return _Failure(str(error))
+            return _Read({}, 0.0, str(error))
 
 
 class Loader:
-    """Iterates `batches[i]` for each index, in order, read ahead by loader processes that live as long as this object.
+    """Iterates over `batches[i]` for each index, in order, read ahead by loader processes that live as long as this.
 
     Args:
-        workers: loader processes; 0 reads in this process.
+        workers: the number of loader processes; 0 reads in this process.
         start: how processes start; see `Device.worker_start`.
-        pin: copy into page-locked memory, for transfers that overlap.
+        pin: copy into page-locked memory, so that transfers to the device overlap with computation.
 
     Attributes:
-        seconds: that the batch handed out last took one process to read.
+        seconds: the time that one process took to read the last batch.
     """
 
     def __init__(
@@ -184,56 +173,55 @@ class Loader:
         pin: bool = False,
     ):
         self.loader = torch.utils.data.DataLoader(
-            _Guarded(batches),
+            _Timed(batches),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=_identity,
             prefetch_factor=2 if workers else None,
             multiprocessing_context=start if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(init_worker, os.getpid()),
-            generator=torch.Generator(),  # workers' seeds come from it, unused; torch's global one stays untouched
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),  # for the workers' seeds (unused), in place of torch's global generator
             pin_memory=pin,
         )
-
         self.workers, self.seconds = workers, 0.0
-        self._started: Iterator | None = None
+        self._started: Iterator[_Read] | None = None
 
     def start(self) -> None:
-        """Starts the loader processes, which takes them seconds, and their reading for the next iteration.
+        """Starts the loader processes, which takes seconds, and lets them read ahead for the next iteration.
 
         Raises:
             UserError: when one died.
         """
-        self._started = self._begin()
+        self._started = self._iterator()
 
-    def _begin(self) -> Iterator:
+    def _iterator(self) -> Iterator[_Read]:
         with worker_errors(), block_signals_in_children():
             return iter(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises UserError: one that a worker met, or that a worker died."""
-        batches = self._begin() if self._started is None else self._started
+        """Raises UserError: an error of reading, or the death of a loader process."""
+        iterator = self._iterator() if self._started is None else self._started
         self._started = None
         with worker_errors():
-            for read in batches:
-                if isinstance(read, _Failure):
-                    raise UserError(read.message)
+            for read in iterator:
+                if read.error:
+                    raise UserError(read.error)
                 self.seconds = read.seconds
                 yield read.batch
 
 
-def _as_is(value):
+def _identity(value: Any) -> Any:
     return value
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; inside a loader process in shared memory, so that handing it over copies nothing."""
+    """An empty tensor; in a loader process in shared memory, so that sending it to the training process is free."""
     empty = torch.empty(shape, dtype=dtype)
     return empty.share_memory_() if torch.utils.data.get_worker_info() else empty
 
 
-def default_workers(source: Dataset, cores: int) -> int:
-    """Loader processes for `config.data.workers=-1`: none for data in memory, else the cores but one, at most 16."""
-    return 0 if source.in_memory else max(1, min(16, cores - 1))
+def default_workers(dataset: Dataset, cores: int) -> int:
+    """Loader processes for `config.data.workers=-1`: none for data in memory, else one less than cores, at most 16."""
+    return 0 if dataset.in_memory else max(1, min(16, cores - 1))

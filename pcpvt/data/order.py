@@ -1,26 +1,30 @@
-"""Which sample when: a pure function of (seed, step), the same at every world size, worker count and resume point.
+"""The order of samples as a pure function of (seed, step): independent of world size, worker count and resume point.
 
 Training reads one endless stream: the permutation of epoch 0, then of epoch 1, and so on. A global batch is the next
-`batch` positions of it, so every batch is full and every sample is seen exactly once per epoch; a batch may span two.
+`batch` positions of it, so every batch is full and every sample is seen exactly once per epoch; a batch may span two
+epochs.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from pcpvt import rng
 
-BLOCK = 128  # distinct samples whose repeats stand together
+BLOCK = 128  # distinct samples whose repeats are placed near each other
+
+
+_Items = TypeVar("_Items", list, np.ndarray)
 
 
 class Draw(NamedTuple):
     """One position of the stream: the sample and the keys of its random draws."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # it hides tuple.index, which nothing calls on a draw
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     copy: int  # 0 .. repeats - 1
 
 
@@ -28,8 +32,8 @@ class Draw(NamedTuple):
 def epoch_order(seed: int, epoch: int, examples: int, repeats: int = 1) -> np.ndarray:
     """Indices and copies `[examples, 2]` of one epoch.
 
-    With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, of a `repeats`-th of the
-    samples; the copies of a sample fall within `repeats * BLOCK` positions, and in large sets never side by side, where
+    With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, from 1 / `repeats` of the
+    samples. The copies of a sample are within `repeats * BLOCK` positions, and in large datasets never adjacent, where
     mixing would pair them.
     """
     order = rng.generator(seed, "order", epoch).permutation(examples)
@@ -50,16 +54,16 @@ def global_batch(seed: int, step: int, batch: int, examples: int, repeats: int =
     return draws
 
 
-def rank_slice(items: list, rank: int, world: int) -> list:
+def rank_slice(items: _Items, rank: int, world: int) -> _Items:
     """The contiguous part of a global batch that belongs to one process."""
     size = len(items) // world
     return items[rank * size : (rank + 1) * size]
 
 
 def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -> list[list[int]]:
-    """One process's evaluation batches: every index once over all processes, as many batches on each.
+    """One process's evaluation batches: every index once over all processes, and the same number of batches on each.
 
-    Batches may be short or empty at the end; the loader fills them up with invalid rows, so shapes never change.
+    The last batches may be short or empty; the loader pads them with invalid rows, so shapes never change.
     """
     per_round = local_batch * world
     rounds = -(-examples // per_round)

@@ -1,10 +1,10 @@
-"""timm's RandAugment, driven by a given generator, with its shears and translations made faster.
+"""timm's RandAugment with random numbers from a given generator and with faster shears and translations.
 
-The policy, its magnitudes and its operations are timm's (`timm.data.auto_augment`). Two things differ:
-- posterizing keeps at least one bit. timm asks for none in 0.15 % of the images under `rand-m9-mstd0.5-inc1`,
-  which paints them black, and which Pillow refuses from version 13 on;
-- bicubic shears and translations are done along one axis, which is all they move: 4 times as fast as Pillow's
-  general transform, equal to it up to rounding (at most one level, in 1 % of the pixels).
+The policy, its magnitudes and its operations are timm's (`timm.data.auto_augment`), with two differences:
+- posterizing keeps at least one bit. timm asks for 0 bits in 0.15 % of the images under `rand-m9-mstd0.5-inc1`, which
+  makes them black, and which Pillow refuses from version 13 on;
+- bicubic shears and translations are computed along the one axis in which they move pixels: 4 times as fast as Pillow's
+  general transform, and equal to it up to rounding (at most one level, in 1 % of the pixels).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _GLOBAL_RANDOM = threading.Lock()
 def rand_augment(
     pixels: np.ndarray, policy: str, interpolation: str, fill: tuple[int, int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """One draw of RandAugment.
+    """The image after the operations of one random draw.
 
     Args:
         pixels: uint8 `[height, width, 3]`; not written to.
-        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`; timm skips sections that it does not know, which
-            `config.checks.randaugment` refuses.
+        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`; `config.checks.randaugment` refuses unknown sections,
+            which timm ignores.
         interpolation: `bicubic` or `bilinear`, of the geometric operations.
-        fill: the colour that comes in from outside; timm takes the data set's mean.
+        fill: the colour of pixels from outside the image; timm uses the dataset's mean.
     """
     transform = _policy(policy, min(pixels.shape[:2]), interpolation, fill)
     weights = transform.choice_weights
-    chosen = rng.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights)
-    for op in [transform.ops[i] for i in chosen]:
+    indices = rng.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights)
+    for op in [transform.ops[i] for i in indices]:
         if rng.random() < op.prob:
             pixels = _apply(op, _arguments(op, rng), pixels, fast=interpolation == "bicubic")
     return pixels
@@ -58,17 +58,17 @@ def _policy(policy: str, side: int, interpolation: str, fill: tuple[int, int, in
 
 @functools.cache
 def _timm() -> ModuleType:
-    """`timm.data.auto_augment` without the rest of timm, which it does not need.
+    """The module `timm.data.auto_augment`, without the rest of timm, which it does not need.
 
-    A whole `import timm` brings torchvision and half a compiler: 1.3 s and 110 MB for every loader process.
+    `import timm` also imports torchvision and parts of torch's compiler: 1.3 s and 110 MB for every loader process.
     """
     spec = importlib.util.find_spec("timm")
     for folder in (spec.submodule_search_locations if spec else None) or ():
-        alone = importlib.util.spec_from_file_location("timm_auto_augment", Path(folder) / "data" / "auto_augment.py")
-        if alone and alone.loader:
-            module = importlib.util.module_from_spec(alone)
-            with contextlib.suppress(ImportError, OSError):  # of a version in which it is elsewhere, or needs the rest
-                alone.loader.exec_module(module)
+        file = importlib.util.spec_from_file_location("timm_auto_augment", Path(folder) / "data" / "auto_augment.py")
+        if file and file.loader:
+            module = importlib.util.module_from_spec(file)
+            with contextlib.suppress(ImportError, OSError):  # another version may have moved it, or need the rest
+                file.loader.exec_module(module)
                 return module
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
 
@@ -76,7 +76,7 @@ def _timm() -> ModuleType:
 
 
 def _arguments(op: Any, rng: np.random.Generator) -> tuple:
-    """What timm's operation is called with: its magnitude, jittered, on the operation's own scale."""
+    """The arguments of timm's operation: its magnitude, jittered, on the scale of the operation."""
     if op.level_fn is None:
         return ()
     magnitude = op.magnitude
@@ -85,7 +85,7 @@ def _arguments(op: Any, rng: np.random.Generator) -> tuple:
     elif op.magnitude_std > 0:
         magnitude = rng.normal(magnitude, op.magnitude_std)
     magnitude = max(0.0, min(magnitude, op.magnitude_max or 10.0))
-    # timm draws the sign from Python's global generator: it is lent a key of ours, and gets its state back.
+    # timm draws the sign from Python's global generator: seed it from `rng`, and restore its state afterwards.
     with _GLOBAL_RANDOM:
         state = random.getstate()
         random.seed(int(rng.integers(2**63)))
@@ -113,15 +113,15 @@ def _apply(op: Any, arguments: tuple, pixels: np.ndarray, fast: bool) -> np.ndar
 
 
 def _transposed(pixels: np.ndarray) -> np.ndarray:
-    # Twice as fast as numpy's copy of 3-byte pixels.
+    """Rows and columns exchanged: twice as fast as numpy's copy of 3-byte pixels."""
     return np.asarray(Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE))
 
 
 def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
-    """Moves each row to the left by its own, fractional number of pixels; bicubic.
+    """Shifts each row to the left by its own, fractional number of pixels, with bicubic interpolation.
 
-    Pillow's transform in one dimension: the cubic kernel with a = -1, edge pixels repeated, the result
-    truncated, and `fill` where the sampled point lies outside the row.
+    Pillow's transform in one dimension: the cubic kernel with a = -1, edge pixels repeated, the result truncated, and
+    `fill` where the sampled point is outside the row.
 
     Args:
         pixels: uint8 `[height, width, 3]`.
@@ -133,7 +133,7 @@ def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]
     d = (shift - whole).astype(np.float32)[:, None]
     start = np.clip(whole.astype(np.int64), -width, width)
     pad = int(np.abs(start).max()) + 3
-    padded = np.zeros((height, width + 2 * pad, 3), np.uint8)  # beyond two repeated pixels `fill` covers it
+    padded = np.zeros((height, width + 2 * pad, 3), np.uint8)  # two edge pixels are repeated; `fill` covers the rest
     padded[:, pad : pad + width] = pixels
     padded[:, pad - 2 : pad] = pixels[:, :1]
     padded[:, pad + width : pad + width + 2] = pixels[:, -1:]
@@ -143,8 +143,7 @@ def shift_rows(pixels: np.ndarray, shift: np.ndarray, fill: tuple[int, int, int]
     for offset, weight in ((0, -d + 2 * d**2 - d**3), (6, d + d**2 - d**3), (9, d**3 - d**2)):
         out += taps[:, offset : offset + row] * weight
     out = np.clip(out, 0, 255, out=out).astype(np.uint8)
-    # Masks cut from one row of three widths (outside, inside, outside): five times as fast as a boolean
-    # index.
+    # Masks are windows of one row of three widths (outside, inside, outside): 5 times as fast as a boolean index.
     inside = np.zeros((3 * width, 3), np.uint8)
     inside[width : 2 * width] = 255
     outside = np.tile(np.array(fill, np.uint8), (3 * width, 1))

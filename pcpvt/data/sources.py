@@ -1,7 +1,7 @@
-"""Where samples come from: image folders, timm's dataset readers, the embedded digits, and synthetic images.
+"""Datasets: image folders, timm's dataset readers, scikit-learn's digits, and synthetic images.
 
-A data set is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded
-uint8 array `[h, w, 3]`; decoding and augmenting are the loader's business.
+A dataset is a picklable sequence of (image, label). An image is a path, an open binary file, a PIL image or a decoded
+uint8 array `[h, w, 3]`; the loader decodes and augments it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 
 class Dataset(Protocol):
     classes: list[str]
-    in_memory: bool  # decoding costs nothing: no loader processes are needed
+    in_memory: bool  # images are decoded already, so no loader processes are needed
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, int]: ...
 
     def name(self, index: int) -> str:
-        """What to call a sample in a message."""
+        """A sample's name in messages."""
         ...
 
 
 class Arrays:
-    """Decoded images in memory: uint8 `[n, h, w, 3]` and int64 `[n]`."""
+    """Decoded images in memory: uint8 `[n, h, w, 3]`, with labels, int64 `[n]`."""
 
     in_memory = True
 
@@ -53,7 +53,7 @@ class Arrays:
 
 
 class Folder:
-    """Files below one folder per class, in sorted order; classes are the sorted folder names."""
+    """Image files in one folder per class, sorted by class and path; classes are the sorted folder names."""
 
     in_memory = False
 
@@ -62,17 +62,16 @@ class Folder:
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            found = [
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(os.path.join(root, name), followlinks=True)
+            folder = os.path.join(root, name)
+            paths = [
+                os.path.join(parent, file)
+                for parent, _, files in os.walk(folder, followlinks=True)
                 for file in files
                 if os.path.splitext(file)[1].lower() in EXTENSIONS
             ]
-            if not found:
-                raise UserError(
-                    f"{os.path.join(root, name)}: no images in this class folder: add some or remove the folder"
-                )
-            self.samples += [(path, label) for path in sorted(found)]
+            if not paths:
+                raise UserError(f"{folder}: no images in this class folder: add some or remove the folder")
+            self.samples += [(path, label) for path in sorted(paths)]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,10 +87,10 @@ class TimmReader:
     """A dataset that timm reads by index: `tar` (PATH/train.tar, PATH/val.tar), `hfds/NAME`, `torch/NAME`.
 
     Args:
-        split: as timm or the data set calls it.
+        split: the split's name in timm or in the dataset.
 
     Raises:
-        UserError: when timm cannot open it, or only as a stream: the order of samples is a function of the seed here.
+        UserError: when timm cannot open it, or only as a stream, whose order cannot be a function of the seed.
     """
 
     in_memory = False
@@ -105,9 +104,9 @@ class TimmReader:
                 file = os.path.join(root, f"{split}.tar")
                 data = timm.data.create_dataset("", root=file if os.path.exists(file) else os.path.join(root, split))
             else:
-                with contextlib.redirect_stdout(None):  # some readers print what they raise
+                with contextlib.redirect_stdout(None):  # some readers also print their error
                     data = timm.data.create_dataset(name, root=root or None, split=split, is_training=False)
-        except (Exception, SystemExit) as error:  # whatever the reader, its package or the network raise
+        except (Exception, SystemExit) as error:  # of the reader, its package or the network
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             remedy = "check name, path and config.data.val_split"
             if isinstance(error, ModuleNotFoundError):
@@ -119,32 +118,31 @@ class TimmReader:
             raise UserError(
                 f"config.data.name: {name!r} is a stream: use a reader with random access, such as hfds/..."
             )
-        self.opened = (name, root, split)
-        # timm's reader hands over files still encoded, which leaves decoding, and its errors, to this package.
+        self.arguments = name, root, split
+        # timm's reader returns encoded files, so that `decode` decodes them and reports errors.
         self.samples = getattr(data, "reader", data)
-        count = len(self.samples)
-        if not count:
+        if not len(self):
             raise UserError(f"config.data.name: {name!r}: its {split} split holds no images: check the path")
-        known = getattr(self.samples, "class_to_idx", None) or getattr(self.samples, "class_name_to_idx", None)
-        if known:
-            self.classes = sorted(known, key=known.get)
+        indices = getattr(self.samples, "class_to_idx", None) or getattr(self.samples, "class_name_to_idx", None)
+        if indices:
+            self.classes = sorted(indices, key=indices.get)
         else:
-            self.classes = [str(i) for i in range(1 + max(self[i][1] for i in range(count)))]
+            self.classes = [str(i) for i in range(1 + max(self[i][1] for i in range(len(self))))]
 
     def __reduce__(self) -> tuple:
-        return TimmReader, self.opened  # an open archive cannot travel to a loader process: each opens its own
+        return TimmReader, self.arguments  # an open archive cannot be pickled: each loader process opens its own
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        with decode_errors(self.name(index)):  # torchvision's sets decode here
+        with decode_errors(self.name(index)):  # torchvision's datasets decode here
             image, label, *_ = self.samples[index]
             return image, int(label)
 
     def name(self, index: int) -> str:
-        name, _, split = self.opened
-        # hfds/... would read the whole sample for a path that is seldom there, and CIFAR10's `filename` is a text.
+        name, _, split = self.arguments
+        # hfds/... would read the whole sample for a path that it rarely has, and CIFAR10's `filename` is a string.
         if name.lower().startswith(("hfds/", "torch/")):
             return f"{name}/{split}[{index}]"
         return self.samples.filename(index, absolute=True)
@@ -159,15 +157,15 @@ def digits(split: str, size: tuple[int, int]) -> Arrays:
     held_out = np.zeros(len(data.target), bool)
     for label in range(10):
         held_out[np.flatnonzero(data.target == label)[::5]] = True
-    chosen = held_out if split == "val" else ~held_out
-    grey = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    selected = held_out if split == "val" else ~held_out
+    grey = np.round(data.images[selected] * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(g).resize(size[::-1], Image.Resampling.BICUBIC)) for g in grey]
     images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    return Arrays(images, data.target[chosen], [str(d) for d in range(10)], f"digits/{split}")
+    return Arrays(images, data.target[selected], [str(d) for d in range(10)], f"digits/{split}")
 
 
 def synthetic(split: str, size: tuple[int, int], num_classes: int, count: int = 256) -> Arrays:
-    """Noise images with labels, for benchmarks: reading them costs nothing."""
+    """Random images and labels in memory, for benchmarks that exclude reading."""
     generator = rng.generator(0, f"synthetic/{split}")
     images = generator.integers(0, 256, (count, *size, 3), dtype=np.uint8)
     labels = generator.integers(0, num_classes, count)
@@ -182,13 +180,13 @@ def open_split(
     num_classes: int | None = None,
     val_split: str = "validation",
 ) -> Dataset:
-    """One split of a data set.
+    """One split of a dataset.
 
     Args:
         name: `digits`, `folder`, `synthetic`, or a timm dataset name.
-        path: the folder that holds `train/` and `val/`, or timm's root.
+        path: the folder that contains `train/` and `val/`, or timm's root.
         split: `train` or `val`.
-        val_split: what a timm dataset calls its `val`.
+        val_split: the name of a timm dataset's validation split.
 
     Raises:
         UserError: for a missing or empty folder, or a name that timm cannot open.
@@ -206,25 +204,22 @@ def open_split(
     if not os.path.isdir(root):
         raise UserError(f"config.data.path: {root} is no folder: give the one that holds train/ and val/")
     try:
-        source = Folder(root)
+        dataset = Folder(root)
     except OSError as error:
         raise UserError(f"config.data.path: {error.filename}: cannot be read ({error.strerror})") from None
-    if not len(source):
+    if not len(dataset):
         raise UserError(f"config.data.path: {root} holds no class folders with images: check the path")
-    return source
+    return dataset
 
 
 def check_classes(train: Dataset, val: Dataset) -> None:
     """Raises UserError unless both splits have the same classes in the same order."""
     if train.classes == val.classes:
         return
-    only_train = sorted(set(train.classes) - set(val.classes))
-    only_val = sorted(set(val.classes) - set(train.classes))
-    parts = [
-        f"{len(only)} only in {split} ({', '.join(only[:3])}{', ...' if len(only) > 3 else ''})"
-        for split, only in (("train", only_train), ("val", only_val))
-        if only
-    ]
+    parts = []
+    for split, own, other in (("train", train, val), ("val", val, train)):
+        if only := sorted(set(own.classes) - set(other.classes)):
+            parts.append(f"{len(only)} only in {split} ({', '.join(only[:3])}{', ...' if len(only) > 3 else ''})")
     raise UserError(
         f"config.data.path: train and val have different classes: {'; '.join(parts)}: make the folders agree"
     )

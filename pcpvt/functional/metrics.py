@@ -1,11 +1,10 @@
-"""Evaluation metrics as sums and counts: added over batches and ranks, divided once at the end."""
+"""Evaluation metrics as sums and counts, which are added over batches and ranks and divided once at the end."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from pcpvt.functional.losses import cross_entropy
 
 Sums = dict[str, Tensor]
 
@@ -16,20 +15,20 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
     Args:
         logits: `[b, classes]`.
         labels: int64 `[b]`.
-        valid: bool `[b]`; padding rows are False and count nowhere.
+        valid: bool `[b]`; False for padding rows, which are not counted.
 
     Returns:
         0-d tensors: `seen`, `top1`, `top5` in int64, `loss` (sum of cross-entropy) in the dtype of the logits. A label
-        is in the top k when fewer than k classes score higher; ties are broken by class index, lower first, on every
-        device alike.
+        is in the top k when fewer than k classes score higher; of equal scores the lower class index counts as higher,
+        on every device.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)[None, :]
-    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
-    rank = ahead.sum(1)
-    # A non-finite row has no meaningful order: it counts as wrong.
+    rank = ((logits > own) | ((logits == own) & (index < labels[:, None]))).sum(1)
+    # Scores that are not finite have no meaningful order: such a row counts as wrong.
     usable = valid & torch.isfinite(logits).all(1)
-    loss = torch.where(valid, cross_entropy(logits, labels), torch.zeros_like(own[:, 0]))
+    cross_entropy = -F.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+    loss = torch.where(valid, cross_entropy, torch.zeros_like(cross_entropy))
     return {
         "seen": valid.sum(),
         "top1": ((rank < 1) & usable).sum(),
@@ -39,7 +38,7 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
 
 
 def summarize(total: dict[str, float]) -> dict[str, float]:
-    """Sums as numbers to `acc1` and `acc5` (percent), `loss` (mean) and `seen`."""
+    """`acc1` and `acc5` (percent), `loss` (mean) and `seen` from the totals of `sums`."""
     seen = int(total["seen"])
     return {
         "acc1": 100.0 * total["top1"] / max(seen, 1),

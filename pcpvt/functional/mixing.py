@@ -1,9 +1,8 @@
-"""uint8 images to normalised floats, random erasing, mixup and cutmix: pure functions of given draws.
+"""Normalisation of uint8 images, random erasing, mixup and cutmix as pure functions of given random draws.
 
-The draws are timm's `Mixup` in distribution (mixup: Zhang et al. 2018; cutmix: Yun et al. 2019). Sample 2i
-mixes with sample 2i + 1; the order of samples is random already, so this equals timm's pairing of first with
-last, and it does not depend on how a batch is cut into even parts. Shapes never depend on data, so one
-compiled graph serves all draws.
+The draws have the distribution of timm's `Mixup` (mixup: Zhang et al. 2018; cutmix: Yun et al. 2019). Sample 2i mixes
+with sample 2i + 1. The order of samples is random, so this is equivalent to timm's pairing of first with last, and it
+does not depend on how a batch is split into even parts. Shapes do not depend on data: one compiled graph serves all.
 """
 
 from __future__ import annotations
@@ -15,27 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Random erasing's noise n is in the image as the code clip(round(NOISE_SCALE * n) + NOISE_ZERO, 0, 255).
+# Random erasing writes noise n into the image as the code clip(round(NOISE_SCALE * n) + NOISE_ZERO, 0, 255).
 NOISE_SCALE = 32
 NOISE_ZERO = 128
 
 
 class MixSpec(NamedTuple):
-    """How batches are mixed.
+    """How batches are mixed."""
 
-    Attributes:
-        mixup: alpha of mixup's Beta(alpha, alpha); 0: no mixup.
-        cutmix: alpha of cutmix's; 0: no cutmix.
-        prob: probability that mixing happens at all.
-        switch_prob: probability of cutmix where both are on.
-        mode: `batch`, `pair` or `elem`: what shares one draw.
-    """
-
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    mode: str = "batch"
+    mixup: float = 0.8  # alpha of mixup's Beta(alpha, alpha); 0: no mixup
+    cutmix: float = 1.0  # alpha of cutmix's Beta(alpha, alpha); 0: no cutmix
+    prob: float = 1.0  # probability that a draw mixes at all
+    switch_prob: float = 0.5  # probability of cutmix when both are on
+    mode: str = "batch"  # the samples that share one draw: `batch`, `pair` or `elem`
 
 
 def mixing_draws(
@@ -48,10 +39,9 @@ def mixing_draws(
         size: (height, width) of the images.
 
     Returns:
-        lam: float32 `[batch]`, each sample's weight of itself; its partner has 1 - lam. For cutmix 1 - the
-            exact area of the box after clipping at the borders.
-        box: int32 `[batch, 4]` (top, bottom, left, right), what cutmix takes from the partner; empty for
-            mixup.
+        lam: float32 `[batch]`, each sample's own weight; its partner has 1 - lam. For cutmix, 1 - the exact share of
+            the image that the box covers after clipping at the borders.
+        box: int32 `[batch, 4]` (top, bottom, left, right), which cutmix takes from the partner; empty for mixup.
     """
     assert batch % 2 == 0, f"mixing pairs samples: {batch} is odd"
     draws = {"batch": 1, "pair": batch // 2, "elem": batch}[spec.mode]
@@ -82,7 +72,7 @@ def mixing_draws(
 def decode_images(
     image: Tensor, erase: Tensor | None, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """Normalised images; inside the erasing boxes, the noise that the host wrote there as codes.
+    """Normalised images, with the noise of random erasing decoded inside the erasing boxes.
 
     Args:
         image: uint8 `[B, H, W, 3]`.
@@ -102,7 +92,7 @@ def decode_images(
 def mix_images(x: Tensor, lam: Tensor, box: Tensor) -> Tensor:
     """Mixed images `[B, H, W, C]`: cutmix where a sample's box is not empty, mixup by lam elsewhere.
 
-    Exact at the ends: where lam is 1 and the box empty, the sample comes back bit for bit.
+    A sample with lam 1 and an empty box is returned bit for bit.
     """
     own = torch.where(_inside(box, x.shape), 0.0, 1.0)
     has_box = (box[:, 1] > box[:, 0])[:, None, None, None]
@@ -111,18 +101,14 @@ def mix_images(x: Tensor, lam: Tensor, box: Tensor) -> Tensor:
 
 
 def mix_targets(
-    target: Tensor,
-    lam: Tensor | None,
-    num_classes: int,
-    smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    target: Tensor, lam: Tensor | None, num_classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Soft targets `[B, num_classes]` in `dtype`, each row summing to 1 up to its rounding.
+    """Soft targets `[B, num_classes]` in `dtype`; each row sums to 1 up to rounding.
 
     Args:
         target: labels, int64 `[B]`, or distributions over classes `[B, num_classes]`.
         lam: float32 `[B]` from `mixing_draws`, or None for no mixing.
-        smoothing: mass that is spread over all classes.
+        smoothing: probability mass spread over all classes.
     """
     if target.ndim == 1:
         # A comparison: F.one_hot does not work under torch.func on NPUs.
@@ -135,7 +121,7 @@ def mix_targets(
 
 
 def _channels(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """`[C]`, filled on the device: a copy from the host would stall it, and break graph capture."""
+    """`[C]`, filled on the device: a copy from the host would synchronize, and break graph capture."""
     if isinstance(values, Tensor):
         return values
     return torch.cat([torch.full((1,), value, device=like.device, dtype=like.dtype) for value in values])
@@ -148,7 +134,7 @@ def _partners(x: Tensor) -> Tensor:
 
 
 def _inside(box: Tensor, shape: torch.Size) -> Tensor:
-    """Which pixels of `[B, H, W, ...]` lie in the boxes: bool `[B, H, W, 1]`."""
+    """bool `[B, H, W, 1]`: which pixels of images of this shape `[B, H, W, ...]` lie in the boxes."""
     rows = torch.arange(shape[1], device=box.device, dtype=box.dtype)
     columns = torch.arange(shape[2], device=box.device, dtype=box.dtype)
     top, bottom, left, right = box[:, :, None].unbind(1)

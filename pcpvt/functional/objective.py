@@ -1,13 +1,14 @@
-"""The training objective and the prediction as pure functions of (params, batch): pixels to loss, pixels to logits."""
+"""The training objective and the predict function: pure functions from pixels to the loss and to logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pcpvt.functional import losses, mixing
+from pcpvt.functional import mixing
 from pcpvt.functional.precision import FLOAT32, Policy
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels
@@ -19,16 +20,12 @@ Batch = dict[str, Tensor]
 
 
 def make_objective(
-    model: pcpvt.PCPVT,
-    *,
-    smoothing: float = 0.0,
-    policy: Policy = FLOAT32,
-    kernels: Kernels = PLAIN,
+    model: pcpvt.PCPVT, *, smoothing: float = 0.0, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
-    """`(params, batch, factor) -> factor * sum of cross-entropies`; params already in the compute dtype.
+    """`(params, batch, factor) -> factor * sum of cross-entropies`; params are in the compute dtype already.
 
-    The batch holds uint8 images `[b, h, w, 3]`, labels, and the draws that the recipe uses: `erase`, `lam` and `box`,
-    `drop_path_scale` (see `data.loader`).
+    The batch holds uint8 images `[b, h, w, 3]`, labels, and the random draws that the recipe uses: `erase`, `lam` and
+    `box`, `drop_path_scale` (see `data.loader`). The loss is computed in the policy's output dtype.
     """
 
     def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
@@ -37,18 +34,16 @@ def make_objective(
             x = mixing.mix_images(x, batch["lam"], batch["box"])
         targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
         logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("drop_path_scale"), kernels=kernels)
-        return losses.soft_cross_entropy(logits.to(policy.output), targets).sum() * factor
+        cross_entropy = -(targets * F.log_softmax(logits.to(policy.output), -1)).sum(-1)
+        return cross_entropy.sum() * factor
 
     return objective
 
 
 def make_predict(
-    model: pcpvt.PCPVT,
-    *,
-    policy: Policy = FLOAT32,
-    kernels: Kernels = PLAIN,
+    model: pcpvt.PCPVT, *, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Tensor], Tensor]:
-    """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params already in the compute dtype."""
+    """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params are in the compute dtype already."""
 
     def predict(params: pcpvt.Params, images: Tensor) -> Tensor:
         x = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)

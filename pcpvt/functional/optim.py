@@ -1,8 +1,8 @@
-"""Optimizers as pairs of pure functions, `(init, update)`, chained like optax's.
+"""Optimizers as pairs of functions, `(init, update)`, and gradient transforms that are chained before them.
 
-A transform maps gradients to gradients; the last link of a chain maps gradients to new parameters, because the fused
-kernels that write the parameters in the same pass are what makes it fast. Updates consume the state and parameters
-they are given (their memory is reused). The learning rate is a float computed on the host from the step.
+Unlike optax's, an optimizer returns new parameters instead of their changes: the fused kernels, which write the
+parameters in the same pass, are faster. Updates reuse the memory of the state and parameters that they are given. The
+learning rate is a float computed on the host from the step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Tree = dict[str, Any]
 
 
 class Gradients(NamedTuple):
-    """A gradient whose common divisor is still pending: its value is `leaves / divisor`.
+    """Gradients with a common divisor that is not applied yet: their value is `leaves / divisor`.
 
-    Unscaling the loss and clipping only change two scalars, and the division happens inside the fused update: one pass
-    over the parameters instead of three.
+    Unscaling the loss and clipping then change two scalars only, and the fused update divides: one pass over the
+    parameters instead of three.
     """
 
     leaves: Params
@@ -31,11 +31,7 @@ class Gradients(NamedTuple):
     norm: Tensor  # float32 [], Euclidean norm of leaves / divisor; inf or nan when any element is
 
 
-class Transform(NamedTuple):
-    """`update(gradients, state, params) -> (gradients, state)`."""
-
-    init: Callable[[Params], Tree]
-    update: Callable[[Gradients, Tree, Params], tuple[Gradients, Tree]]
+Transform = Callable[[Gradients], Gradients]
 
 
 class Optimizer(NamedTuple):
@@ -54,36 +50,36 @@ class Group(NamedTuple):
 
 
 def gradients(leaves: Params, divisor: Tensor, params: Params) -> Gradients:
-    """Gradients with their norm computed, and laid out as the parameters are.
+    """Gradients with their norm, in the memory layout of the parameters.
 
-    The fused kernels walk through memory without looking at strides, and a sum over processes comes contiguous.
+    The fused kernels ignore strides, and a sum over processes is returned contiguous.
     """
-    leaves = {name: _laid_out_as(params[name], leaf) for name, leaf in leaves.items()}
+    leaves = {name: _with_layout_of(params[name], leaf) for name, leaf in leaves.items()}
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(leaves.values()))))
     return Gradients(leaves, divisor, norm / divisor)
 
 
-def _laid_out_as(param: Tensor, leaf: Tensor) -> Tensor:
+def _with_layout_of(param: Tensor, leaf: Tensor) -> Tensor:
     return leaf if leaf.stride() == param.stride() else torch.empty_like(param, dtype=leaf.dtype).copy_(leaf)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Scales all gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does."""
 
-    def update(grads: Gradients, state: Tree, params: Params) -> tuple[Gradients, Tree]:
+    def clip(grads: Gradients) -> Gradients:
         excess = ((grads.norm + 1e-6) / max_norm).clamp(min=1.0)
-        return Gradients(grads.leaves, grads.divisor * excess, grads.norm / excess), state
+        return Gradients(grads.leaves, grads.divisor * excess, grads.norm / excess)
 
-    return Transform(lambda params: {}, update)
+    return clip
 
 
 def no_decay(name: str, shape: torch.Size) -> bool:
-    """The reference's exemption from weight decay: 1-d tensors, biases, and all of the position encoding."""
+    """Whether the reference exempts a parameter from weight decay: 1-d tensors, biases, all position encodings."""
     return len(shape) <= 1 or name.endswith(".bias") or name.startswith("pos_block.")
 
 
 def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0) -> list[Group]:
-    """Partition of the parameters by (weight decay, lr scale), in a stable order."""
+    """The parameters grouped by (weight decay, lr scale), in a stable order."""
     parts: dict[tuple[float, float], list[str]] = {}
     for name, value in params.items():
         decay = 0.0 if no_decay(name, value.shape) else weight_decay
@@ -104,8 +100,8 @@ def adamw(
     State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
 
     Args:
-        honors_found_inf: whether the device's fused kernel divides by grad_scale and skips on found_inf. Where it
-            ignores both, the host reads the two numbers once per step and applies them, with bit-identical results.
+        honors_found_inf: whether the device's fused kernel divides by grad_scale and skips on found_inf. If it ignores
+            them, the host reads both numbers once per step and applies them, with bit-identical results.
     """
 
     def init(params: Params) -> Tree:
@@ -120,17 +116,16 @@ def adamw(
     def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
         lr, mu, nu, leaves = schedule(step), state["mu"], state["nu"], grads.leaves
         count = state["count"] + (1.0 - skip)
-        divisor = grads.divisor
-        grad_scale: Tensor | None = divisor
+        grad_scale: Tensor | None = grads.divisor
         found_inf: Tensor | None = skip
         if not honors_found_inf:
-            halt, number = torch.stack([skip, divisor.to(skip.dtype)]).tolist()
-            if halt:
-                return params, {"count": state["count"], "mu": mu, "nu": nu}
-            torch._foreach_div_(list(leaves.values()), number)
+            skipped, divisor = torch.stack([skip, grads.divisor.to(skip.dtype)]).tolist()
+            if skipped:
+                return params, state
+            torch._foreach_div_(list(leaves.values()), divisor)
             grad_scale = found_inf = None
-        elif divisor.dtype == torch.float64:  # the kernel's own divisor is float32: divide beforehand
-            torch._foreach_div_(list(leaves.values()), [divisor] * len(leaves))
+        elif grads.divisor.dtype == torch.float64:  # the kernel would divide by it in float32
+            torch._foreach_div_(list(leaves.values()), [grads.divisor] * len(leaves))
             grad_scale = None
         for group in groups:
             names = group.names
@@ -157,25 +152,17 @@ def adamw(
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
-    """Transforms in order, closed by one optimizer; its state is keyed by position and, last, the optimizer's own."""
-    transforms = [link for link in links if isinstance(link, Transform)]
+    """The optimizer, which comes last, with the transforms applied to its gradients in order."""
+    transforms = [link for link in links if not isinstance(link, Optimizer)]
     (optimizer,) = (link for link in links if isinstance(link, Optimizer))
     assert optimizer is links[-1]
 
-    def init(params: Params) -> Tree:
-        states = {str(i): t.init(params) for i, t in enumerate(transforms)}
-        return {**{k: v for k, v in states.items() if v}, **optimizer.init(params)}
-
     def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
-        kept = {}
-        for i, transform in enumerate(transforms):
-            grads, new = transform.update(grads, state.get(str(i), {}), params)
-            if new:
-                kept[str(i)] = new
-        params, new = optimizer.update(grads, state, params, step, skip)
-        return params, {**kept, **new}
+        for transform in transforms:
+            grads = transform(grads)
+        return optimizer.update(grads, state, params, step, skip)
 
-    return Optimizer(init, update)
+    return Optimizer(optimizer.init, update)
 
 
 def ema_update(ema: Params, params: Params, decay: float, skip: Tensor) -> Params:
@@ -183,6 +170,6 @@ def ema_update(ema: Params, params: Params, decay: float, skip: Tensor) -> Param
     if ema:
         weight = (1.0 - decay) * (1.0 - skip)
         names = list(ema)
-        weights = [weight.to(ema[n].dtype) for n in names]  # a list: the skip decision stays on the device
+        weights = [weight.to(ema[n].dtype) for n in names]  # a list of tensors: `skip` is not copied to the host
         torch._foreach_lerp_([ema[n] for n in names], [params[n] for n in names], weights)
     return ema

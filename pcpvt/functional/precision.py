@@ -1,4 +1,4 @@
-"""Which dtype is used where, and the loss scale that float16 needs. No autocast: what is cast is cast explicitly.
+"""Precision policies (the dtypes of parameters, computation and output) and loss scaling; casts are explicit.
 
 A policy is written `params=float32,compute=bfloat16,output=float32` (the notation of jmp). Parameters are cast to the
 compute dtype once per step, gradients are taken in it and summed in the parameters' dtype, and logits are cast to the
@@ -15,12 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+from pcpvt.models.pcpvt import Params
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 _NORM = re.compile(r"(^|\.)norm\d?\.(weight|bias)$")
 
@@ -34,16 +31,17 @@ class Policy(NamedTuple):
         return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in self._asdict().items())
 
 
-def cast(params: dict[str, Tensor], policy: Policy, fp32_norms: bool = False) -> dict[str, Tensor]:
-    """Parameters in the compute dtype; with `wide_norms` those of norms in float32 at least (`layers.LayerNorm`)."""
+def cast(params: Params, policy: Policy, fp32_norms: bool = False) -> Params:
+    """Parameters in the compute dtype; `fp32_norms` keeps those of norms in float32 at least (`layers.LayerNorm`)."""
     wide = torch.promote_types(policy.compute, torch.float32)
-    return {n: laid_out(v.to(wide if fp32_norms and _NORM.search(n) else policy.compute)) for n, v in params.items()}
+    dtypes = {n: wide if fp32_norms and _NORM.search(n) else policy.compute for n in params}
+    return {n: to_patch_layout(v.to(dtypes[n])) for n, v in params.items()}
 
 
-def laid_out(value: Tensor) -> Tensor:
-    """The same values; a patch projection `[o, c, p, q]` lies in memory as its linear map `[o, p q c]` reads it.
+def to_patch_layout(value: Tensor) -> Tensor:
+    """The same tensor; the weight of a patch projection `[o, c, p, q]` is stored in the order of its linear map.
 
-    Parameters that lie so from the start are rearranged in no step, nor are their gradients.
+    That is `[o, p q c]`. Parameters stored like this from the start, and their gradients, need no copy in a step.
     """
     if value.ndim != 4:
         return value
@@ -59,7 +57,7 @@ def parse(text: str) -> Policy:
     A single name is the compute dtype over float32 parameters and output (float64 is used for all three).
 
     Raises:
-        ValueError: with a message that names the part that is not understood.
+        ValueError: names the part that is not understood.
     """
     if text == "float64":
         return Policy(*[torch.float64] * 3)
@@ -80,7 +78,7 @@ def parse(text: str) -> Policy:
 class DynamicScale(NamedTuple):
     """Loss scale for float16: halved after a non-finite gradient, doubled after `interval` good steps in a row.
 
-    Its state is `{"factor": float32 [], "good": int32 []}` and lives in TrainState.
+    Its state, `{"factor": float32 [], "good": int32 []}`, is part of TrainState.
     """
 
     initial: float = 2.0**15
@@ -94,7 +92,7 @@ class DynamicScale(NamedTuple):
         }
 
     def update(self, state: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        """The next state; `skip` is float32 [], 1 after a non-finite gradient. Everything stays on the device."""
+        """The next state; `skip` is float32 [], 1 after a non-finite gradient. Nothing is copied to the host."""
         good = (state["good"] + 1) * (1 - skip).to(torch.int32)
         grow = good >= self.interval
         factor = state["factor"] * torch.where(skip > 0, 0.5, torch.where(grow, 2.0, 1.0))
@@ -102,14 +100,14 @@ class DynamicScale(NamedTuple):
 
 
 class Overflow(NamedTuple):
-    """The device's own record of overflow, for hardware where inf and nan never show: there, overflow saturates."""
+    """The device's overflow flag, for hardware that saturates: there an overflow gives no inf or nan."""
 
     clear: Callable[[], None]
     seen: Callable[[], Tensor]  # float32 [] on the device: not 0 if anything overflowed since `clear`
 
 
 class NoScale(NamedTuple):
-    """float32 and bfloat16 need none: the state is empty."""
+    """No loss scaling, for float32 and bfloat16; the state is empty."""
 
     def init(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return {}

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, in float64 on the host: known for any step without training."""
+"""Learning-rate schedules: pure functions of the step, computed in float64 on the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def constant(lr: float) -> Schedule:
 
 
 def warmup_cosine(lr: float, steps: int, warmup: int, warmup_lr: float = 1e-6, min_lr: float = 1e-5) -> Schedule:
-    """Linear from `warmup_lr` to `lr` over `warmup` steps, then half a cosine down to `min_lr` at `steps`; per step."""
-    low = min(min_lr, lr)  # a short fine-tuning run may ask for less than the recipe's floor
+    """Linear from `warmup_lr` to `lr` over `warmup` steps, then half a cosine to `min_lr` at `steps`."""
+    low = min(min_lr, lr)  # a fine-tuning run may set lr below the recipe's min_lr
 
     def schedule(step: int) -> float:
         if step < warmup:
@@ -36,7 +36,7 @@ def reference(
     """The Twins reference code's schedule: constant within an epoch and one epoch late.
 
     It is stepped after each epoch with that epoch's number, so epochs 0 and 1 both run at `warmup_lr` (at `lr` without
-    warm-up), and the cosine, which counts from epoch 0, is entered where the warm-up ends.
+    warm-up). The cosine counts from epoch 0 and applies from the end of the warm-up.
 
     Args:
         epoch_of: step to epoch number.

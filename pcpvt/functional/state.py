@@ -1,4 +1,4 @@
-"""TrainState: everything that changes during training, and its flat names on disk."""
+"""TrainState: everything that changes during training, and its flattened form, whose names checkpoints use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pcpvt.models.pcpvt import Params
 
 
 class TrainState(NamedTuple):
-    """One immutable value per step; a step consumes its input state and may reuse its memory (donation)."""
+    """The state after a step. The next step consumes it and may reuse its memory (donation)."""
 
     step: Tensor  # int64 [], on the host: global batches consumed, applied or skipped
     params: Params  # the master weights
-    ema: Params  # their moving average; empty without EMA
+    ema: Params  # moving average of the parameters; empty without EMA
     opt: dict  # optimizer state: a tree of dicts with tensor leaves
     scale: dict  # loss-scale state: a tree of dicts with tensor leaves; empty without loss scaling
     skipped: Tensor  # int32 [], consecutive steps whose update was skipped as non-finite
@@ -23,13 +23,13 @@ class TrainState(NamedTuple):
 
 def create(params: Params, opt: dict, scale: dict, *, ema: bool, device: torch.device | str = "cpu") -> TrainState:
     """The state before the first step."""
-    averaged = {name: value.clone() for name, value in params.items()} if ema else {}
-    zero = torch.zeros((), dtype=torch.int32, device=device)
-    return TrainState(torch.zeros((), dtype=torch.int64), params, averaged, opt, scale, zero)
+    average = {name: value.clone() for name, value in params.items()} if ema else {}
+    skipped = torch.zeros((), dtype=torch.int32, device=device)
+    return TrainState(torch.zeros((), dtype=torch.int64), params, average, opt, scale, skipped)
 
 
 def flatten(tree, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a tree of NamedTuples and dicts by path, e.g. `params/head.bias`, `opt/mu/head.bias`."""
+    """The tensors of a tree of NamedTuples and dicts, by path, e.g. `params/head.bias`, `opt/mu/head.bias`."""
     if isinstance(tree, Tensor):
         return {prefix: tree}
     items = tree._asdict() if hasattr(tree, "_asdict") else tree

@@ -1,6 +1,6 @@
-"""A seed to initial parameters, with the reference's distributions.
+"""Initial parameters from a seed, with the distributions of the reference code.
 
-Linear: normal, std 0.02, bias 0. (The reference truncates at +-2, a hundred standard deviations: no draw is ever cut.)
+Linear: normal, std 0.02, bias 0. (The reference truncates at +-2, a hundred standard deviations, which has no effect.)
 Norm: weight 1, bias 0. Convolution: normal with std sqrt(2 / fan_out), fan_out = kh * kw * out / groups, bias 0.
 """
 
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from pcpvt import rng
-from pcpvt.models.layers import PatchLinear
+from pcpvt.models.layers import Params, PatchLinear
 
 
-def init(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """float32 parameters on the host, keyed like `model.named_parameters()`; each leaf has a stream of its own.
+def init(model: nn.Module, seed: int) -> Params:
+    """float32 parameters on the host, in the order of `model.named_parameters()`.
 
-    A leaf depends on (seed, its name, its shape) only, so a model with another head keeps every other leaf.
+    Each depends only on (seed, its name, its shape), so with another head all other parameters stay the same.
     """
-    params = {}
-    for path, module in model.named_modules():
-        for name, leaf in module.named_parameters(prefix=path, recurse=False):
-            params[name] = _leaf(module, name, leaf.shape, seed)
-    return {name: params[name] for name, _ in model.named_parameters()}
+    modules = dict(model.named_modules())
+    return {
+        name: _draw(modules[name.rpartition(".")[0]], name, value.shape, seed)
+        for name, value in model.named_parameters()
+    }
 
 
-def _leaf(module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor:
+def _draw(module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor:
     if name.endswith("bias"):
         return torch.zeros(shape)
     if isinstance(module, nn.LayerNorm):

@@ -1,8 +1,8 @@
-"""The layers of the pyramid as pure modules: tokens stay `b h w c` throughout, einops patterns carry the shapes.
+"""The layers of Twins-PCPVT as pure modules: tokens stay `b h w c` throughout, einops patterns give the shapes.
 
-A module here holds names and shapes only. There are no buffers, no train/eval switch and no random numbers: whatever a
-layer needs beyond its parameters (drop-path factors, the device's kernels) arrives as an argument. Parameter names and
-shapes are those of the Twins reference checkpoints, so a convolution whose kernel equals its stride keeps the
+A module holds names and shapes only. There are no buffers, no train/eval switch and no random numbers: whatever a
+layer needs beyond its parameters (drop-path factors, the device's kernels) is passed as an argument. Parameter names
+and shapes are those of the Twins reference checkpoints, so a convolution whose kernel equals its stride keeps the
 convolution's weight `[out, in, k, k]` although it is computed as a linear map over patches.
 """
 
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Params = dict[str, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-ParamsFn = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+ParamsFn = Callable[[Params], Params]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
 BlockFn = Callable[[nn.Module, Tensor, "Kernels", Tensor | None], Tensor]
 
@@ -33,7 +34,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v: `[b, heads, keys, d]`.
 
     Returns:
-        `[b, heads, tokens, d]`. Reference for every device's own kernel; exact in float64.
+        `[b, heads, tokens, d]`. The reference for the devices' attention kernels; exact in float64.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return scores.softmax(-1) @ v
@@ -45,7 +46,7 @@ def gelu_linear_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def norm_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of `[..., c]` over its last axis, computed in the dtype of the weights `[c]`; the result has x's."""
+    """LayerNorm of `[..., c]` over its last axis, computed in the dtype of the weights `[c]`; returns x's dtype."""
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 
 
@@ -54,25 +55,23 @@ def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scal
 
     Args:
         x: `[b, h, w, c]`.
-        branch: maps samples to samples of the same shape, each on its own.
+        branch: keeps the shape and treats each sample independently.
         drop_path_scale: float32 `[b]`, 0 where the branch is dropped and 1/keep_prob elsewhere.
     """
     return x + branch(x) * rearrange(drop_path_scale, "b -> b 1 1 1").to(x.dtype)
 
 
 class Kernels(NamedTuple):
-    """What a device may compute faster than the plain operators; each is held to its plain version by a test."""
+    """Functions that a device may replace by faster ones; tests compare each with the plain version given here."""
 
     attend: Attend = attend_plain
     linear: Linear = F.linear
     gelu_linear: Linear = gelu_linear_plain
     norm: Norm = norm_plain
     residual: Residual = residual_plain
-    block_fn: BlockFn = lambda block, x, kernels, drop_path_scale: block(
-        x, kernels, drop_path_scale
-    )  # one block of a stage, compiled perhaps
-    to_train_layout: ParamsFn = lambda params: params  # parameters to be trained, in memory as these kernels read them
-    prepack: ParamsFn = lambda params: params  # parameters that stay as they are, as these kernels take them fastest
+    block_fn: BlockFn = lambda block, *args: block(*args)  # calls one block of a stage; may be compiled
+    to_train_layout: ParamsFn = lambda params: params  # parameters to train, in the memory layout the kernels read
+    prepack: ParamsFn = lambda params: params  # parameters for inference, in the form the kernels read fastest
 
 
 PLAIN = Kernels()
@@ -81,10 +80,10 @@ PLAIN = Kernels()
 class PatchLinear(nn.Module):
     """A convolution with kernel = stride = `patch`, computed as one linear map over patches of an NHWC tensor.
 
-    `[b, h, w, c_in] -> [b, ceil(h/patch), ceil(w/patch), c_out]`. A side that `patch` does not divide is filled with
-    zeros at the bottom and right, so every output token covers at least one real input position: padding adds no
-    token, nothing is dropped, and attention and the mean over tokens need no mask. With divisible sides nothing is
-    padded and the result is the convolution's.
+    `[b, h, w, c_in] -> [b, ceil(h/patch), ceil(w/patch), c_out]`. A side that `patch` does not divide is padded with
+    zeros at the bottom or right, so every output token covers at least one real input position: padding adds no token,
+    nothing is dropped, and attention and the mean over tokens need no mask. With divisible sides nothing is padded and
+    the result is that of the convolution.
     """
 
     def __init__(self, c_in: int, c_out: int, patch: int):
@@ -102,7 +101,7 @@ class PatchLinear(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its weights: with float32 weights it computes in float32; the output's dtype is x's."""
+    """LayerNorm computed in the dtype of its weights, e.g. float32 for bfloat16 input; the output keeps x's dtype."""
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         return kernels.norm(x, self.weight, self.bias, self.eps)
@@ -121,7 +120,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Global attention over keys and values that were spatially reduced by `reduction` (PVT, Wang et al. 2021)."""
+    """Global attention with keys and values at 1 / `reduction` of the resolution (PVT, Wang et al. 2021)."""
 
     def __init__(self, dim: int, heads: int, reduction: int):
         super().__init__()
@@ -132,14 +131,14 @@ class Attention(nn.Module):
         self.reduces = reduction > 1
         if self.reduces:
             self.sr = PatchLinear(dim, dim, reduction)
-            self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default here, 1e-6 in the blocks: a known trap
+            self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default, unlike the 1e-6 of the blocks
 
     def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-        source = self.norm(self.sr(x, kernels), kernels) if self.reduces else x
-        queries = kernels.linear(x, self.q.weight, self.q.bias)
-        pairs = kernels.linear(source, self.kv.weight, self.kv.bias)
-        q = rearrange(queries, "b h w (n d) -> b n (h w) d", n=self.heads)
-        k, v = rearrange(pairs, "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
+        reduced = self.norm(self.sr(x, kernels), kernels) if self.reduces else x
+        q = kernels.linear(x, self.q.weight, self.q.bias)
+        kv = kernels.linear(reduced, self.kv.weight, self.kv.bias)
+        q = rearrange(q, "b h w (n d) -> b n (h w) d", n=self.heads)
+        k, v = rearrange(kv, "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
         out = rearrange(kernels.attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
         return kernels.linear(out, self.proj.weight, self.proj.bias)
 
@@ -158,7 +157,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `drop_path_scale` holds the drop-path factors of its two branches."""
+    """Pre-norm transformer block: attention, then the MLP, each a residual branch under drop path."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int, reduction: int):
         super().__init__()
@@ -188,7 +187,7 @@ class Peg(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        # A list of one: the reference's checkpoints name the convolution `proj.0`.
+        # In a list because the reference checkpoints name the convolution `proj.0`.
         self.proj = nn.ModuleList([nn.Conv2d(dim, dim, 3, padding=1, groups=dim)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Twins-PCPVT: the pyramid, its sizes, and the ways to apply it to a flat dict of parameters.
+"""Twins-PCPVT: the model, its sizes, and functions that apply it to a flat dict of parameters.
 
 Source: Chu et al. 2021, "Twins: Revisiting the Design of Spatial Attention in Vision Transformers", and the reference
-code where the two differ. A model is built on the meta device: it has names and shapes, and no weights.
+code where the two differ. A model is built on the meta device: it has names and shapes but no weights.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pcpvt.models.layers import PLAIN, Block, Capture, Kernels, LayerNorm, PatchEmbed, Peg
-
-Params = dict[str, Tensor]
+from pcpvt.models.layers import PLAIN, Block, Capture, Kernels, LayerNorm, Params, PatchEmbed, Peg
 
 
 class Spec(NamedTuple):
-    """The numbers of one size; one entry per stage."""
+    """The dimensions of one model size, one entry per stage."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...] = (64, 128, 320, 512)
@@ -36,23 +34,23 @@ SPECS = {
     "pcpvt_s": Spec((3, 4, 6, 3)),
     "pcpvt_b": Spec((3, 4, 18, 3)),
     "pcpvt_l": Spec((3, 8, 27, 3)),
-    # A miniature with every kind of layer, for smoke runs and tests: 0.3 M parameters.
+    # 0.3 M parameters and every kind of layer, for smoke runs and tests.
     "pcpvt_nano": Spec((2, 1, 1, 1), dims=(16, 32, 40, 64), mlp_ratios=(2, 2, 2, 2)),
 }
-_TIED = False  # no two leaves are one, and looking for such takes half a millisecond: 2 % of one image's evaluation
+_TIED = False  # no parameters are shared, and searching for shared ones takes 0.5 ms: 2 % of one image's evaluation
 STRIDE = 32  # of the last stage: 4 * 2 * 2 * 2
 TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pcpvt_l": "twins_pcpvt_large"}
 
 
 class PCPVT(nn.Module):
-    """The pyramid as structure; call it through `apply`, `features` or `torch.func.functional_call`."""
+    """The structure of the model; call it through `apply`, `features` or `torch.func.functional_call`."""
 
     def __init__(self, spec: Spec, num_classes: int, pad: str = "pad"):
         """
         Args:
-            spec: the numbers of the size.
+            spec: the model size.
             num_classes: outputs of the head.
-            pad: what to do with a side that 32 does not divide: "pad" fills with zeros (see `layers.PatchLinear`),
+            pad: how a side that 32 does not divide is handled: "pad" pads with zeros (see `layers.PatchLinear`),
                 "error" raises ValueError.
         """
         super().__init__()
@@ -72,46 +70,15 @@ class PCPVT(nn.Module):
 
     @property
     def branches(self) -> int:
-        """Residual branches that drop path may drop: two per block."""
+        """The number of residual branches, which drop path drops independently: two per block."""
         return 2 * sum(self.spec.depths)
-
-    def stages(
-        self,
-        images: Tensor,
-        drop_path_scale: Tensor | None = None,
-        kernels: Kernels = PLAIN,
-        capture: Capture | None = None,
-        attention: bool = False,
-    ) -> list[Tensor]:
-        """The four stage outputs `[b, h, w, c]` of images `[b, H, W, 3]`, before the final norm."""
-        if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
-            raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
-        x, index, outputs = images, 0, []
-        for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
-            x = embed(x, kernels)
-            for i, block in enumerate(blocks.children()):
-                here = kernels
-                if capture is not None and attention:
-                    here = _captured(kernels, capture, f"blocks.{s}.{i}.attention")
-                x = here.block_fn(
-                    block, x, here, None if drop_path_scale is None else drop_path_scale[:, index : index + 2]
-                )
-                index += 2
-                if i == 0:
-                    x = position(x)
-                if capture is not None:
-                    capture(f"blocks.{s}.{i}", x)
-            if capture is not None:
-                capture(f"stages.{s}", x)
-            outputs.append(x)
-        return outputs
 
     def forward(
         self,
         images: Tensor,
         drop_path_scale: Tensor | None = None,
         kernels: Kernels = PLAIN,
-        capture: Capture | None = None,
+        capture: Capture = lambda name, value: None,
         attention: bool = False,
         dense: bool = False,
     ) -> Tensor | list[Tensor]:
@@ -119,35 +86,49 @@ class PCPVT(nn.Module):
 
         Args:
             images: NHWC, any height and width.
-            drop_path_scale: drop-path factors `[b, branches]` (see `draw_drop_path_scale`), or None for none.
-            kernels: the device's own kernels.
-            capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `pooled` and `logits`; None costs
-                nothing.
-            attention: capture also each block's attention matrix `[b, heads, tokens, keys]`, written out, as
-                `blocks.{s}.{i}.attention`: of S at 224 px 4.5 MB an image in float32, all other maps being 5.8 MB.
-            dense: return the four stage outputs `[b, h, w, c]` instead of logits.
+            drop_path_scale: drop-path factors `[b, branches]` (see `draw_drop_path_scale`), or None for no drop path.
+            kernels: the device's kernels.
+            capture: called with (name, tensor) for `stages.{s}`, `blocks.{s}.{i}`, `pooled` and `logits`.
+            attention: capture also each block's attention matrix `[b, heads, tokens, keys]` as
+                `blocks.{s}.{i}.attention`: for S at 224 px 4.5 MB an image in float32, beside 5.8 MB for all the rest.
+            dense: return the four stage outputs `[b, h, w, c]`, before the final norm, instead of logits.
         """
-        stages = self.stages(images, drop_path_scale, kernels, capture, attention)
+        if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
+            raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
+        x, branch, stages = images, 0, []
+        for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
+            x = embed(x, kernels)
+            for i, block in enumerate(blocks.children()):
+                own = _capturing(kernels, capture, f"blocks.{s}.{i}.attention") if attention else kernels
+                scale = None if drop_path_scale is None else drop_path_scale[:, branch : branch + 2]
+                x = own.block_fn(block, x, own, scale)
+                branch += 2
+                if i == 0:
+                    x = position(x)
+                capture(f"blocks.{s}.{i}", x)
+            capture(f"stages.{s}", x)
+            stages.append(x)
         if dense:
             return stages
-        pooled = reduce(self.norm(stages[-1], kernels), "b h w c -> b c", "mean")
+        pooled = reduce(self.norm(x, kernels), "b h w c -> b c", "mean")
         logits = kernels.linear(pooled, self.head.weight, self.head.bias)
-        if capture is not None:
-            capture("pooled", pooled)
-            capture("logits", logits)
+        capture("pooled", pooled)
+        capture("logits", logits)
         return logits
 
 
-def _captured(kernels: Kernels, capture: Capture, name: str) -> Kernels:
+def _capturing(kernels: Kernels, capture: Capture, name: str) -> Kernels:
+    """The kernels with an attention that also captures its matrix under `name`; compiled blocks would not call it."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         capture(name, ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1))
         return kernels.attend(q, k, v)
 
-    return kernels._replace(attend=attend, block_fn=PLAIN.block_fn)  # compiled code captures nothing
+    return kernels._replace(attend=attend, block_fn=PLAIN.block_fn)
 
 
 def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:
-    """The structure of one size on the meta device; `name` is a key of SPECS."""
+    """A model on the meta device; `name` is a key of SPECS."""
     with torch.device("meta"):
         return PCPVT(SPECS[name], num_classes, pad)
 
@@ -179,10 +160,10 @@ def features(model: PCPVT, params: Params, images: Tensor, **options) -> list[Te
 def intermediates(
     model: PCPVT, params: Params, images: Tensor, attention: bool = False, **options
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(logits, everything named): see `capture` and `attention` of `PCPVT.forward` for the names."""
-    out: dict[str, Tensor] = {}
-    logits = apply(model, params, images, capture=out.__setitem__, attention=attention, **options)
-    return logits, out
+    """Logits and all captured tensors by name: see `capture` and `attention` of `PCPVT.forward`."""
+    captured: dict[str, Tensor] = {}
+    logits = apply(model, params, images, capture=captured.__setitem__, attention=attention, **options)
+    return logits, captured
 
 
 def drop_rates(spec: Spec, rate: float) -> np.ndarray:
@@ -197,9 +178,9 @@ def draw_drop_path_scale(rng: np.random.Generator, rates: np.ndarray) -> np.ndar
 
 
 def depth_of(spec: Spec, name: str) -> int:
-    """How deep a parameter sits, for layer-wise learning rates: its block's number; `sum(depths)` for norm, head.
+    """A parameter's depth for layer-wise learning rates: the index of its block; `sum(depths)` for norm and head.
 
-    A stage's patch embedding and position encoding count as its first block.
+    A stage's patch embedding and position encoding belong to its first block.
     """
     kind, *rest = name.split(".")
     if kind in ("norm", "head"):
