@@ -122,5 +122,5 @@ def open_loader(
 ) -> Loader:
     """A loader of the batches with these indices, by `processes` loader processes (default: see `workers`)."""
     if processes is None:
-        processes = workers(session, batches.source)
+        processes = workers(session, batches.dataset)
     return Loader(batches, indices, processes, start=session.device.worker_start, pin=session.device.pins)
