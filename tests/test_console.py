@@ -109,22 +109,22 @@ class Planned(NamedTuple):
 
 def test_progress_line_shows_position_speed_and_time_left(terminal):
     writer, rate = ConsoleWriter(Console(stream=terminal), Planned()), Rate()
-    writer.record({"kind": "train", "step": 0, "loss": 2.5, "lr": 1e-3}, rate)
+    writer.record({"kind": "train", "step": 0, "loss": 2.5, "lr": 1e-3})
     for _ in range(40):
         rate.add(32, seconds=2.0, waited=0.5)
-    line = writer.line({"step": 40, "loss": 2.5, "lr": 1e-3}, rate)
+    writer.step(40, rate)
+    line = writer.line({"step": 40, "loss": 2.5, "lr": 1e-3})
     expected = "epoch 4.00/10  step 40/100  loss 2.5000  lr 1.00e-03  16 images/s  2m00s left  waiting for data 25 %"
     assert line == expected
-    assert "MFU 41.0 %  waiting" in writer.line({"step": 40, "loss": 2.5, "lr": 1e-3, "mfu": 0.41}, rate)
-    assert "[######..........]  step 40/100" in writer.line({"step": 40, "loss": 2.5, "lr": 1e-3}, rate, bar=True)
-    writer.step(40, rate)
+    assert "MFU 41.0 %  waiting" in writer.line({"step": 40, "loss": 2.5, "lr": 1e-3, "mfu": 0.41})
+    assert "[######..........]  step 40/100" in writer.line({"step": 40, "loss": 2.5, "lr": 1e-3}, bar=True)
     assert "step 40/100" in terminal.getvalue()
 
 
 def test_progress_is_plain_lines_without_a_terminal():
     out, rate = io.StringIO(), Rate()
     writer = ConsoleWriter(Console(stream=out), Planned())
-    writer.record({"kind": "train", "step": 10, "loss": 2.5, "lr": 1e-3}, rate)
+    writer.record({"kind": "train", "step": 10, "loss": 2.5, "lr": 1e-3})
     rate.add(32, 1.0)
     writer.step(11, rate)
     assert out.getvalue() == "epoch 1.00/10  step 10/100  loss 2.5000  lr 1.00e-03\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -41,36 +41,27 @@ class Clock(NamedTuple):
 class History(NamedTuple):
     """Everything measured up to a step; the loop replaces it, a checkpoint stores it (`to_meta`, `from_meta`)."""
 
+    metrics: dict[str, Any] | None = None  # evaluation of the current parameters, if there was one
+    best: dict[str, Any] | None = None  # the best evaluation, with its step
     window: Window = Window()
     clock: Clock = Clock()
     records: int = 0  # lines of metrics.jsonl
     replaced: int = 0  # draws of unreadable training images that were replaced by the next image
-    metrics: dict[str, Any] | None = None  # evaluation of the current parameters, if there was one
-    best: dict[str, Any] | None = None  # the best evaluation, with its step
     streak: tuple[BadStep, ...] = ()  # non-finite steps in a row up to now, in this part of the run; not stored
 
     def to_meta(self, elapsed: float) -> dict[str, Any]:
         """The JSON in a checkpoint; `elapsed`: seconds of the run so far."""
-        return {
-            "metrics": self.metrics,
-            "best": self.best,
-            "window": self.window._asdict(),
-            "clock": self.clock._replace(elapsed=elapsed)._asdict(),
-            "records": self.records,
-            "replaced": self.replaced,
-        }
+        clock = self.clock._replace(elapsed=elapsed)
+        meta = self._asdict() | {"window": self.window._asdict(), "clock": clock._asdict()}
+        del meta["streak"]
+        return meta
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> History:
         """The history that a checkpoint stores (`resume.REQUIRED` checks its types)."""
-        return cls(
-            Window(**{name: meta["window"][name] for name in Window._fields}),
-            Clock(**{name: meta["clock"][name] for name in Clock._fields}),
-            meta["records"],
-            meta.get("replaced", 0),
-            meta["metrics"],
-            meta["best"],
-        )
+        window = Window(*(meta["window"][name] for name in Window._fields))
+        clock = Clock(*(meta["clock"][name] for name in Clock._fields))
+        return cls(meta.get("metrics"), meta.get("best"), window, clock, meta["records"], meta.get("replaced", 0))
 
     def images_per_sec(self, batch: int) -> float:
         return self.clock.steps * batch / self.clock.seconds if self.clock.seconds else 0.0
@@ -80,33 +71,14 @@ class History(NamedTuple):
         return bool(self.streak) and self.streak[-1].in_a_row >= max_skipped
 
 
-def add_metrics(
-    history: History, pending: Sequence[tuple[int, Mapping[str, Tensor]]], max_skipped: int
-) -> tuple[History, list[BadStep]]:
-    """Read the pending metrics from the device, in the order of their steps, and add them to the history.
-
-    Reading stops at the step at which the run counts as diverged.
-
-    Args:
-        pending: (steps done, the step's metrics).
-
-    Returns:
-        The new history, and the non-finite steps among the pending ones.
-    """
-    bad_steps = []
-    for step, metrics in pending:
-        loss, grad_norm, skipped = (metrics[name].item() for name in ("loss", "grad_norm", "skipped"))
-        window = history.window._replace(grad_norm=grad_norm)
-        if not skipped and math.isfinite(loss):
-            window = window._replace(loss=window.loss + loss, steps=window.steps + 1)
-            history = history._replace(window=window, streak=())
-            continue
-        bad_steps.append(BadStep(step, loss, grad_norm, int(skipped)))
-        window = window._replace(skipped=window.skipped + 1)
-        history = history._replace(window=window, streak=(*history.streak, bad_steps[-1]))
-        if history.diverged(max_skipped):
-            break
-    return history, bad_steps
+def add_metrics(history: History, step: int, metrics: Mapping[str, Tensor]) -> History:
+    """Read a step's metrics from the device and add them; a non-finite step becomes the last of the streak."""
+    loss, grad_norm, skipped = (metrics[name].item() for name in ("loss", "grad_norm", "skipped"))
+    window = history.window._replace(grad_norm=grad_norm)
+    if skipped or not math.isfinite(loss):
+        streak = (*history.streak, BadStep(step, loss, grad_norm, int(skipped)))
+        return history._replace(window=window._replace(skipped=window.skipped + 1), streak=streak)
+    return history._replace(window=window._replace(loss=window.loss + loss, steps=window.steps + 1), streak=())
 
 
 def add_step(history: History, seconds: float, *, timed: bool) -> History:
@@ -118,7 +90,7 @@ def add_step(history: History, seconds: float, *, timed: bool) -> History:
 
 
 def train_record(history: History, plan: Plan, step: int, rate: Rate, mfu: float | None) -> dict[str, Any]:
-    """The record of the steps since the last one, as a line of `metrics.jsonl`; `start_window` follows it."""
+    """The record of the steps since the last one, as a line of `metrics.jsonl`."""
     window = history.window
     entry: dict[str, Any] = {
         "kind": "train",
@@ -143,51 +115,35 @@ def eval_record(plan: Plan, step: int, metrics: Mapping[str, float], seconds: fl
     return {"kind": "eval", "step": step, "epoch": _epoch(plan, step), **metrics, "seconds": round(seconds, 2)}
 
 
-def start_window(history: History) -> History:
-    """The history after a training record was written: one record more, and an empty window."""
-    return history._replace(window=Window(), records=history.records + 1)
-
-
 def _epoch(plan: Plan, step: int) -> float:
     return round(step * plan.batch / plan.examples, 4)
 
 
 class Rate:
-    """Images per second and the share of time spent waiting for data, over a sliding window of recent steps.
+    """Speed over a sliding window of recent steps.
 
     The caller measures the durations, so evaluations and checkpoints between two steps do not count. The first step is
     excluded, because it may compile.
 
-    Args:
+    Attributes:
         window: seconds of steps to average over; at least two steps are.
+        images_per_sec: 0 until it is known.
+        waiting: share of the time spent waiting for data, between 0 and 1.
     """
 
     def __init__(self, window: float = 30.0):
-        self.window = window
-        self._steps: deque[tuple[int, float, float]] = deque()
-        self._images, self._seconds, self._waited = 0, 0.0, 0.0
-        self._started = False
+        self.window, self.images_per_sec, self.waiting = window, 0.0, 0.0
+        self._totals: deque[tuple[int, float, float]] = deque()  # after each step: images, seconds, seconds waited
 
     def add(self, images: int, seconds: float, waited: float = 0.0) -> None:
         """Add one step: images over all processes, its seconds, and the seconds of those spent waiting for data."""
-        if not self._started:
-            self._started = True
+        if not self._totals:
+            self._totals.append((0, 0.0, 0.0))
             return
-        self._steps.append((images, seconds, waited))
-        self._shift(1, images, seconds, waited)
-        while len(self._steps) > 2 and self._seconds - self._steps[0][1] >= self.window:
-            self._shift(-1, *self._steps.popleft())
-
-    def _shift(self, sign: int, images: int, seconds: float, waited: float) -> None:
-        self._images += sign * images
-        self._seconds += sign * seconds
-        self._waited += sign * waited
-
-    @property
-    def images_per_sec(self) -> float:
-        return self._images / self._seconds if self._images and self._seconds > 0 else 0.0
-
-    @property
-    def waiting(self) -> float:
-        """Between 0 and 1."""
-        return min(1.0, max(0.0, self._waited / self._seconds)) if self._seconds > 0 else 0.0
+        before = self._totals[-1]
+        self._totals.append((before[0] + images, before[1] + seconds, before[2] + waited))
+        while len(self._totals) > 3 and self._totals[-1][1] - self._totals[1][1] >= self.window:
+            self._totals.popleft()
+        total = [end - begin for begin, end in zip(self._totals[0], self._totals[-1], strict=True)]
+        if total[1] > 0:
+            self.images_per_sec, self.waiting = total[0] / total[1], min(1.0, max(0.0, total[2] / total[1]))

@@ -18,10 +18,9 @@ from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.state import TrainState
-from pcpvt.runtime.console import Console
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
-from pcpvt.train.history import History, Rate
+from pcpvt.train.history import History, Rate, Window
 from pcpvt.train.saving import RunSaver
 from pcpvt.train.setup import TrainSetup
 from pcpvt.train.writers import Writer
@@ -31,7 +30,7 @@ MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 
 
 def train(
-    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver, console: Console
+    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver
 ) -> tuple[TrainState, History]:
     """Train from `state` to the end of the plan, until a signal asks to stop, or until the run has diverged.
 
@@ -43,10 +42,11 @@ def train(
     session, plan, config = setup.session, setup.plan, setup.session.config
     start = step = int(state.step)  # steps done
     pending: Pending = []
-    rate, unreadable, first_seconds, stopped = Rate(), UnreadableLog(setup.train_data, console), 0.0, False
+    rate, unreadable = Rate(), UnreadableLog(setup.batches.source, setup.console)
+    first_seconds, stopped = 0.0, False
     try:
         if owes_evaluation(plan, history, step):  # the run was interrupted between this checkpoint and its evaluation
-            history, stopped = _evaluate(setup, state, history, writers, saver, rate, console)
+            history, stopped = _evaluate(setup, state, history, writers, saver)
         batches = iter(session.device.prefetch(setup.loader))
         while step < plan.steps and not stopped:
             # Stop when asked. All processes take the same decision at the same step.
@@ -91,18 +91,18 @@ def train(
             if step - start == 1:
                 first_seconds = seconds
             elif step - start == 2:
-                preflight.announce_duration(setup, step, first_seconds, seconds, waited, console.say)
+                preflight.announce_duration(setup, step, first_seconds, seconds, waited)
             if logs:
                 entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec))
-                history = histories.start_window(history)
+                history = history._replace(window=Window(), records=history.records + 1)
                 for writer in writers:
-                    writer.record(entry, rate)
+                    writer.record(entry)
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:
                 saver.save(state, history)
             if evaluates:
-                history, stopped = _evaluate(setup, state, history, writers, saver, rate, console)
+                history, stopped = _evaluate(setup, state, history, writers, saver)
     except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
         saver.save(state, _read_metrics(history, pending, config.max_skipped, writers))
         saver.finish()
@@ -132,11 +132,14 @@ def stop_requested() -> bool:
 
 
 def _read_metrics(history: History, pending: Pending, max_skipped: int, writers: Sequence[Writer]) -> History:
-    """The history with the pending metrics, whose non-finite steps are reported."""
-    history, bad_steps = histories.add_metrics(history, pending, max_skipped)
-    for bad in bad_steps:
-        for writer in writers:
-            writer.bad_step(bad)
+    """Add the pending metrics, up to the step at which the run counts as diverged, and report non-finite steps."""
+    for step, metrics in pending:
+        history = histories.add_metrics(history, step, metrics)
+        if history.streak:
+            for writer in writers:
+                writer.bad_step(history.streak[-1])
+        if history.diverged(max_skipped):
+            break
     return history
 
 
@@ -150,39 +153,33 @@ def _evaluation_due(plan: Plan, step: int) -> bool:
 
 def _count_replaced(setup: TrainSetup, unreadable: UnreadableLog, batch: Batch, step: int) -> int:
     """Name the unreadable images that were replaced in a batch; returns their number over all processes."""
-    wanted = [draw.index for draw in setup.batches.draws(step)]
-    replaced = [(i, used) for i, used in zip(wanted, batch["id"].tolist(), strict=True) if i != used]
-    for index, used in replaced:
-        unreadable.add(index, f"sample {used} is used instead")
-    return int(collectives.sum_numbers([float(len(replaced))])[0])
+    count = 0.0
+    for draw, used in zip(setup.batches.draws(step), batch["id"].tolist(), strict=True):
+        if draw.index != used:
+            unreadable.add(draw.index, f"sample {used} is used instead")
+            count += 1
+    return int(collectives.sum_numbers([count])[0])
 
 
 def _evaluate(
-    setup: TrainSetup,
-    state: TrainState,
-    history: History,
-    writers: Sequence[Writer],
-    saver: RunSaver,
-    rate: Rate,
-    console: Console,
+    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver
 ) -> tuple[History, bool]:
     """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation."""
-    session, split, step = setup.session, setup.split, int(state.step)
-    began = time.perf_counter()
-    predictions = mistakes.PredictionLog(len(split.dataset))
+    session, data, step = setup.session, setup.split.dataset, int(state.step)
+    began, predictions = time.perf_counter(), mistakes.PredictionLog(len(data))
     params = session.inference(state.ema or state.params)
     summaries = evaluate(
-        session, split, lambda batch: [setup.eval_step(params, batch)], observe=predictions, stop=stop_requested
+        session, setup.split, lambda batch: [setup.eval_step(params, batch)], observe=predictions, stop=stop_requested
     )
     if summaries is None:
         return history, True
     (metrics,) = summaries
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
-    history = history._replace(metrics=metrics, records=history.records + 1)
     for writer in writers:
-        writer.record(entry, rate)
+        writer.record(entry)
+    history = history._replace(metrics=metrics, records=history.records + 1)
     if history.best is None or metrics["acc1"] >= history.best["acc1"]:
         history = history._replace(best={**metrics, "step": step})
-        mistakes.try_write(session, predictions, split.dataset, step, console)
+        mistakes.try_write(session, predictions, data, step, setup.console)
     saver.add_evaluation(state, history)
     return history, False

@@ -7,49 +7,43 @@ second step, which neither compiles nor starts loader processes, gives the expec
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import textwrap
 import time
-from collections.abc import Callable
-from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.config import fields, stored
-from pcpvt.config.plan import Plan
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.runtime.console import duration
-from pcpvt.runtime.session import Session
 from pcpvt.train.setup import TrainSetup, copy_to_host
-
-Say = Callable[[str], None]
 
 EVALUATION = 1 / 3  # of a training step's time per image: no backward pass (an estimate)
 WIDTH = 118
 
 
-def announce_run(setup: TrainSetup, step: int, say: Say) -> None:
+def announce_run(setup: TrainSetup, step: int) -> None:
     """Print what the run will be, in about ten lines."""
-    session, plan, config = setup.session, setup.plan, setup.session.config
-    micro, pieces = plan.local_batch // plan.grad_accum_steps, plan.grad_accum_steps
+    session, plan, config, say = setup.session, setup.plan, setup.session.config, setup.console.say
+    device, processes, pieces = session.device, session.world.size, plan.grad_accum_steps
     say(
         f"model: {config.model.name}, {pcpvt.n_parameters(setup.model):,} parameters, {plan.num_classes} classes, "
         f"{plan.size[0]}x{plan.size[1]} px, {session.policy}"
     )
-    say(f"device: {session.world.size} x {session.device.name} ({session.device.describe()}), compile {config.compile}")
+    say(f"device: {processes} x {device.name} ({device.describe()}), compile {config.compile}")
     say(
         f"data: {config.data.name or 'folder'} {config.data.path}: {plan.examples} training, "
         f"{len(setup.split.dataset)} validation images"
     )
     say(
-        f"batch: {plan.batch} = {session.world.size} processes x {plan.local_batch} ({pieces} x {micro}); "
+        f"batch: {plan.batch} = {processes} processes x {plan.local_batch} ({pieces} x {plan.local_batch // pieces}); "
         f"{plan.steps} steps = {plan.epochs:.4g} epochs; peak lr {plan.lr:.3g}"
     )
-    for line in textwrap.wrap(f"config: {changed(config)}", WIDTH, subsequent_indent="    "):
+    default = stored.flat(fields.base())
+    changed = " ".join(f"{name}={value}" for name, value in stored.flat(config).items() if value != default[name])
+    for line in textwrap.wrap(f"config: {changed or 'all defaults'}", WIDTH, subsequent_indent="    "):
         say(line)
     for note in setup.notes:
         say(f"note: {note}")
@@ -57,56 +51,30 @@ def announce_run(setup: TrainSetup, step: int, say: Say) -> None:
         say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
 
 
-def changed(config: ConfigDict) -> str:
-    """The fields that differ from their defaults; `config.json` has them all."""
-    now, default = stored.flat(config), stored.flat(fields.base())
-    shown = [f"{name}={value}" for name, value in now.items() if value != default[name]]
-    return " ".join(shown) or "all defaults"
-
-
-def check_disk(session: Session, plan: Plan, state: TrainState, say: Say) -> None:
+def check_disk(setup: TrainSetup, state: TrainState) -> None:
     """Check on the main process that the disk holds the run's checkpoints, by space and by a trial checkpoint.
 
     Raises:
         UserError: when the disk cannot hold the checkpoints, or the trial cannot be written.
     """
+    session, plan = setup.session, setup.plan
     if not session.world.is_main:
         return
-    tensors, keep = states.flatten(state), session.config.keep
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    folder, tensors = session.checkpoints, copy_to_host(states.flatten(state))
+    size = sum(tensor.nbytes for tensor in tensors.values())
     # The kept ones, the best, and the one being written, which takes its place before another is removed.
-    files = min(keep + 2, 2 + sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every))
-    have, free = disk(session.checkpoints)
-    if have + free < files * size:
+    due = sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every)
+    files = min(session.config.keep + 2, 2 + due)
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in checkpoint.steps(folder).values())
+    if free < files * size:
         raise UserError(
             f"--workdir: {session.workdir}: {files} checkpoints of {amount(size)} need {amount(files * size)} and "
-            f"{amount(have + free)} are free: make room, lower config.keep, or choose another --workdir"
+            f"{amount(free)} are free: make room, lower config.keep, or choose another --workdir"
         )
-    seconds = trial(session.checkpoints, copy_to_host(tensors))
-    say(
-        f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(have + free)} free; "
-        f"trial save {seconds:.2f} s"
-    )
-
-
-def disk(folder: Path) -> tuple[int, int]:
-    """(bytes of the checkpoints that are there, bytes free to this user)."""
-    status = os.statvfs(folder)
-    have = sum(path.stat().st_size for path in checkpoint.steps(folder).values())
-    return have, status.f_bavail * status.f_frsize
-
-
-def trial(folder: Path, tensors: dict) -> float:
-    """Seconds that a checkpoint takes to write by the real protocol; it is removed again.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    began = time.perf_counter()
-    trial = folder / "trial.tmp"
+    trial, began = folder / "trial.tmp", time.perf_counter()
     try:
         checkpoint.write_tensors(trial, tensors, {"step": 0})
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
     except OSError as error:
         raise UserError(
             f"--workdir: {folder}: a trial checkpoint could not be written ({error.strerror or error}): free space, or "
@@ -114,6 +82,10 @@ def trial(folder: Path, tensors: dict) -> float:
         ) from None
     finally:
         trial.unlink(missing_ok=True)
+    setup.console.say(
+        f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(free)} free; "
+        f"trial save {seconds:.2f} s"
+    )
 
 
 def amount(size: float) -> str:
@@ -125,7 +97,7 @@ def amount(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def announce_duration(setup: TrainSetup, step: int, first: float, second: float, waited: float, say: Say) -> None:
+def announce_duration(setup: TrainSetup, step: int, first: float, second: float, waited: float) -> None:
     """Print the expected duration and memory, and how many loader processes keep a step fed.
 
     Args:
@@ -133,10 +105,10 @@ def announce_duration(setup: TrainSetup, step: int, first: float, second: float,
         first, second: seconds of the first two steps of this part of the run.
         waited: seconds of the second step spent waiting for its batch.
     """
-    plan = setup.plan
-    left = (plan.steps - step) * second
-    evaluations = (plan.steps - step) // plan.eval_every if plan.eval_every else 0
-    left += evaluations * len(setup.split.dataset) * EVALUATION * second / plan.batch
+    plan, say = setup.plan, setup.console.say
+    steps = plan.steps - step
+    evaluated = steps // plan.eval_every * len(setup.split.dataset) if plan.eval_every else 0  # images
+    left = steps * second + evaluated * EVALUATION * second / plan.batch
     peak, total = setup.session.device.memory_stats()
     until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
     say(
@@ -155,10 +127,11 @@ def feeding(reading: float, computing: float, workers: int) -> str:
         workers: loader processes there are.
     """
     needed = math.ceil(reading / max(computing, 1e-6))
-    said = f"reading: {reading:.3g} s a batch, a step computes {computing:.3g} s: "
     if workers == 0:
         share = reading / (reading + computing)
-        return said + f"{share:.0%} of the time, in this process; config.data.workers={needed} would hide it"
-    if workers >= needed:
-        return said + f"config.data.workers={workers} keeps it fed ({needed} would)"
-    return said + f"config.data.workers={needed} would keep it fed where there are cores for them; it is {workers}"
+        advice = f"{share:.0%} of the time, in this process; config.data.workers={needed} would hide it"
+    elif workers >= needed:
+        advice = f"config.data.workers={workers} keeps it fed ({needed} would)"
+    else:
+        advice = f"config.data.workers={needed} would keep it fed where there are cores for them; it is {workers}"
+    return f"reading: {reading:.3g} s a batch, a step computes {computing:.3g} s: {advice}"

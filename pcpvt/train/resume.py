@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint
@@ -10,9 +9,15 @@ from pcpvt.config import fields, stored
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state
-from pcpvt.models import pcpvt
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
+from pcpvt.train.history import Clock, Window
+
+_SCORES = ("acc1", "acc5", "loss", "seen")
+# The objects that a run continues from, with their numbers; `checkpoints.checkpoint` checks the types of other parts.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "window": Window._fields, "clock": Clock._fields, "metrics": _SCORES, "best": (*_SCORES, "step"),
+}  # fmt: skip
 
 
 def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
@@ -28,32 +33,19 @@ def newest(session: Session, console: Console) -> checkpoint.Checkpoint | None:
             if console.speaks:  # all processes read the same files
                 console.warn(f"{error}; falling back to an earlier one")
             continue
-        missing = [name for name, fits in REQUIRED.items() if not fits(found.meta.get(name))]
+        missing = [name for name in ("config", "classes", "examples", "records") if name not in found.meta]
+        missing += [name for name in REQUIRED if not _has_numbers(name, found.meta.get(name))]
         if missing:
             raise checkpoint.CheckpointError(f"{path}: no run goes on from it ({missing[0]} is missing): remove it")
         return found
     return None
 
 
-def _numbers(*names: str, unset: bool = False) -> Callable[[Any], bool]:
-    """A check that a value is a JSON object with numbers under these names (or null, if `unset`)."""
-    return lambda value: (
-        (unset and value is None)
-        or (isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names))
-    )
-
-
-# What a training checkpoint must hold in addition to what `checkpoints.checkpoint` requires of every checkpoint.
-REQUIRED: dict[str, Callable[[Any], bool]] = {
-    "config": lambda value: isinstance(value, dict),
-    "classes": lambda value: isinstance(value, list),
-    "examples": lambda value: isinstance(value, int),
-    "records": lambda value: isinstance(value, int),
-    "window": _numbers("loss", "steps", "skipped", "grad_norm"),
-    "clock": _numbers("steps", "seconds", "elapsed"),
-    "metrics": _numbers("acc1", "acc5", "loss", "seen", unset=True),
-    "best": _numbers("acc1", "acc5", "loss", "seen", "step", unset=True),
-}
+def _has_numbers(name: str, value: Any) -> bool:
+    """Whether a value has the numbers that REQUIRED lists; an evaluation that did not take place is null."""
+    if value is None:
+        return name in ("metrics", "best")
+    return isinstance(value, dict) and all(isinstance(value.get(number), int | float) for number in REQUIRED[name])
 
 
 def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:
@@ -71,14 +63,13 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
         rule = fields.rule(name)
         if before == after or (fields.START in rule and after == default.get(name)):
             continue
-        if fields.FREE in rule:
-            notes.append(f"config.{name}: {before} -> {after}")
-        else:
+        if fields.FREE not in rule:
             raise UserError(
                 f"config.{name}: {after!r} but {session.workdir} was trained with {before!r}: "
                 "restore it, or start anew with --workdir=DIR"
             )
-    if list(meta["classes"]) != classes:
+        notes.append(f"config.{name}: {before} -> {after}")
+    if meta["classes"] != classes:
         raise UserError(
             f"config.data.path: the classes are not those that {session.workdir} was trained on: use another --workdir"
         )
@@ -106,39 +97,22 @@ def check_agreement(step: int) -> None:
         )
 
 
-def params_of(loaded: checkpoint.Checkpoint, model: pcpvt.PCPVT) -> pcpvt.Params:
-    """The parameters of a checkpoint, in the model's order, as in a new run.
-
-    Raises:
-        CheckpointError: when they are not the model's.
-    """
-    shapes = pcpvt.shapes(model)
-    found = {n.removeprefix("params/"): v for n, v in loaded.tensors.items() if n.startswith("params/")}
-    if {n: v.shape for n, v in found.items()} != shapes:
-        raise checkpoint.CheckpointError(f"{loaded.path}: holds another model's parameters: use another --workdir")
-    return {name: found[name] for name in shapes}
-
-
 def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.TrainState:
     """The TrainState of a checkpoint, copied into the template's memory, whose alignment selects the same kernels.
 
     The loss scale depends on the precision, which may change: if the checkpoint has none, the template's is used.
 
     Raises:
-        UserError: when its tensors are not those of this run.
+        CheckpointError: when its tensors are not those of this run.
     """
-    expected = state.flatten(template)
-    found = dict(loaded.tensors)
-    if not any(name in found for name in expected if name.startswith("scale/")):
-        found = {n: v for n, v in found.items() if not n.startswith("scale/")}
-        found |= {name: value for name, value in expected.items() if name.startswith("scale/")}
-    wrong = sorted(
-        name for name in expected.keys() | found.keys() if name not in expected or name not in found
-        or expected[name].shape != found[name].shape or expected[name].dtype != found[name].dtype
-    )  # fmt: skip
-    if wrong:
+    expected, found = state.flatten(template), loaded.tensors
+    scale = {name: value for name, value in expected.items() if name.startswith("scale/")}
+    if not scale.keys() & found.keys():
+        found = {name: value for name, value in found.items() if not name.startswith("scale/")} | scale
+    ours, theirs = ({(n, v.shape, v.dtype) for n, v in tensors.items()} for tensors in (expected, found))
+    if wrong := sorted({name for name, _, _ in ours ^ theirs}):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise checkpoint.CheckpointError(
             f"{loaded.path}: holds another run's state ({', '.join(wrong[:3])}{more} differ): use another --workdir"
         )
-    return state.unflatten(template, {name: expected[name].copy_(found[name]) for name in expected})
+    return state.unflatten(template, {name: value.copy_(found[name]) for name, value in expected.items()})

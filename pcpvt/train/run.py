@@ -2,62 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.data import order
 from pcpvt.distributed import collectives, signals
+from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.report import run as report
 from pcpvt.runtime import records
-from pcpvt.runtime.console import Console, duration
+from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
 from pcpvt.train import loop, preflight, writers
-from pcpvt.train.divergence import divergence_error
 from pcpvt.train.history import History
 from pcpvt.train.saving import RunSaver
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
+LISTED = 8  # sample ids in the message about a run that diverged; `nonfinite.json` has them all
+
 
 def run(session: Session) -> int:
     """Train to the end of the plan, or to a signal; returns the exit code."""
-    console = Console(session.world.is_main)
-    setup, state, history = prepare(session, console)
-    plan, step = setup.plan, int(state.step)
-    preflight.announce_run(setup, step, console.say)
+    setup, state, history = prepare(session)
+    plan, say, step = setup.plan, setup.console.say, int(state.step)
+    preflight.announce_run(setup, step)
     if loop.finished(plan, history, step):
-        console.say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
-        _conclude(setup, state, history, console)
+        say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
+        _conclude(setup, state, history)
         return 0
-    preflight.check_disk(session, plan, state, console.say)
+    preflight.check_disk(setup, state)
     if session.world.is_main:
         records.write_json(session.workdir / "config.json", session.config.to_dict())
-    with ExitStack() as stack:
-        outputs, history = writers.open_writers(session, plan, history, step, console)
+    with contextlib.ExitStack() as stack:
+        outputs, history = writers.open_writers(session, plan, history, step, setup.console)
         for writer in outputs:
             stack.callback(writer.close)
-        saver = RunSaver(setup, step, outputs, console.warn)
+        saver = RunSaver(setup, step, outputs, setup.console.warn)
         stack.callback(saver.finish)
-        state, history = loop.train(setup, state, history, outputs, saver, console)
+        state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
-            raise divergence_error(session, plan, setup.train_data, history.streak, saver.last_good)
+            raise _divergence_error(setup, history, saver.last_good)
         signals.ignore()  # all is saved: a launcher's signals from here on must not change the exit code
         if not loop.finished(plan, history, int(state.step)):
             collectives.barrier()  # the first process to leave makes the launcher stop the others
-            console.say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
+            say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
             return signals.PREEMPTED
-        _conclude(setup, state, history, console)
-        report.at_end(session, console)
+        _conclude(setup, state, history)
+        report.at_end(session, setup.console)
     return 0
 
 
-def _conclude(setup: TrainSetup, state: TrainState, history: History, console: Console) -> None:
+def _divergence_error(setup: TrainSetup, history: History, last_good: Path | None) -> UserError:
+    """The error that ends a run; `nonfinite.json` lists the non-finite steps in a row with all their samples."""
+    session, plan, config = setup.session, setup.plan, setup.session.config
+    steps: list[dict[str, Any]] = []
+    for step, loss, grad_norm, _ in history.streak:
+        draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
+        samples = [{"id": draw.index, "name": setup.batches.source.name(draw.index)} for draw in draws]
+        steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
+    where = session.workdir / "nonfinite.json"
+    if session.world.is_main:
+        with contextlib.suppress(OSError):  # the error matters more than the file
+            records.write_json(where, {"steps": steps, "last_good": str(last_good)})
+    ids = [str(sample["id"]) for sample in steps[-1]["samples"]]
+    more = f" and {len(ids) - LISTED} more" if len(ids) > LISTED else ""
+    return UserError(
+        f"config.max_skipped: the loss or gradient was not finite {len(steps)} times in a row, up to step "
+        f"{steps[-1]['step']} (samples {', '.join(ids[:LISTED])}{more}; all of them in {where}); last good checkpoint: "
+        f"{last_good or 'none'}: lower config.lr, or use config.precision=float32"
+    )
+
+
+def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
     """Write `result.json`, with the metrics of the best checkpoint, which `--mode=eval` reproduces; print it."""
-    session, say = setup.session, console.say
-    result = _result(setup, int(state.step), history)
+    session, say, result = setup.session, setup.console.say, _result(setup, int(state.step), history)
     if setup.resumed_from is not None:
         result = _earlier_result(session, result) or result
     if session.world.is_main:
@@ -77,9 +100,7 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     counts = {"unreadable": best.get("unreadable"), "replaced": history.replaced}
     return {
         "mode": "train",
-        "acc1": best.get("acc1"),
-        "acc5": best.get("acc5"),
-        "loss": best.get("loss"),
+        **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
         "best_step": best_step,
         "images": step * plan.batch,
         "images_per_sec": round(history.images_per_sec(plan.batch), 2),

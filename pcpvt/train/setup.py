@@ -38,7 +38,7 @@ class TrainSetup(NamedTuple):
     """What a training run uses from start to end; only the state and the history change."""
 
     session: Session
-    train_data: Dataset
+    console: Console
     split: evaluator.Split  # validation
     model: pcpvt.PCPVT
     plan: Plan
@@ -60,13 +60,13 @@ class TrainSetup(NamedTuple):
         return utilisation.mfu(images_per_sec, flops, self.peak_flops, self.session.world.size)
 
 
-def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.TrainState, History]:
+def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     """Open the data, build the model and the step, and create, load or resume the state.
 
     Raises:
         UserError: when the data, the config and the workdir's checkpoints do not fit each other.
     """
-    config, began = session.config, time.perf_counter()
+    config, console, began = session.config, Console(session.world.is_main), time.perf_counter()
     train_data, val_data = sessions.open_data(session, "train"), sessions.open_data(session, "val")
     sources.check_classes(train_data, val_data)
     model = sessions.build_model(config, sessions.count_classes(config, train_data))
@@ -74,10 +74,8 @@ def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.Train
     classes = list(train_data.classes)
 
     resumed = resume.newest(session, console)
-    first_step, notes = 0, []
-    if resumed is not None:
-        notes = resume.check_compatible(session, resumed.meta, classes, plan.examples)
-        first_step = resumed.meta["step"]
+    notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
+    first_step = resumed.meta["step"] if resumed else 0
     batches = train_batches(session, model, train_data)
     reader = sessions.open_loader(session, batches, range(first_step, plan.steps))
     if first_step < plan.steps:
@@ -85,10 +83,8 @@ def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.Train
 
     if resumed is None:
         params, notes = init_params(session, model, classes)
-        history = History()
-    else:
-        params = resume.params_of(resumed, model)
-        history = History.from_meta(resumed.meta)
+    else:  # memory that `restore` fills
+        params = {n: torch.empty(shape, dtype=session.policy.params) for n, shape in pcpvt.shapes(model).items()}
     opt = optimizer(session, plan, params)
     start = init_state(session, params, opt)
     if resumed is not None:
@@ -103,23 +99,14 @@ def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.Train
         "image_size": list(session.size),
         "examples": plan.examples,
     }
+    split = evaluator.open_split(session, val_data, plan.eval_batch)
+    train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
+    peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
-        session,
-        train_data,
-        evaluator.open_split(session, val_data, plan.eval_batch),
-        model,
-        plan,
-        batches,
-        reader,
-        train_step(session, model, plan, opt),
-        step.make_eval_step(session.predictor(model)),
-        utilisation.peak_flops(session.device.describe(), session.policy.compute),
-        meta,
-        resumed.path if resumed else None,
-        notes,
-        began,
-    )
-    return setup, start, history
+        session, console, split, model, plan, batches, reader, train, score, peak, meta,
+        resumed.path if resumed else None, notes, began,
+    )  # fmt: skip
+    return setup, start, History.from_meta(resumed.meta) if resumed else History()
 
 
 def elapsed(setup: TrainSetup, history: History) -> float:
@@ -137,44 +124,20 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     """This process's training batches, by step."""
     config, world, a = session.config, session.world, session.config.augment
     spec = augment.AugmentSpec(
-        size=session.size,
-        scale=tuple(a.scale),
-        ratio=tuple(a.ratio),
-        hflip=a.hflip,
-        randaugment=a.randaugment,
-        color_jitter=a.color_jitter,
-        erase_prob=a.erase,
-        crop_padding=a.crop_pad,
-    )
+        size=session.size, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, randaugment=a.randaugment,
+        color_jitter=a.color_jitter, erase_prob=a.erase, crop_padding=a.crop_pad,
+    )  # fmt: skip
     mix = None
     if (config.mixup or config.cutmix) and config.mix_prob:
         mix = mixing.MixSpec(config.mixup, config.cutmix, config.mix_prob, config.mix_switch, config.mix_mode)
     return loader.TrainBatches(
-        dataset,
-        spec,
-        mix,
-        pcpvt.drop_rates(model.spec, config.model.drop_path),
-        seed=config.seed,
-        batch=config.batch_size,
-        rank=world.rank,
-        world=world.size,
-        repeats=a.repeats,
-        on_error=config.data.on_error,
-    )
+        dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
+        batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
+    )  # fmt: skip
 
 
-def trainable(session: Session, names: Sequence[str]) -> list[str]:
-    """The parameters that `config.frozen` leaves to train.
-
-    Raises:
-        UserError: when it matches none or all of them.
-    """
-    frozen = matched(session.config, "frozen", names)
-    return [name for name in names if name not in frozen]
-
-
-def matched(config: ConfigDict, field: str, names: Sequence[str]) -> set[str]:
-    """The names that the regular expression of a field matches; none when it is empty.
+def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
+    """The parameters that the regular expression of a field ("fresh", "frozen") matches; none when it is empty.
 
     Raises:
         UserError: when it matches none or all of them.
@@ -189,13 +152,10 @@ def matched(config: ConfigDict, field: str, names: Sequence[str]) -> set[str]:
 
 def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
     """Clipping and AdamW as the config says, over what is not frozen."""
-    config = session.config
-    train = set(trainable(session, list(params)))
-    groups = optim.groups(
-        {name: value for name, value in params.items() if name in train},
-        config.weight_decay,
-        pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay),
-    )
+    config, frozen = session.config, matched(session.config, "frozen", params)
+    trained = {name: value for name, value in params.items() if name not in frozen}
+    layer_decay = pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay)
+    groups = optim.groups(trained, config.weight_decay, layer_decay)
     betas, skips = (config.beta1, config.beta2), session.device.fused_adamw_honors_found_inf
     adamw = optim.adamw(plan.schedule, groups, betas, config.eps, honors_found_inf=skips)
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
@@ -206,20 +166,14 @@ def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Opti
     config, policy = session.config, session.policy
     objective = make_objective(model, smoothing=config.label_smoothing, policy=policy, kernels=session.kernels)
     names = list(pcpvt.shapes(model))
+    frozen = matched(config, "frozen", names)
+    trained = [name for name in names if name not in frozen] if frozen else None  # None: all
     return step.make_step(
-        objective,
-        opt,
-        global_batch=plan.batch,
-        grad_accum_steps=plan.grad_accum_steps,
-        policy=policy,
-        scaler=precision.loss_scale(policy),
-        ema_decay=config.ema,
-        trainable=trainable(session, names) if config.frozen else None,
-        value_and_grad=session.value_and_grad(),
-        psum=collectives.psum,
-        overflow=session.device.overflow(policy.compute),
+        objective, opt, global_batch=plan.batch, grad_accum_steps=plan.grad_accum_steps, policy=policy,
+        scaler=precision.loss_scale(policy), ema_decay=config.ema, trainable=trained, psum=collectives.psum,
+        value_and_grad=session.value_and_grad(), overflow=session.device.overflow(policy.compute),
         fp32_norms=session.device.fp32_norms,
-    )
+    )  # fmt: skip
 
 
 def init_params(

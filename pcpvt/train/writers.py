@@ -38,7 +38,7 @@ class Writer:
     def bad_step(self, bad: BadStep) -> None:
         """A step whose loss or gradient was not finite."""
 
-    def record(self, entry: Mapping[str, Any], rate: Rate) -> None:
+    def record(self, entry: Mapping[str, Any]) -> None:
         """One record: `kind` ("train" or "eval"), `step`, `epoch` and its numbers (see `history`)."""
 
     def sync(self) -> None:
@@ -53,12 +53,9 @@ def open_writers(
 ) -> tuple[list[Writer], History]:
     """Create `environment.json` and the writers of this process: all on the main process, none on the others.
 
-    Args:
-        history: the records that it counts are kept; later ones belong to steps that will be repeated.
-        step: steps done.
-
     Returns:
-        The writers, and the history with the number of records that were found.
+        The writers, and the history with the number of records that were found: `history.records` at most, because
+        later ones belong to steps that will be repeated.
     """
     if not session.world.is_main:
         return [], history
@@ -83,7 +80,7 @@ class MetricsWriter(Writer):
         self._file = records.MetricsFile(path, keep_records)
         self.count = self._file.count  # records that were there
 
-    def record(self, entry: Mapping[str, Any], rate: Rate) -> None:
+    def record(self, entry: Mapping[str, Any]) -> None:
         error = self._file.write(dict(entry))
         if error and not self._warned:
             self._warned = True
@@ -104,7 +101,6 @@ class TensorBoardWriter(Writer):
     Args:
         folder: the run's workdir; events go to its `tensorboard/`.
         step: where the run starts; later events, left by an interrupted run, are purged.
-        warn: called with one line.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]):
@@ -116,39 +112,34 @@ class TensorBoardWriter(Writer):
         except (ImportError, OSError) as error:
             self._fail(error)
 
-    def record(self, entry: Mapping[str, Any], rate: Rate | None = None) -> None:
+    def record(self, entry: Mapping[str, Any]) -> None:
         """The numbers of the record as scalars `<kind>/<name>`, at its step."""
-        kind, step = entry["kind"], entry["step"]
-        numbers = {n: v for n, v in entry.items() if n != "step" and isinstance(v, int | float)}
-
-        def add(writer: Any) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(f"{kind}/{name}", value, step)
-            writer.flush()  # a run that is killed keeps what it has recorded
-
-        self._try(add)
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                self._write("add_scalar", f"{entry['kind']}/{name}", value, entry["step"])
+        self._write("flush")  # a run that is killed keeps what it has recorded
 
     def config(self, config: Mapping[str, Any], step: int) -> None:
         """The config as text."""
         text = "\n".join(f"    {line}" for line in json.dumps(config, indent=2).splitlines())
-        self._try(lambda writer: writer.add_text("config", text, step))
+        self._write("add_text", "config", text, step)
 
     def first_batch(self, batch: Batch) -> None:
         """The first images of the batch, exactly as the network sees them; see `network_input`."""
         few = {name: value[:IMAGES].cpu() for name, value in batch.items()}
-        self._try(lambda writer: writer.add_images("train/images", network_input(few), 0, dataformats="NHWC"))
+        self._write("add_images", "train/images", network_input(few), 0, dataformats="NHWC")
 
     def close(self) -> None:
-        self._try(lambda writer: writer.close())
+        self._write("close")
         self._writer = None
 
-    def _try(self, action: Callable[[Any], Any]) -> None:
-        if self._writer is None:
-            return
-        try:
-            action(self._writer)
-        except OSError as error:
-            self._fail(error)
+    def _write(self, method: str, *args: Any, **options: Any) -> None:
+        """Call a method of torch's writer, while there is one."""
+        if self._writer is not None:
+            try:
+                getattr(self._writer, method)(*args, **options)
+            except OSError as error:
+                self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._writer = None
@@ -172,46 +163,47 @@ class ConsoleWriter(Writer):
     """Prints progress: a live line at every step on a terminal, a plain line per record elsewhere."""
 
     def __init__(self, console: Console, plan: Plan):
-        self.console, self.steps, self.epochs, self.batch = console, plan.steps, plan.epochs, plan.batch
+        self.console, self.plan, self._rate = console, plan, Rate()
         self._latest: dict[str, Any] = {}
 
     def step(self, step: int, rate: Rate) -> None:
+        self._rate = rate
         if self.console.is_terminal:
-            self.console.live(self.line({**self._latest, "step": step}, rate, bar=True))
+            self.console.live(self.line({**self._latest, "step": step}, bar=True))
 
     def bad_step(self, bad: BadStep) -> None:
         self.console.warn(
             f"step {bad.step}: the loss or gradient is not finite; updates skipped in a row: {bad.in_a_row}"
         )
 
-    def record(self, entry: Mapping[str, Any], rate: Rate) -> None:
+    def record(self, entry: Mapping[str, Any]) -> None:
         if entry["kind"] == "eval":
             self.console.say(f"epoch {entry['epoch']:.2f}  {report(entry)}")
             return
         self._latest = dict(entry)
         if not self.console.is_terminal:
-            self.console.say(self.line(entry, rate))
+            self.console.say(self.line(entry))
 
-    def line(self, entry: Mapping[str, Any], rate: Rate, *, bar: bool = False) -> str:
+    def line(self, entry: Mapping[str, Any], *, bar: bool = False) -> str:
         """The progress line, most important items first, because a narrow terminal cuts the end.
 
         Args:
             entry: `step`, and `loss`, `lr` and `mfu` where they are known.
             bar: include a progress bar.
         """
-        step, speed = int(entry["step"]), rate.images_per_sec
-        parts = [f"epoch {step * self.epochs / self.steps:.2f}/{self.epochs:.4g}"]
+        plan, step, speed = self.plan, int(entry["step"]), self._rate.images_per_sec
+        parts = [f"epoch {step * plan.epochs / plan.steps:.2f}/{plan.epochs:.4g}"]
         if bar:
-            done = round(_BAR * step / self.steps)
+            done = round(_BAR * step / plan.steps)
             parts.append(f"[{'#' * done}{'.' * (_BAR - done)}]")
-        parts.append(f"step {step}/{self.steps}")
+        parts.append(f"step {step}/{plan.steps}")
         if "loss" in entry:
             parts += [f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
         if speed:
             parts.append(f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2f} images/s")
-            parts.append(f"{duration((self.steps - step) * self.batch / speed)} left")
+            parts.append(f"{duration((plan.steps - step) * plan.batch / speed)} left")
             if entry.get("mfu"):
                 parts.append(f"MFU {100 * entry['mfu']:.1f} %")
-            if not entry.get("mfu") or rate.waiting >= 0.05:
-                parts.append(f"waiting for data {100 * rate.waiting:.0f} %")
+            if not entry.get("mfu") or self._rate.waiting >= 0.05:
+                parts.append(f"waiting for data {100 * self._rate.waiting:.0f} %")
         return "  ".join(parts)
