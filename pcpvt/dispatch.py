@@ -36,6 +36,6 @@ def run(request: Run) -> int:
             return importlib.import_module(f"pcpvt.{MODULES[request.mode]}").run(session)
         except UserError as error:
             if collectives.explains(error):  # else another process has said it
-                signals.ignore()
+                signals.ignore_from_now()
                 show(f"rank {world.rank}: {error}" if world else str(error))
             return error.exit_code

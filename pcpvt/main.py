@@ -65,7 +65,7 @@ def entry() -> None:
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
     except signals.Stopped:
-        signals.ignore()
+        signals.ignore_from_now()
         if os.environ.get("RANK", "0") == "0":
             put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
         sys.exit(signals.PREEMPTED)
@@ -84,7 +84,7 @@ def _say_thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _fail(message: str, code: int, speaks: bool = True) -> None:
-    signals.ignore()
+    signals.ignore_from_now()
     if speaks:
         show(message)
     sys.exit(code)

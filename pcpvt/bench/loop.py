@@ -27,7 +27,8 @@ def measure(session: Session) -> dict[str, Any]:
     workers = sessions.workers(session, source)
     warm = 2 * workers + 2  # uses up what was read ahead while the first step started or was compiled
     batches = setup.train_batches(session, model, source)
-    loader = Loader(batches, range(warm + config.bench.steps), workers, start=device.worker_start, pin=device.pins)
+    steps = range(warm + config.bench.steps)
+    loader = Loader(batches, steps, workers, start=device.worker_start, pin=device.pins_memory)
     ready = iter(device.prefetch(loader))
 
     def advance(steps: int) -> float:

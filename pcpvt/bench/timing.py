@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -61,9 +62,11 @@ def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds
 def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
     """Seconds of one call, and whether other processes took more than OTHERS of the cores meanwhile."""
     busy, own = _ticks()
-    elapsed = device.timer()
+    device.synchronize()
+    began = time.perf_counter()
     subject()
-    seconds = elapsed()
+    device.synchronize()
+    seconds = time.perf_counter() - began
     busy, own = _ticks()[0] - busy, _ticks()[1] - own
     others = (busy - own) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
     return seconds, seconds > 0.1 and others > OTHERS  # below 0.1 s a tick of 10 ms says too little

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from pcpvt.devices.allocator import keep_freed_memory
+from pcpvt.devices.base import keep_freed_memory
 from pcpvt.errors import UserError
 
 

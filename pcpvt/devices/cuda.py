@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 import torch.nn.functional as F
 
-from pcpvt.devices.base import Batch, Device, prefetch_through_stream
+from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.models.layers import Attend
 
@@ -15,7 +13,7 @@ from pcpvt.models.layers import Attend
 class Cuda(Device):
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
-    pins = True
+    pins_memory = True
     default_compile = "inductor"
 
     def require(self, count: int) -> None:
@@ -30,7 +28,7 @@ class Cuda(Device):
 
     def bind(self, index: int) -> torch.device:
         torch.cuda.set_device(index)
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; float32 shall mean float32
+        torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions; float32 must mean float32
         self.torch = torch.device("cuda", index)
         return self.torch
 
@@ -46,11 +44,5 @@ class Cuda(Device):
     def memory_stats(self) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated(self.torch), torch.cuda.mem_get_info(self.torch)[1]
 
-    def reset_memory(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch)
-
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)
-
-    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch_through_stream(batches, self.torch, torch.cuda)

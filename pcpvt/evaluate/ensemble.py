@@ -75,7 +75,7 @@ def together(session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params
 
 def vmaps(session: Session) -> bool:
     """Whether the members run as one; compiled blocks take one member after the other."""
-    return session.device.vmaps and backend(session.device, session.config.compile) == "none"
+    return session.device.supports_vmap and backend(session.device, session.config.compile) == "none"
 
 
 def averaged(logits: Sequence[Tensor]) -> Tensor:

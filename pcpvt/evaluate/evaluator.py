@@ -50,7 +50,7 @@ class Evaluator:
             range(len(batches)),
             sessions.workers(session, source),
             start=session.device.worker_start,
-            pin=session.device.pins,
+            pin=session.device.pins_memory,
         )
         self.predict = session.predictor(model)
 

@@ -127,7 +127,7 @@ def classify(
         range(len(batches)),
         sessions.workers(session, source) if len(source) > FEW else 0,
         start=session.device.worker_start,
-        pin=session.device.pins,
+        pin=session.device.pins_memory,
     )
     predict = session.predictor(picked.model)
     weights = session.inference(picked.params)

@@ -165,7 +165,7 @@ class Trainer:
     def _start_reading(self, step: int) -> Loader:
         device, steps = self.session.device, range(step, self.plan.steps)
         workers = sessions.workers(self.session, self.train_source)
-        loader = Loader(self.batches, steps, workers, start=device.worker_start, pin=device.pins)
+        loader = Loader(self.batches, steps, workers, start=device.worker_start, pin=device.pins_memory)
         if steps:
             loader.start()
         return loader

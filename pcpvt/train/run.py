@@ -32,7 +32,7 @@ def run(session: Session) -> int:
     trainer.recorder.open()
     try:
         completed = trainer.train()
-        signals.ignore()  # all is saved: what a launcher sends now must not spoil the exit code
+        signals.ignore_from_now()  # all is saved: what a launcher sends now must not spoil the exit code
         if not completed:
             collectives.barrier()  # the first process to leave makes the launcher stop the others
             console.say(f"stopped by a signal at step {trainer.now}; saved. The same command goes on from there.")
