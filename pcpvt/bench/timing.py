@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -24,7 +24,6 @@ def detect() -> str:
     """
     world_size = os.environ.get("WORLD_SIZE", "")
     for kind, prefix in (("npu", "/dev/davinci"), ("cuda", "/dev/nvidia")):
-        count = sum(path.removeprefix(prefix).isdecimal() for path in glob.glob(f"{prefix}*"))
-        if count:
+        if count := sum(path.removeprefix(prefix).isdecimal() for path in glob.glob(f"{prefix}*")):
             return f"{kind}{world_size or count}"
     return f"cpu{world_size}"

@@ -6,16 +6,18 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend, Kernels, attend_plain
+from pcpvt.models.layers import Attend, Kernels
 
 
 class Device:
-    """Everything that depends on the kind of device. Subclasses override what differs from a plain host."""
+    """Everything that depends on the kind of device. Subclasses override what differs between them."""
 
     name = ""
     backend = "gloo"  # torch.distributed backend; must include gloo, which sums host tensors
@@ -30,16 +32,20 @@ class Device:
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
 
+    @property
+    def module(self) -> Any:
+        """`torch.cpu`, `torch.cuda` or `torch.npu`."""
+        return getattr(torch, self.name)
+
     def require(self, count: int) -> None:
         """Raises UserError, one line with the remedy, unless `count` devices can be used on this host."""
 
-    def bind(self, index: int) -> torch.device:
+    def bind(self, index: int) -> None:
         """Selects device `index` of this host for this process; called once, before any tensor exists on it."""
-        return self.torch
 
     def describe(self) -> str:
         """Product name, for records and reports."""
-        raise NotImplementedError
+        return self.module.get_device_name(self.torch)
 
     def precision(self) -> str:
         """The precision policy that `config.precision=auto` selects."""
@@ -54,7 +60,7 @@ class Device:
 
     def attend(self, dtype: torch.dtype) -> Attend:
         """The attention kernel for this dtype."""
-        return attend_plain
+        return F.scaled_dot_product_attention
 
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
         """This device's kernels for the model; with `compiled` only those that a compiler does not fuse itself."""
@@ -62,7 +68,7 @@ class Device:
 
     def memory_stats(self) -> tuple[int, int]:
         """(peak bytes that this process has used so far, total bytes of the device)."""
-        raise NotImplementedError
+        return self.module.max_memory_allocated(self.torch), self.module.mem_get_info(self.torch)[1]
 
     def micro_batch(self, size: tuple[int, int], compute: torch.dtype, blocks: int) -> int:
         """The largest number of training samples of `size` to compute at once on one device.
@@ -76,25 +82,25 @@ class Device:
 
     def synchronize(self) -> None:
         """Waits until all queued work is done."""
+        self.module.synchronize()
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches on the device; from pinned memory, batch i+1 is copied on a side stream while batch i is used."""
         if not self.pins_memory:
             yield from batches
             return
-        streams = torch.get_device_module(self.torch)  # torch.cuda or torch.npu
-        side = streams.Stream()
+        side = self.module.Stream()
 
         def copy(batch: Batch) -> Batch:
-            with streams.stream(side):
+            with self.module.stream(side):
                 return {name: value.to(self.torch, non_blocking=True) for name, value in batch.items()}
 
         copies = map(copy, batches)
         following = next(copies, None)
         while (current := following) is not None:
-            streams.current_stream().wait_stream(side)
+            self.module.current_stream().wait_stream(side)
             for value in current.values():
-                value.record_stream(streams.current_stream())  # allocated on the side stream, used on this one
+                value.record_stream(self.module.current_stream())  # allocated on the side stream, used on this one
             following = next(copies, None)
             yield current
 
@@ -111,7 +117,6 @@ def keep_freed_memory() -> None:
     a seventh of its time.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD

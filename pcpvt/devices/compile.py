@@ -5,8 +5,8 @@ stage run that code: compiling takes 56 s instead of 127 s, with a warm cache 5.
 fast (S at 224 px on two Zen 4 cores). A backend that records the device's work (npugraphs) takes the whole function,
 forward and backward together (`torch.func`), because it gains from one large graph.
 
-Shapes are fixed and nothing is drawn inside, so every step runs the same code on the same draws as in eager mode. The
-fused optimizer kernels are not compiled.
+Shapes are fixed and nothing is drawn inside, so every step runs the same code on the same draws as in eager mode.
+The fused optimizer kernels are not compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pcpvt import errors
 from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.functional.step import Objective, autograd_value_and_grad, functional_value_and_grad
-from pcpvt.models.layers import BlockFn, Kernels
+from pcpvt.models.layers import Kernels
 
 Warn = Callable[[str], None]
 
@@ -50,17 +50,12 @@ def compiled_blocks(kernels: Kernels, device: Device, choice: str, warn: Warn = 
     """Kernels with compiled blocks if `config.compile` selects a code-generating backend; fallback as in `compiled`."""
     if backend(device, choice) not in _GENERATES_CODE:
         return kernels
-    return kernels._replace(block_fn=block_fn(kernels, backend(device, choice), warn if choice == "auto" else None))
-
-
-def block_fn(kernels: Kernels, backend: str | Callable, warn: Warn | None) -> BlockFn:
-    """A `Kernels.block_fn` that runs all blocks of a stage with the same compiled code; without `warn` no fallback."""
 
     def run(block: nn.Module, x: Tensor, drop_path_scale: Tensor | None) -> Tensor:
         return block(x, kernels, drop_path_scale)
 
-    shared = _Compiled(run, run, backend, warn)
-    return lambda block, x, _, drop_path_scale: shared(block, x, drop_path_scale)
+    shared = _Compiled(run, run, backend(device, choice), warn if choice == "auto" else None)
+    return kernels._replace(block_fn=lambda block, x, _, drop_path_scale: shared(block, x, drop_path_scale))
 
 
 def value_and_grad(device: Device, choice: str, warn: Warn = errors.warn) -> Callable:
@@ -96,11 +91,10 @@ class _Compiled:
         except Exception as error:
             if not _is_compiler_error(error):
                 raise
+            problem = f"cannot compile here ({_reason(error)})"
             if self.warn is None:
-                raise UserError(
-                    f"config.compile: {self.backend!r} cannot compile here ({_reason(error)}): use config.compile=none"
-                ) from error
-            self.warn(f"{self.backend} cannot compile here ({_reason(error)}); going on without (config.compile=none)")
+                raise UserError(f"config.compile: {self.backend!r} {problem}: use config.compile=none") from error
+            self.warn(f"{self.backend} {problem}; going on without (config.compile=none)")
         self.function = self.plain
         return self.plain(*args)
 

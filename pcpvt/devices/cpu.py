@@ -8,7 +8,6 @@ import resource
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from pcpvt.devices import cpu_kernels
 from pcpvt.devices.base import Device, cores, keep_freed_memory
@@ -21,11 +20,10 @@ class Cpu(Device):
     # 8 images of 224 px) is 92 % off.
     fp32_norms = True
 
-    def bind(self, index: int) -> torch.device:
+    def bind(self, index: int) -> None:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        return self.torch
 
     def describe(self) -> str:
         model = _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine()
@@ -38,7 +36,7 @@ class Cpu(Device):
 
     def attend(self, dtype: torch.dtype) -> Attend:
         # With the 49 keys of 224 px the fused kernel is slow in bfloat16 (12 ms per call), a little faster in float32.
-        return cpu_kernels.attend if dtype == torch.bfloat16 else F.scaled_dot_product_attention
+        return cpu_kernels.attend if dtype == torch.bfloat16 else super().attend(dtype)
 
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
         own = Kernels(self.attend(dtype))

@@ -125,9 +125,7 @@ class _Linear(torch.autograd.Function):
         return grad_x if grad_x is None else grad_x.view(x.shape), grad_weight, grad_rows.sum(0) if need_bias else None
 
 
-def _float32_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+def _float32_gradients(grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
     """Gradients of `x @ weight.mT` with respect to x and weight, by oneDNN as a 1x1 convolution, without a copy."""
     # Indexing and rearranging are separate steps so that the strides of the axes of length 1 mark channels_last.
     grad_image, x_image = (rearrange(t[None, :, None], "b r w c -> b c r w") for t in (grad, x))

@@ -1,7 +1,7 @@
 """Ascend NPUs through torch_npu, which `import torch` loads by itself where it is installed.
 
-The facts stated here were checked against the torch_npu 2.13 wheel. The test in tests/wheel checks every
-`torch.npu.NAME` below, so these names are written out.
+The facts stated here, every `torch.npu.NAME` below and the names that `Device` uses of `torch.npu` are checked against
+the torch_npu 2.13 wheel by tests/test_wheel.py.
 """
 
 # mypy: disable-error-code="attr-defined"
@@ -51,15 +51,11 @@ class Npu(Device):
                 "or launch/npu_pod.sh for several hosts"
             )
 
-    def bind(self, index: int) -> torch.device:
+    def bind(self, index: int) -> None:
         torch.npu.set_compile_mode(jit_compile=False)  # use prebuilt kernels: no compilation per shape
         torch.npu.config.allow_internal_format = False
         torch.npu.set_device(index)
         self.torch = torch.device("npu", index)
-        return self.torch
-
-    def describe(self) -> str:
-        return torch.npu.get_device_name(self.torch)
 
     def precision(self) -> str:
         return "bfloat16" if torch.npu.is_bf16_supported() else "float16"
@@ -91,9 +87,3 @@ class Npu(Device):
             return npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5)[0]
 
         return fused
-
-    def memory_stats(self) -> tuple[int, int]:
-        return torch.npu.max_memory_allocated(self.torch), torch.npu.mem_get_info(self.torch)[1]
-
-    def synchronize(self) -> None:
-        torch.npu.synchronize()

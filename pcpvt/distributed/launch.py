@@ -1,7 +1,6 @@
 """Starts and supervises the processes of a run on this host, through torchelastic.
 
-Signals are forwarded to every rank, the exit code is that of the first rank that failed, and no process outlives this
-one.
+Signals are forwarded to every rank, the exit code is the first failed rank's, and no process outlives this one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pcpvt.errors import show
 
 FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; they have nothing left to save
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
-PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
 def launch(config: ConfigDict, argv: list[str]) -> int:
@@ -60,7 +58,7 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
         signals_to_handle="SIGQUIT",  # SIGTERM, SIGINT and SIGHUP are forwarded instead, so that the ranks save
     )
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _forward)

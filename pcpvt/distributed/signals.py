@@ -28,7 +28,6 @@ PEER_LOST = 76  # another process of the run died or hangs; its own exit code sa
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group and a launcher forwards it: both count as one signal
 AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Stopped(BaseException):
@@ -38,7 +37,7 @@ class Stopped(BaseException):
 class _Request:
     """State of the stop request; shared by the main thread's handler and the watching thread."""
 
-    signal: int | None = None  # the first signal that arrived
+    signal = 0  # number of the first signal that arrived
     finishes_step = False
     ignored = False
     grace = AT_ONCE
@@ -55,7 +54,7 @@ def install() -> None:
         # A SIGHUP that nohup has set to be ignored stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)  # written to even while the main thread runs C code
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
@@ -73,7 +72,7 @@ def ignore_from_now() -> None:
 
 def stop_requested() -> bool:
     """Whether a signal has asked this process to stop."""
-    return _request.signal is not None
+    return _request.signal != 0
 
 
 def _handle(number: int, frame: object) -> None:
@@ -86,11 +85,7 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _watch(pipe: int) -> None:
-    """Thread that ends the process after a second signal or the grace period.
-
-    Args:
-        pipe: receives the numbers of signals, which the interpreter writes at once whatever the main thread does.
-    """
+    """Thread that reads signal numbers from `pipe`; ends the process after a second signal or the grace period."""
     requested_at: float | None = None  # of time.monotonic
     while True:
         timeout = None if requested_at is None else max(0.0, requested_at + _request.grace - time.monotonic())
@@ -106,7 +101,6 @@ def _watch(pipe: int) -> None:
             _end("a second signal ended it", 128 + numbers[0])
         elif now - requested_at >= _request.grace:
             if _request.finishes_step:
-                assert _request.signal is not None  # set with `requested_at`
                 _end(f"no step ended within {_request.grace:g} s of a signal (config.grace)", 128 + _request.signal)
             _end("", PREEMPTED)
 
@@ -151,6 +145,6 @@ def descendants(pid: int | str = "self") -> list[int]:
 def follow_parent() -> None:
     """Asks the kernel (Linux) for a SIGTERM when the parent dies, so that a killed launcher leaves no orphans."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died meanwhile
         raise Stopped
