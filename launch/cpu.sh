@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Trains on this host's CPU: cores and memory bound, threads counted, a fast allocator, one process or several.
+# Trains on this host's CPU in one or several processes: binds cores and memory, sets the thread count, and preloads a
+# fast allocator.
 #
 #   launch/cpu.sh [--nproc=N] [--dry_run] [--] PCPVT_FLAGS...
 #   launch/cpu.sh --config=configs/pcpvt_s.py:cpu2 --workdir=runs/digits
 #
 # N processes (default: the count in --config's ARG, else 1) train together over gloo, each on an equal share of the
-# physical cores that this shell may use; `taskset -c LIST launch/cpu.sh ...` leaves the other cores to others.
-# Variables that are already set are kept. --dry_run prints what would run, as a shell script.
-# The exit status is the trainer's, or torchrun's with several processes; 2 for a wrong call.
+# physical cores that this shell may use; `taskset -c LIST launch/cpu.sh ...` restricts it to the cores of LIST.
+# Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script.
+# The exit status is the trainer's, or torchrun's with several processes; 2 for wrong arguments.
 #
-# Of PyTorch's launchers, torchrun starts several processes but binds them near GPUs only (--numa-binding), so it starts
-# this script once per process, with --bind. torch.backends.xeon.run_cpu binds, but in torch 2.13 it exits with 0 when
-# the trainer fails, leaves the trainer running when SIGTERM ends itself, and takes core numbers for CPU numbers.
+# Of PyTorch's launchers, torchrun starts several processes but can bind them only to cores near GPUs (--numa-binding),
+# so it starts this script once per process, with --bind. torch.backends.xeon.run_cpu binds cores, but in torch 2.13 it
+# exits with 0 when the trainer fails, leaves the trainer running when SIGTERM ends run_cpu itself, and confuses core
+# numbers with CPU numbers.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -49,11 +51,11 @@ nproc=${nproc:-1}
 # --- cores ------------------------------------------------------------------------------------------------------------
 hash lscpu taskset 2>/dev/null || die "lscpu, taskset: not found: install util-linux"
 bind=(taskset --cpu-list)
-# Memory is taken from the node of the core that first touches it; numactl says so even against an inherited policy.
+# Memory is allocated on the node of the core that first touches it; numactl overrides an inherited policy.
 if numactl --localalloc true 2>/dev/null; then bind=(numactl --localalloc --physcpubind); fi
 
 trainer=(python -m pcpvt.main "${flags[@]}")
-if ((${#shares[@]})); then exec "${bind[@]}" "${shares[LOCAL_RANK]}" "${trainer[@]}"; fi # one process of several
+if ((${#shares[@]})); then exec "${bind[@]}" "${shares[LOCAL_RANK]}" "${trainer[@]}"; fi # one of several processes
 
 # The first allowed CPU of every physical core, sorted so that neighbours are on one NUMA node.
 allowed=$(awk '/^Cpus_allowed_list/ { print $2 }' /proc/self/status) # like 0-3,8
@@ -75,9 +77,9 @@ done
 
 # --- environment ------------------------------------------------------------------------------------------------------
 exported=()
-default() { export "$1=${!1-$2}"; exported+=("$1"); } # NAME VALUE: a variable that is set already keeps its value
+default() { export "$1=${!1-$2}"; exported+=("$1"); } # NAME VALUE: exports VALUE unless the variable is already set
 
-allocator() { # prints the first allocator found that keeps freed memory
+allocator() { # prints the path of the first allocator library that keeps freed memory
     local name prefix file
     for name in libtcmalloc_minimal libtcmalloc libjemalloc; do
         for prefix in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "${HOME:-}/.local" /usr/local /usr; do
@@ -89,7 +91,7 @@ allocator() { # prints the first allocator found that keeps freed memory
 }
 
 default OMP_NUM_THREADS $((threads ? threads : 1))
-((nproc == 1)) || default GLOO_SOCKET_IFNAME lo # one host: no need for its name to resolve, or for a network
+((nproc == 1)) || default GLOO_SOCKET_IFNAME lo # one host: works without a resolvable host name and without a network
 preload=${LD_PRELOAD:-}
 if [[ $preload != *malloc* ]]; then
     preload=$(allocator)${preload:+:$preload}
@@ -97,10 +99,10 @@ if [[ $preload != *malloc* ]]; then
     [[ $preload == "${LD_PRELOAD:-}" ]] || { export LD_PRELOAD=$preload; exported+=(LD_PRELOAD); }
 fi
 case $preload in
-    *jemalloc*) # freed memory is kept for ever: returned after 10 s, its default, it costs as many page faults as glibc
+    *jemalloc*) # keep freed memory: its default, to return it after 10 s, causes as many page faults as glibc
         default MALLOC_CONF oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:-1 ;;
     *tcmalloc*) ;;
-    *) # glibc maps every tensor over 32 MB afresh, a page fault per 4 kB: let it keep up to 4 GB instead
+    *) # glibc maps every tensor over 32 MB afresh, with a page fault per 4 kB: make it keep up to 4 GB instead
         default MALLOC_MMAP_MAX_ 0
         default MALLOC_TRIM_THRESHOLD_ 4294967296 ;;
 esac

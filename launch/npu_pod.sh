@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Joins this node to a run over several: finds CANN, sets what HCCL needs, then becomes torchrun.
+# Starts the processes of one node of a multi-node run: finds CANN, sets HCCL's variables, then executes torchrun.
 #
 #   launch/npu_pod.sh [--nnodes=N] [--node_rank=R] [--master_addr=HOST] [--master_port=PORT]
 #                     [--nproc_per_node=K] [--dry_run] [--] PCPVT_FLAGS...
 #   launch/npu_pod.sh --nnodes=8 --node_rank=3 --master_addr=10.0.0.1 \
 #                     --config=configs/pcpvt_s.py:npu64 --workdir=/shared/run
 #
-# Start it once per node, with a workdir that all nodes share. What is not given comes from MASTER_ADDR and
+# Run it once per node, with a workdir that all nodes share. Missing options are taken from MASTER_ADDR and
 # MASTER_PORT, then from OpenMPI, Intel MPI or MPICH, Slurm, Volcano or an indexed Kubernetes job; without any
 # of them the run has one node. The count in --config's ARG (npu64) is the total over all nodes. Variables that
-# are already set are kept. --dry_run prints what would run, as a shell script. CANN_SET_ENV names CANN's
-# set_env.sh where the search does not find it. :cudaN and :cpuN work as well; only :npuN needs CANN.
-# The exit status is torchrun's; 2 for a wrong call, 1 without CANN.
+# are already set are kept. --dry_run prints the commands that would run, as a shell script. CANN_SET_ENV is the
+# path of CANN's set_env.sh, for when the search does not find it. :cudaN and :cpuN work as well; only :npuN
+# needs CANN. The exit status is torchrun's; 2 for wrong arguments, 1 without CANN.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -50,13 +50,13 @@ for flag in "${flags[@]}"; do
 done
 
 # --- which node this is -------------------------------------------------------------------------------------
-from_scheduler() { # NAME NODES RANK TASKS_PER_NODE REMEDY: fills in what the arguments leave open
+from_scheduler() { # NAME NODES RANK TASKS_PER_NODE REMEDY: sets nnodes and node_rank unless the options did
     [[ $4 == 1 ]] || die "$1: $4 tasks on this node: torchrun starts the processes: start one task per node ($5)"
     nnodes=${nnodes:-$2} node_rank=${node_rank:-$3}
 }
 
 master_addr=${master_addr:-${MASTER_ADDR:-}} master_port=${master_port:-${MASTER_PORT:-}}
-# MPI goes first: where mpirun starts the tasks inside a Slurm allocation, Slurm's variables describe mpirun.
+# MPI before Slurm: if mpirun starts the tasks inside a Slurm allocation, Slurm's variables describe mpirun.
 if [[ -n ${OMPI_COMM_WORLD_SIZE:-} ]]; then
     from_scheduler OpenMPI "$OMPI_COMM_WORLD_SIZE" "$OMPI_COMM_WORLD_RANK" \
         "${OMPI_COMM_WORLD_LOCAL_SIZE:-1}" 'mpirun --map-by ppr:1:node'
@@ -69,7 +69,7 @@ elif [[ -n ${SLURM_NODEID:-} ]]; then
 elif [[ -n ${VC_TASK_INDEX:-} ]]; then
     tasks=()
     for name in "${!VC_@}"; do [[ $name != VC_*_HOSTS ]] || tasks+=("$name"); done
-    if ((${#tasks[@]} == 1)); then # with more tasks the index alone does not tell the node: the arguments have to
+    if ((${#tasks[@]} == 1)); then # with more tasks the index does not identify the node: options are needed
         IFS=, read -ra hosts <<<"${!tasks[0]}"
         from_scheduler Volcano ${#hosts[@]} "$VC_TASK_INDEX" 1 ''
         master_addr=${master_addr:-${hosts[0]}}
@@ -95,7 +95,7 @@ if ((nnodes > 1)); then
     number --node_rank "$node_rank" 0 $((nnodes - 1))
     [[ -n $master_addr ]] || die "--master_addr: not given: name rank 0's node, or set MASTER_ADDR on all nodes"
 fi
-master_port=${master_port:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))} # by job, for two jobs that share a node
+master_port=${master_port:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))} # different for jobs that share a node
 number --master_port "$master_port" 1 65535
 hccl_port=${HCCL_IF_BASE_PORT:-60000}
 ((master_port < hccl_port || master_port > hccl_port + 15)) ||
@@ -132,12 +132,12 @@ number --nproc_per_node "$nproc_per_node" 1 1000000
 
 # --- environment --------------------------------------------------------------------------------------------
 exported=()
-default() { export "$1=${!1-$2}"; exported+=("$1"); } # NAME VALUE: a variable that is set already keeps its value
+default() { export "$1=${!1-$2}"; exported+=("$1"); } # NAME VALUE: exports VALUE unless the variable is already set
 
-way_to_master() { # prints this node's interface and address on the way to the master, or nothing where `ip` cannot tell
+route_to_master() { # prints this node's interface and address on the route to the master, or nothing if unknown
     local address
     address=$(getent ahostsv4 "$master_addr" | awk 'NR == 1 { print $1 }')
-    # A host name that /etc/hosts maps to loopback says nothing about the way that the other nodes take.
+    # If /etc/hosts maps the host name to loopback, the route that other nodes use is unknown.
     [[ $address != 127.* || $master_addr == 127.* || $master_addr == localhost ]] || return 0
     ip -o -4 addr show to "$address" | awk -v address="$address" 'NR == 1 { print $2, address }' | grep . ||
         ip -o -4 route get "$address" | sed -nE 's/.* dev (\S+).* src (\S+).*/\1 \2/p'
@@ -145,22 +145,22 @@ way_to_master() { # prints this node's interface and address on the way to the m
 
 rendezvous=(--standalone) interface=lo address=''
 if ((nnodes > 1)); then
-    read -r interface address < <(way_to_master 2>/dev/null) || true
-    # 15 minutes: the pods of a job start apart while images are pulled; torchrun's store waits for 1 by default.
+    read -r interface address < <(route_to_master 2>/dev/null) || true
+    # 15 minutes, because pods start at different times while images are pulled; torchrun's store waits 1 by default.
     is_host=false
     ((node_rank)) || is_host=true
     rendezvous=(--rdzv_backend=c10d "--rdzv_endpoint=$master_addr:$master_port" "--rdzv_id=${SLURM_JOB_ID:-pcpvt}"
         "--rdzv_conf=is_host=$is_host,join_timeout=900,read_timeout=900")
-    [[ -z $address ]] || rendezvous+=("--local_addr=$address") # else the others must resolve this node's host name
+    [[ -z $address ]] || rendezvous+=("--local_addr=$address") # else other nodes must resolve this one's host name
 fi
 [[ -z $interface ]] || default GLOO_SOCKET_IFNAME "$interface"
 default TORCH_ELASTIC_SHUTDOWN_TIMEOUT 90 # seconds from SIGTERM to SIGKILL; 30 may cut off the last checkpoint
 case $device in
     npu)
-        default CPU_AFFINITY_CONF 1 # each card's process on its own share of the cores
+        default CPU_AFFINITY_CONF 1 # binds each card's process to its own share of the cores
         default HCCL_CONNECT_TIMEOUT 1800
         default HCCL_WHITELIST_DISABLE 1
-        default OMP_NUM_THREADS 1 # what torchrun sets for several processes, without its warning
+        default OMP_NUM_THREADS 1 # torchrun's own default for several processes; setting it avoids a warning
         default TASK_QUEUE_ENABLE 2
         [[ -z $address || -n ${HCCL_SOCKET_IFNAME:-} ]] || default HCCL_IF_IP "$address" ;;
     cpu)

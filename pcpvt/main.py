@@ -88,7 +88,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
         except UserError as error:
             if collectives.explains(error):  # otherwise another process has reported it
-                signals.ignore()
+                signals.ignore_from_now()
                 show(f"rank {world.rank}: {error}" if world else str(error))
             return error.exit_code
 
@@ -121,7 +121,7 @@ def entry() -> None:
         what = f"{str(error).splitlines()[0]} ({error.__cause__})"
         _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
     except signals.Stopped:
-        signals.ignore()
+        signals.ignore_from_now()
         if os.environ.get("RANK", "0") == "0":
             put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
         sys.exit(signals.PREEMPTED)
@@ -140,7 +140,7 @@ def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
 
 
 def _fail(message: str, code: int, reports: bool = True) -> None:
-    signals.ignore()
+    signals.ignore_from_now()
     if reports:
         show(message)
     sys.exit(code)

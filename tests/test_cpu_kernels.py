@@ -1,4 +1,4 @@
-"""The CPU's own kernels compute what the plain operators compute, gradients included, and skip what they promise to."""
+"""The CPU kernels equal the plain operators, gradients included, and skip the work that they promise to skip."""
 
 from __future__ import annotations
 
@@ -21,136 +21,134 @@ LINEAR = [(cpu_kernels.linear, F.linear), (cpu_kernels.gelu_linear, gelu_linear_
 
 
 def draws(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Standard normal numbers, one tensor per shape."""
+    """Standard normal tensors, one per shape."""
     generator = rng.generator(0, "test")
     return [torch.from_numpy(generator.standard_normal(s)).to(dtype) for s in shapes]
 
 
-def with_gradients(function, given: list[torch.Tensor], ahead: torch.Tensor) -> list[torch.Tensor]:
-    """The value and its gradients in all that is given."""
-    leaves = [t.clone().requires_grad_() for t in given]
+def with_gradients(function, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> list[torch.Tensor]:
+    """The value of `function` and its gradients with respect to all inputs."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
     value = function(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves, ahead.to(value.dtype))]
+    return [value.detach(), *torch.autograd.grad(value, leaves, grad_output.to(value.dtype))]
 
 
-def need(dtype: torch.dtype) -> None:
+def skip_unless_usable(dtype: torch.dtype) -> None:
     if not cpu_kernels.usable(dtype):
-        pytest.skip(f"oneDNN's product with a bias is not in this build, or not for this processor, in {dtype}")
+        pytest.skip(f"this build or processor has no oneDNN product with bias in {dtype}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(6, 40), (2, 56, 56, 64)])
-def test_norms_of_16_bits_with_float32_weights_are_rounded_once(dtype, shape):
+def test_16_bit_norms_with_float32_weights_are_rounded_once(dtype, shape):
     x, weight, bias = draws(shape, shape[-1:], shape[-1:])
     x = x.to(dtype)
     exact = norm_plain(x.double(), weight.double(), bias.double(), 1e-6)
     with torch.no_grad():
-        found = cpu_kernels.norm(x, weight, bias, 1e-6)
-    assert found.dtype == dtype
-    half = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(found.double(), exact, rtol=1.02 * half, atol=1e-6)  # 2 %: statistics in float32
+        result = cpu_kernels.norm(x, weight, bias, 1e-6)
+    assert result.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(result.double(), exact, rtol=1.02 * rounding, atol=1e-6)  # 2 %: statistics in float32
 
 
 def test_gradients_of_16_bit_norms_are_summed_in_float32():
-    x, weight, bias, ahead = draws((25088, 64), (64,), (64,), (25088, 64))
-    given = [x.bfloat16(), weight, bias]
-    found = with_gradients(lambda *t: cpu_kernels.norm(*t, 1e-6), given, ahead)
-    exact = with_gradients(lambda *t: norm_plain(*t, 1e-6), [t.double() for t in given], ahead.bfloat16())
-    for mine, truth in zip(found[2:], exact[2:], strict=True):
-        assert (mine.double() - truth).norm() < 1e-4 * truth.norm()
+    x, weight, bias, grad_output = draws((25088, 64), (64,), (64,), (25088, 64))
+    inputs = [x.bfloat16(), weight, bias]
+    result = with_gradients(lambda *t: cpu_kernels.norm(*t, 1e-6), inputs, grad_output)
+    exact = with_gradients(lambda *t: norm_plain(*t, 1e-6), [t.double() for t in inputs], grad_output.bfloat16())
+    for gradient, exact_gradient in zip(result[2:], exact[2:], strict=True):
+        assert (gradient.double() - exact_gradient).norm() < 1e-4 * exact_gradient.norm()
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (2, 3, 4, 40), (4, 50, 50, 40)])
 @pytest.mark.parametrize(("ours", "plain"), LINEAR)
-def test_bfloat16_linear_maps_are_the_plain_ones_to_the_bit(ours, plain, shape):
-    need(torch.bfloat16)
-    *given, ahead = draws(shape, (24, 40), (24,), (*shape[:-1], 24), dtype=torch.bfloat16)
-    for mine, theirs in zip(with_gradients(ours, given, ahead), with_gradients(plain, given, ahead), strict=True):
-        assert torch.equal(mine, theirs)
-    with torch.no_grad():  # GELU then sees the sum before it is rounded to bfloat16: one rounding less
-        torch.testing.assert_close(ours(*given), plain(*given), rtol=2**-7, atol=2**-9)
+def test_bfloat16_linear_layers_equal_the_plain_ones_bit_for_bit(ours, plain, shape):
+    skip_unless_usable(torch.bfloat16)
+    *inputs, grad_output = draws(shape, (24, 40), (24,), (*shape[:-1], 24), dtype=torch.bfloat16)
+    result, expected = (with_gradients(function, inputs, grad_output) for function in (ours, plain))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    with torch.no_grad():  # the fused GELU takes the sum before it is rounded to bfloat16: one rounding less
+        torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (2, 3, 4, 40), (4, 50, 50, 40)])
 @pytest.mark.parametrize(("ours", "plain"), LINEAR)
-def test_float32_linear_maps_are_as_exact_as_pytorchs(ours, plain, shape):
-    need(torch.float32)
-    *given, ahead = draws(shape, (24, 40), (24,), (*shape[:-1], 24))
-    exact = with_gradients(plain, [t.double() for t in given], ahead)
-    for mine, theirs, truth in zip(
-        with_gradients(ours, given, ahead), with_gradients(plain, given, ahead), exact, strict=True
-    ):
-        ours_off, theirs_off = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
-        assert ours_off < 2e-6, (ours_off, theirs_off)
+def test_float32_linear_layers_are_exact_to_rounding(ours, plain, shape):
+    skip_unless_usable(torch.float32)
+    *inputs, grad_output = draws(shape, (24, 40), (24,), (*shape[:-1], 24))
+    result, by_pytorch = (with_gradients(function, inputs, grad_output) for function in (ours, plain))
+    exact = with_gradients(plain, [t.double() for t in inputs], grad_output)
+    for tensors in zip(result, by_pytorch, exact, strict=True):
+        error, pytorch_error = ((t.double() - tensors[2]).norm() / tensors[2].norm() for t in tensors[:2])
+        assert error < 2e-6, (error, pytorch_error)
     with torch.no_grad():
-        torch.testing.assert_close(ours(*given), plain(*given), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_parameters_give_the_same_logits(dtype):
-    need(dtype)
+def test_prepacked_parameters_give_the_same_logits(dtype):
+    skip_unless_usable(dtype)
     model, params = nano()
     cpu, x = devices.get("cpu"), images(2, 64, 64, 3).to(dtype)
     params = precision.cast(params, precision.Policy(compute=dtype), cpu.fp32_norms)
     packed = cpu.kernels(dtype).prepack(params)
     assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
     with torch.no_grad():
-        found, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))
+        logits, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))
     if dtype == torch.bfloat16:
-        assert torch.equal(found, expected)
-    # In float32 another order of sums: 4e-8 of logits up to 0.1 in torch 2.11, nothing in 2.13.
-    torch.testing.assert_close(found, expected, rtol=0, atol=4e-7)
+        assert torch.equal(logits, expected)
+    # In float32 the order of sums may differ: by 4e-8 for logits up to 0.1 in torch 2.11, not at all in 2.13.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=4e-7)
 
 
 @pytest.mark.parametrize("tokens", [30, 400])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_attention_is_the_plain_one_with_its_gradients(tokens, heads):
-    given = draws((2, heads, tokens, 8), (2, heads, 49, 8), (2, heads, 49, 8), dtype=torch.float64)
-    (ahead,) = draws((2, heads, tokens, 8), dtype=torch.float64)
-    found, expected = (with_gradients(f, given, ahead) for f in (cpu_kernels.attend, attend_plain))
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+def test_attention_and_its_gradients_equal_the_plain_ones(tokens, heads):
+    inputs = draws((2, heads, tokens, 8), (2, heads, 49, 8), (2, heads, 49, 8), dtype=torch.float64)
+    (grad_output,) = draws((2, heads, tokens, 8), dtype=torch.float64)
+    result, expected = (with_gradients(f, inputs, grad_output) for f in (cpu_kernels.attend, attend_plain))
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kept", ["none", "one", "some", "all"])
 @pytest.mark.parametrize("batch", [1, 3, 8, 20])
-def test_a_skipped_residual_branch_is_the_masked_one_with_its_gradients(batch, kept):
+def test_residual_that_skips_samples_equals_the_masked_one_with_gradients(batch, kept):
     number = {"none": 0, "one": 1, "some": (batch + 1) // 2, "all": batch}[kept]
-    keep = torch.zeros(batch)
-    keep[rng.generator(0, "test").permutation(batch)[:number]] = 1.25
-    computed = []
+    drop_path_scale = torch.zeros(batch)
+    drop_path_scale[rng.generator(0, "test").permutation(batch)[:number]] = 1.25
+    computed = []  # samples, per call of the branch
 
     def branch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         computed.append(len(x))
         return torch.tanh(x * weight)
 
     def value(residual):
-        return lambda x, weight: residual(x, lambda part: branch(part, weight), keep) + 0 * weight.sum()
+        return lambda x, weight: residual(x, lambda part: branch(part, weight), drop_path_scale) + 0 * weight.sum()
 
-    x, weight, ahead = draws((batch, 16, 16, 4), (4,), (batch, 16, 16, 4), dtype=torch.float64)
-    found = with_gradients(value(cpu_kernels.residual), [x, weight], ahead)
-    skipping, computed[:] = list(computed), []
-    for mine, theirs in zip(found, with_gradients(value(residual_plain), [x, weight], ahead), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    step = max(1, batch // 8)
-    assert number <= sum(skipping) < number + step and computed == [batch]
+    x, weight, grad_output = draws((batch, 16, 16, 4), (4,), (batch, 16, 16, 4), dtype=torch.float64)
+    result = with_gradients(value(cpu_kernels.residual), [x, weight], grad_output)
+    assert number <= sum(computed) < number + max(1, batch // 8)
+    computed.clear()
+    expected = with_gradients(value(residual_plain), [x, weight], grad_output)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert computed == [batch]
 
 
-def test_a_branch_that_no_sample_keeps_gives_its_parameters_a_gradient_of_zero():
+def test_parameters_of_a_branch_that_no_sample_keeps_have_zero_gradients():
     from pcpvt.functional.step import autograd_value_and_grad
 
     model, params = nano()
-    x, keep = images(2, 64, 64, 3, dtype=torch.float64), torch.ones(2, model.branches)
-    keep[:, 0] = 0
-    take = autograd_value_and_grad(
-        lambda p: pcpvt.apply(model, p, x, keep, kernels=devices.get("cpu").kernels(torch.float64)).square().sum()
-    )
-    _, grads = take(params)
+    x, drop_path_scale = images(2, 64, 64, 3, dtype=torch.float64), torch.ones(2, model.branches)
+    drop_path_scale[:, 0] = 0
+    kernels = devices.get("cpu").kernels(torch.float64)
+    _, grads = autograd_value_and_grad(
+        lambda p: pcpvt.apply(model, p, x, drop_path_scale, kernels=kernels).square().sum()
+    )(params)
     assert grads.keys() == params.keys()
     assert not grads["blocks.0.0.attn.q.weight"].any() and grads["blocks.0.0.mlp.fc1.weight"].any()
 
 
-def test_memory_that_tensors_leave_is_used_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
     code = """
 import resource, torch
 from pcpvt import devices
@@ -162,4 +160,4 @@ for _ in range(12):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(ended.stdout) < 149 * 2**20 / resource.getpagesize() / 100  # one in a hundred of those that it spans
+    assert int(ended.stdout) < 149 * 2**20 / resource.getpagesize() / 100  # 1 % of the pages that the tensors span

@@ -53,7 +53,7 @@ def result(session, text: str, **fields) -> dict:
 def test_vmap_and_loop_agree_and_the_figures_are_those_of_plain_code(session, monkeypatch):
     ways = []
     for vmaps in (True, False):
-        monkeypatch.setattr(Cpu, "vmaps", vmaps)
+        monkeypatch.setattr(Cpu, "supports_vmap", vmaps)
         ways.append(result(session, "a.pth,b.pth"))
         assert ways[-1]["ensemble"].pop("vmap") == vmaps
     assert [m["checkpoint"] for m in ways[0]["ensemble"]["members"]] == ["a.pth", "b.pth"]
@@ -109,7 +109,7 @@ def test_ensemble_that_cannot_be_is_one_line(session, text, fields, said):
 
 
 def test_vmap_gives_way_on_npus():
-    assert Cpu.vmaps and not Npu.vmaps
+    assert Cpu.supports_vmap and not Npu.supports_vmap
 
 
 def test_average_is_normalised_and_survives_certainty():

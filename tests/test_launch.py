@@ -1,6 +1,6 @@
-"""The launch scripts, dry: what they derive from each scheduler, what they keep, and how they fail.
+"""The launch scripts without processes: values from each scheduler, variables that are kept, and errors.
 
-A pretended `python` shows what would be started; tests/test_launch_real.py starts it.
+A fake `python` prints what would be started; tests/test_launch_real.py starts real processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("bash"), reason="the launch scripts need bash on Linux"
 )
 
-# Prints its call and the variables of interest, then exits with FAKE_EXIT.
+# Prints its arguments and the relevant variables, then exits with FAKE_EXIT.
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*"; env | grep -E '^(HCCL|GLOO|OMP|CPU_AFF|TASK|TORCH_|FROM_CANN|MALLOC|LD_PRELOAD)' | sort
 exit "${FAKE_EXIT:-0}"
@@ -38,7 +38,7 @@ def executable(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> dict[str, str]:
-    """A clean environment whose `python` only reports, and in which CANN is found."""
+    """A clean environment with the fake `python` and with CANN."""
     executable(tmp_path / "bin/python", FAKE_PYTHON)
     cann = tmp_path / "set_env.sh"
     cann.write_text('export FROM_CANN="$((1 + 1))$NOT_SET_ANYWHERE"\n')
@@ -47,7 +47,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
 
 
 def launch(line: str, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
-    """Runs a line like `NAME=value ... script argument ...`, with more arguments."""
+    """Runs a line of the form `NAME=value ... script argument ...` with `more` arguments."""
     words = shlex.split(line)
     variables = dict(word.split("=", 1) for word in words if re.match("[A-Z][A-Za-z_]*=", word))
     script, *args = words[len(variables) :]
@@ -56,8 +56,8 @@ def launch(line: str, env: dict[str, str], *more: str) -> subprocess.CompletedPr
     )
 
 
-def plan(line: str, env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The exports and the command of a dry run."""
+def dry_run(line: str, env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The exported variables and the command that `--dry_run` prints."""
     run = launch(line, env, "--dry_run")
     assert run.returncode == 0, run.stderr
     lines = [shlex.split(line) for line in run.stdout.splitlines()]
@@ -71,7 +71,7 @@ def option(command: list[str], name: str) -> str:
     return next((word.split("=", 1)[1] for word in command if word.startswith(f"--{name}=")), "")
 
 
-# Each is rank 1 of 2. srun --mpi=pmi2 adds PMI_* to Slurm's; under OpenMPI, SLURM_* is about mpirun itself.
+# Each is rank 1 of 2. srun --mpi=pmi2 sets PMI_* besides SLURM_*; under OpenMPI, SLURM_* describes mpirun itself.
 OPENMPI = "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=1 SLURM_NODEID=0"
 SLURM = "SLURM_JOB_ID=4321 SLURM_NNODES=2 SLURM_NODEID=1 SLURM_JOB_NODELIST=n[003-004] PMI_SIZE=9 PMI_RANK=8"
 SCHEDULERS = {
@@ -89,9 +89,9 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_node_count_rank_and_master_come_from(name: str, fake: dict[str, str]) -> None:
+def test_node_count_rank_and_master_of_each_scheduler(name: str, fake: dict[str, str]) -> None:
     line, endpoint = SCHEDULERS[name]
-    _, command = plan(f"{line} --config=c.py:npu16 '--workdir=a b'", fake)
+    _, command = dry_run(f"{line} --config=c.py:npu16 '--workdir=a b'", fake)
     assert command[:3] == ["python", "-m", "torch.distributed.run"]
     assert command[-4:] == ["-m", "pcpvt.main", "--config=c.py:npu16", "--workdir=a b"]
     assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["2", "8"]
@@ -99,9 +99,9 @@ def test_node_count_rank_and_master_come_from(name: str, fake: dict[str, str]) -
     assert "is_host=false" in option(command, "rdzv_conf")
 
 
-def test_rank_0_hosts_the_rendezvous_and_arguments_win_over_a_scheduler(fake: dict[str, str]) -> None:
+def test_rank_0_hosts_the_rendezvous_and_arguments_override_the_scheduler(fake: dict[str, str]) -> None:
     args = "--nnodes=4 --node_rank=0 --master_addr=z --nproc_per_node=4 --config=c.py:npu16"
-    _, command = plan(f"{SLURM} npu_pod.sh {args}", fake)
+    _, command = dry_run(f"{SLURM} npu_pod.sh {args}", fake)
     assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["4", "4"]
     assert option(command, "rdzv_endpoint") == "z:29821"
     assert "is_host=true" in option(command, "rdzv_conf")
@@ -112,43 +112,44 @@ def test_rank_0_hosts_the_rendezvous_and_arguments_win_over_a_scheduler(fake: di
     [("n3,b", "n3"), ("n[03-10,12]", "n03"), ("n[03,7],z", "n03"), ("r[1-2]n[3-4],z", "r1n3")],
 )
 def test_first_host_of_a_slurm_node_list(nodes: str, first: str, fake: dict[str, str]) -> None:
-    _, command = plan(f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake)
+    _, command = dry_run(f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake)
     assert option(command, "rdzv_endpoint") == f"{first}:29500"
 
 
-def test_without_a_scheduler_one_node_runs_alone(fake: dict[str, str]) -> None:
-    exports, command = plan("npu_pod.sh --config c.py:npu8,perf", fake)
+def test_without_a_scheduler_there_is_one_node(fake: dict[str, str]) -> None:
+    exports, command = dry_run("npu_pod.sh --config c.py:npu8,perf", fake)
     assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["1", "8"]
     assert "--standalone" in command
     assert exports["TASK_QUEUE_ENABLE"] == "2" and exports["HCCL_CONNECT_TIMEOUT"] == "1800"
     assert exports["HCCL_WHITELIST_DISABLE"] == "1" and exports["CPU_AFFINITY_CONF"] == "1"
 
 
-def test_visible_cards_give_the_process_count(fake: dict[str, str]) -> None:
-    _, command = plan("ASCEND_RT_VISIBLE_DEVICES=1,3,10 npu_pod.sh", fake)
+def test_process_count_is_the_number_of_visible_cards(fake: dict[str, str]) -> None:
+    _, command = dry_run("ASCEND_RT_VISIBLE_DEVICES=1,3,10 npu_pod.sh", fake)
     assert option(command, "nproc_per_node") == "3"
 
 
 @pytest.mark.parametrize("line", [POD2, CPU2])
 def test_variables_already_set_are_kept(line: str, fake: dict[str, str]) -> None:
-    exports = plan(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake)[0]
-    chosen = {name: f"mine{i}" for i, name in enumerate(exports)}
-    assert chosen and plan(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake | chosen)[0] == chosen
+    exports = dry_run(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake)[0]
+    already_set = {name: f"value{i}" for i, name in enumerate(exports)}
+    assert already_set
+    assert dry_run(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake | already_set)[0] == already_set
 
 
-def test_network_towards_the_master_is_used(tmp_path: Path, fake: dict[str, str]) -> None:
+def test_network_interface_on_the_route_to_the_master_is_used(tmp_path: Path, fake: dict[str, str]) -> None:
     executable(tmp_path / "bin/getent", "#!/bin/sh\necho '10.0.0.1 STREAM h0'\n")
     route = "10.0.0.1 via 10.0.1.1 dev bond0 src 10.0.1.7 uid 0 \\ cache"
     executable(tmp_path / "bin/ip", f"#!/bin/sh\n[ \"$3\" = addr ] || echo '{route}'\n")
     line = "npu_pod.sh --nnodes=2 --node_rank=1 --master_addr=h0 --config=c.py:npu2"
-    exports, command = plan(line, fake)
+    exports, command = dry_run(line, fake)
     assert (exports["GLOO_SOCKET_IFNAME"], exports["HCCL_IF_IP"]) == ("bond0", "10.0.1.7")
     assert option(command, "local_addr") == "10.0.1.7"
-    assert "HCCL_IF_IP" not in plan(f"HCCL_SOCKET_IFNAME=eth1 {line}", fake)[0]
+    assert "HCCL_IF_IP" not in dry_run(f"HCCL_SOCKET_IFNAME=eth1 {line}", fake)[0]
 
 
 @pytest.mark.parametrize("line", [f"{POD2} '--x=a b'", f"{CPU2} '--x=a b'"])
-def test_dry_run_is_repeatable_and_runs_as_printed(line: str, fake: dict[str, str]) -> None:
+def test_dry_run_is_repeatable_and_prints_what_a_run_executes(line: str, fake: dict[str, str]) -> None:
     printed = launch(line, fake, "--dry_run").stdout
     assert launch(line, fake, "--dry_run").stdout == printed
     replayed = subprocess.run(["bash", "-c", printed], env=fake, capture_output=True, text=True)
@@ -158,12 +159,12 @@ def test_dry_run_is_repeatable_and_runs_as_printed(line: str, fake: dict[str, st
 
 
 @pytest.mark.parametrize("line", [POD2, CPU2, "cpu.sh"])
-def test_exit_status_is_kept(line: str, fake: dict[str, str]) -> None:
+def test_exit_status_is_that_of_the_command(line: str, fake: dict[str, str]) -> None:
     assert launch(f"FAKE_EXIT=37 {line}", fake).returncode == 37
 
 
 @pytest.mark.parametrize("line", [POD2, CPU2, "cpu.sh"])
-def test_launcher_becomes_what_it_starts_so_that_signals_reach_it(
+def test_script_is_replaced_by_its_command_so_that_signals_reach_it(
     line: str, tmp_path: Path, fake: dict[str, str]
 ) -> None:
     executable(tmp_path / "bin/python", "#!/bin/sh\necho $$\n")
@@ -186,7 +187,7 @@ def test_cann_is_found_and_sourced(how: str, tmp_path: Path, fake: dict[str, str
     assert run.returncode == 0 and "FROM_CANN=2" in run.stdout, run.stderr
 
 
-def test_missing_cann_is_one_line_and_status_1_for_npu_only(fake: dict[str, str]) -> None:
+def test_missing_cann_is_a_one_line_error_for_npu_only(fake: dict[str, str]) -> None:
     fake["CANN_SET_ENV"] = "/nowhere/set_env.sh"
     run = launch(POD2, fake)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
@@ -219,36 +220,36 @@ ERRORS = [
 ]
 
 
-@pytest.mark.skipif(Path("/dev/davinci0").exists(), reason="these are the errors of a host without NPUs")
+@pytest.mark.skipif(Path("/dev/davinci0").exists(), reason="expects the errors of a host without NPUs")
 @pytest.mark.parametrize(("line", "message"), ERRORS)
-def test_wrong_calls_get_one_line_and_status_2(line: str, message: str, fake: dict[str, str]) -> None:
+def test_wrong_arguments_give_one_line_and_status_2(line: str, message: str, fake: dict[str, str]) -> None:
     run = launch(line, fake)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"(npu_pod|cpu)\.sh: ", run.stderr) and message in run.stderr
 
 
-def test_allocator_is_preloaded_before_what_was_there(tmp_path: Path, fake: dict[str, str]) -> None:
+def test_allocator_is_preloaded_first(tmp_path: Path, fake: dict[str, str]) -> None:
     library = executable(tmp_path / "env/lib/libtcmalloc_minimal.so.4", "")
     line = f"VIRTUAL_ENV={tmp_path / 'env'} LD_PRELOAD=%s cpu.sh"
-    assert plan(line % "/none/libother.so", fake)[0]["LD_PRELOAD"] == f"{library}:/none/libother.so"
-    kept = plan(line % "/none/libjemalloc.so", fake)[0]
-    assert "LD_PRELOAD" not in kept and "MALLOC_CONF" in kept
+    assert dry_run(line % "/none/libother.so", fake)[0]["LD_PRELOAD"] == f"{library}:/none/libother.so"
+    exports = dry_run(line % "/none/libjemalloc.so", fake)[0]
+    assert "LD_PRELOAD" not in exports and "MALLOC_CONF" in exports
 
 
-def test_each_physical_core_counts_once_and_shares_keep_to_a_numa_node(tmp_path: Path, fake: dict[str, str]) -> None:
-    # 2 sockets of 2 cores of 2 threads: siblings adjacent, nodes interleaved; CPU 7 is not allowed.
+def test_processes_get_physical_cores_of_one_numa_node(tmp_path: Path, fake: dict[str, str]) -> None:
+    # 2 sockets of 2 cores of 2 threads; sibling threads are adjacent, nodes interleaved; CPU 7 is not allowed.
     rows = "\\n".join(f"{cpu // 2 % 2},{cpu // 2 % 2},{cpu // 2},{cpu}" for cpu in range(8))
     executable(tmp_path / "bin/lscpu", f"#!/bin/sh\nprintf '# NODE,SOCKET,CORE,CPU\\n{rows}\\n'\n")
     only_0_to_6 = 'case "$1" in /^Cpus*) echo 0-6 ;; *) exec {} "$@" ;; esac'.format(shutil.which("awk"))
     executable(tmp_path / "bin/awk", f"#!/bin/sh\n{only_0_to_6}\n")
-    exports, command = plan(CPU2, fake)
+    exports, command = dry_run(CPU2, fake)
     assert option(command, "bind") == "0,4 2,6"
     assert exports["OMP_NUM_THREADS"] == "2"
 
 
-def test_scripts_are_clean_for_shellcheck() -> None:
-    beside = str(Path(sys.executable).parent)
-    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=beside)
+def test_shellcheck_finds_nothing() -> None:
+    environment_bin = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=environment_bin)
     if not shellcheck:
         pytest.skip("shellcheck is not installed")
     scripts = [str(path) for path in sorted(LAUNCH.iterdir()) if path.suffix in (".sh", ".sbatch")]
@@ -257,7 +258,7 @@ def test_scripts_are_clean_for_shellcheck() -> None:
     assert run.returncode == 0, run.stdout
 
 
-def test_slurm_script_starts_one_pod_launcher_per_node(tmp_path: Path, fake: dict[str, str]) -> None:
+def test_slurm_script_starts_npu_pod_once_per_node(tmp_path: Path, fake: dict[str, str]) -> None:
     executable(tmp_path / "bin/srun", '#!/bin/sh\necho "$*"; exit 9\n')
     script = ["bash", str(LAUNCH / "slurm_npu.sbatch"), "--config=c.py:npu16"]
     run = subprocess.run(script, env=fake, capture_output=True, text=True)
@@ -265,7 +266,7 @@ def test_slurm_script_starts_one_pod_launcher_per_node(tmp_path: Path, fake: dic
     assert "--ntasks-per-node=1" in run.stdout
 
 
-def test_volcano_manifest_agrees_with_itself_and_the_launcher(fake: dict[str, str]) -> None:
+def test_volcano_manifest_is_consistent_and_fits_npu_pod(fake: dict[str, str]) -> None:
     yaml = pytest.importorskip("yaml")
     spec = yaml.safe_load((LAUNCH / "volcano_npu.yaml").read_text())["spec"]
     (task,) = spec["tasks"]
@@ -278,6 +279,6 @@ def test_volcano_manifest_agrees_with_itself_and_the_launcher(fake: dict[str, st
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     hosts = ",".join(f"j-{i}.j" for i in range(task["replicas"]))
     volcano = f"VC_TASK_INDEX=0 VC_{task['name'].upper()}_HOSTS={hosts}"
-    _, command = plan(f"{volcano} npu_pod.sh {shlex.join(container['args'])}", fake)
+    _, command = dry_run(f"{volcano} npu_pod.sh {shlex.join(container['args'])}", fake)
     cards = container["resources"]["limits"]["huawei.com/Ascend910"]
     assert option(command, "nproc_per_node") == str(cards)

@@ -1,4 +1,4 @@
-"""The launch scripts start processes that meet, are bound, and answer signals. The trainer is a stand-in."""
+"""The launch scripts with real processes: rendezvous, core binding and signals. The trainer is replaced by a script."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ dist.init_process_group("gloo")
 total = torch.tensor(dist.get_rank() + 1)
 dist.all_reduce(total)
 cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-# One write, so that lines of several processes do not mix.
+# A single write, so that lines of several processes do not mix.
 os.write(1, f"rank {dist.get_rank()} of {dist.get_world_size()} sum {int(total)} cores {cores}\\n".encode())
 dist.destroy_process_group()
 """
@@ -48,11 +48,11 @@ def real(tmp_path: Path) -> dict[str, str]:
 
 def ranks(output: str) -> dict[str, tuple[str, str]]:
     """Rank to ("of N sum S", cores), from the lines that ALL_REDUCE prints."""
-    words = [line.split() for line in output.splitlines() if line.startswith("rank ")]
-    return {word[1]: (" ".join(word[2:6]), word[7]) for word in words}
+    rows = [line.split() for line in output.splitlines() if line.startswith("rank ")]
+    return {words[1]: (" ".join(words[2:6]), words[7]) for words in rows}
 
 
-def test_two_nodes_of_two_cpu_processes_meet(tmp_path: Path, real: dict[str, str]) -> None:
+def test_two_nodes_of_two_cpu_processes_join_one_group(tmp_path: Path, real: dict[str, str]) -> None:
     (tmp_path / "pcpvt/main.py").write_text(ALL_REDUCE)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,7 +66,7 @@ def test_two_nodes_of_two_cpu_processes_meet(tmp_path: Path, real: dict[str, str
             text=True,
             stdout=subprocess.PIPE,
         )
-        for rank in (1, 0)  # the one that has to wait for the other starts first
+        for rank in (1, 0)  # rank 1, which waits for rank 0, starts first
     ]
     try:
         outputs = [node.communicate(timeout=120)[0] for node in nodes]
@@ -74,30 +74,31 @@ def test_two_nodes_of_two_cpu_processes_meet(tmp_path: Path, real: dict[str, str
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0]
-    seen = [ranks(output) for output in outputs]
-    assert [len(node) for node in seen] == [2, 2]
-    assert {rank: words for rank, (words, _) in (seen[0] | seen[1]).items()} == dict.fromkeys("0123", "of 4 sum 10")
+    by_node = [ranks(output) for output in outputs]
+    assert [len(node) for node in by_node] == [2, 2]
+    sums = {rank: text for rank, (text, _) in (by_node[0] | by_node[1]).items()}
+    assert sums == dict.fromkeys("0123", "of 4 sum 10")
 
 
-def test_cpu_processes_meet_and_each_has_its_own_cores(tmp_path: Path, real: dict[str, str]) -> None:
+def test_cpu_processes_join_one_group_and_have_their_own_cores(tmp_path: Path, real: dict[str, str]) -> None:
     (tmp_path / "pcpvt/main.py").write_text(ALL_REDUCE)
     call = [str(LAUNCH / "cpu.sh"), "--config=c.py:cpu2"]
     run = subprocess.run(call, env=real, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    seen = ranks(run.stdout)
-    assert {rank: words for rank, (words, _) in seen.items()} == {"0": "of 2 sum 3", "1": "of 2 sum 3"}
-    if "share all" not in run.stderr:  # as on a machine of one core
-        assert not set(seen["0"][1].split(",")) & set(seen["1"][1].split(","))
+    by_rank = ranks(run.stdout)
+    assert {rank: text for rank, (text, _) in by_rank.items()} == {"0": "of 2 sum 3", "1": "of 2 sum 3"}
+    if "share all" not in run.stderr:  # printed on a machine with one core
+        assert not set(by_rank["0"][1].split(",")) & set(by_rank["1"][1].split(","))
 
 
-def test_a_failed_cpu_process_fails_the_launch(tmp_path: Path, real: dict[str, str]) -> None:
+def test_failed_cpu_process_fails_the_launch(tmp_path: Path, real: dict[str, str]) -> None:
     (tmp_path / "pcpvt/main.py").write_text("import os, sys\nsys.exit(os.environ['RANK'] == '1')\n")
     call = [str(LAUNCH / "cpu.sh"), "--nproc=2"]
     run = subprocess.run(call, env=real, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
 
 
-def test_one_cpu_process_gets_signals_itself_and_gives_its_status(tmp_path: Path, real: dict[str, str]) -> None:
+def test_single_cpu_process_gets_signals_and_determines_the_status(tmp_path: Path, real: dict[str, str]) -> None:
     (tmp_path / "pcpvt/main.py").write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(41))\n"
         "print('up', flush=True)\ntime.sleep(60)\n"

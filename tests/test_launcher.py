@@ -1,4 +1,4 @@
-"""One command becomes n supervised processes: truthful exit codes, one line per error, nothing left running."""
+"""Runs of several processes from one command: exit codes, one line per error, and no process left behind."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ LONG = {"steps": 5000, "eval_every": "0", "save_every": "0", "log_every": "1 ste
 
 
 def run(command: list[str], *faults: dict) -> miniature.Ended:
-    """Like `miniature.run`; no process with this run's mark may be left, whatever session it went to."""
+    """Like `miniature.run`; also asserts that no process with this run's mark is left, in any session."""
     mark = f"PCPVT_TEST_MARK={uuid.uuid4()}"
     ended = miniature.run(command, *faults, under=["env", mark])
     deadline = time.monotonic() + 5
-    while left := marked(mark):
+    while left := commands_with(mark):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     return ended
 
 
-def marked(mark: str) -> list[str]:
-    found = []
+def commands_with(mark: str) -> list[str]:
+    """Command lines of the processes whose environment contains `mark`."""
+    commands = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark.encode() in environ.read_bytes():
-                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
+                commands.append((environ.parent / "cmdline").read_text().replace("\0", " "))
         except OSError:
             continue
-    return found
+    return commands
 
 
-def test_a_killed_rank_is_named_and_nothing_is_left(tmp_path):
+def test_killed_rank_is_named_and_no_process_is_left(tmp_path):
     data = miniature.image_folder(tmp_path / "data")
     words = miniature.words(
         tmp_path / "run", "cpu2,folder", data__path=data, image_size=32, batch_size=8, augment__randaugment="",
@@ -57,7 +58,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left(tmp_path):
     assert "Traceback" not in ended.err
 
 
-def test_an_error_in_one_rank_is_one_line_that_names_it(tmp_path):
+def test_error_in_one_rank_is_one_line_that_names_it(tmp_path):
     data = miniature.image_folder(tmp_path / "data")
     (data / "train/cat/3.png").write_bytes(b"no image")
     words = miniature.words(
@@ -69,26 +70,26 @@ def test_an_error_in_one_rank_is_one_line_that_names_it(tmp_path):
     assert "cat/3.png" in ended.error and "rank " in ended.error
 
 
-def test_an_error_of_all_ranks_is_said_once(tmp_path):
-    ended = run(miniature.words(tmp_path, "cpu2", frozen="nothing_is_called_so"))
+def test_error_of_all_ranks_is_printed_once(tmp_path):
+    ended = run(miniature.words(tmp_path, "cpu2", frozen="matches_no_parameter"))
     assert ended.code == 2 and "config.frozen" in ended.error
 
 
-def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
-    """It does not even take signals. Torchelastic would kill it 30 s later; here it wakes up, to be quicker."""
+def test_rank_that_hangs_is_named_within_the_timeout(tmp_path):
+    """The rank does not handle signals either. It wakes after 12 s, because torchelastic kills it only after 30 s."""
     stuck = {"at": "inside step", "n": 3, "do": "hold:12", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
     assert ended.code == signals.PEER_LOST == PeerError.exit_code
     assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path):
+def test_rank_that_never_joins_is_named(tmp_path):
     absent = {"at": "join", "n": 1, "do": "sleep:60", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), absent)
     assert ended.code == signals.PEER_LOST and "rank 1 gave no answer" in ended.error
 
 
-def test_a_run_of_several_processes_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
+def test_run_of_several_processes_leaves_no_temporary_files(tmp_path):
     (tmp_path / "tmp").mkdir()
     words = miniature.words(tmp_path / "run", "cpu2", steps=2, eval_every="0")
     ended = miniature.run(words, under=["env", f"TMPDIR={tmp_path / 'tmp'}"])
@@ -96,7 +97,7 @@ def test_a_run_of_several_processes_leaves_nothing_in_the_folder_for_temporary_f
 
 
 def test_child_processes_are_found_while_threads_end(monkeypatch):
-    """Each thread has a list of its own, which vanishes with it."""
+    """Each thread has its own list of children in /proc, which vanishes when the thread ends."""
     read, own = Path.read_text, f"/proc/self/task/{threading.get_native_id()}/children"
 
     def vanished(path):
@@ -109,7 +110,7 @@ def test_child_processes_are_found_while_threads_end(monkeypatch):
 
     def start():
         started.put(subprocess.Popen(["sleep", "60"]))
-        done.wait()  # its children are another thread's once it ends
+        done.wait()  # when this thread ends, its children move to the list of another thread
 
     thread = threading.Thread(target=start)
     thread.start()
@@ -139,17 +140,17 @@ def torchrun(processes: int, words: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_count_is_torchruns_when_arg_names_none(tmp_path):
+def test_process_count_is_torchruns_if_arg_has_none(tmp_path):
     ended = torchrun(2, miniature.words(tmp_path, "cpu", steps=2))
     assert ended.returncode == 0, ended.stderr
     assert "2 x cpu" in ended.stdout
 
 
-def test_another_count_than_torchruns_is_one_line(tmp_path):
+def test_process_count_other_than_torchruns_is_a_one_line_error(tmp_path):
     ended = torchrun(2, miniature.words(tmp_path, "cpu3"))
     assert ended.returncode != 0
-    said = [line for line in ended.stderr.splitlines() if line.startswith("pcpvt: error: ")]
-    assert said == [
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("pcpvt: error: ")]
+    assert errors == [
         "pcpvt: error: config.processes: 3 but torchrun started 2 processes: "
         "write :cpu2, or :cpu for as many as there are"
     ]
@@ -160,23 +161,23 @@ def test_without_arg_the_count_is_torchruns(monkeypatch):
     assert devices.detect().endswith("16")
 
 
-# ---- before anything is started
+# ---- before any process is started
 
 
 @pytest.mark.skipif(hasattr(torch, "npu"), reason="this machine has an NPU backend")
-def test_what_an_npu_run_misses_is_one_line(pcpvt):
+def test_missing_torch_npu_is_a_one_line_error(pcpvt):
     ended = pcpvt("--config=configs/pcpvt_s.py:npu8", check=False)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "torch_npu is not installed" in ended.stderr
 
 
-def test_more_gpus_than_there_are_is_an_error():
+def test_more_gpus_than_present_is_an_error():
     with pytest.raises(UserError, match=r"cuda|GPU"):
         devices.get("cuda").require(1000)
 
 
-def test_a_backend_that_cannot_load_is_one_line(pcpvt, tmp_path):
-    """As `import torch` behaves beside torch_npu without CANN."""
+def test_backend_that_cannot_be_imported_is_a_one_line_error(pcpvt, tmp_path):
+    """`import torch` behaves like this when torch_npu is installed without CANN."""
     (tmp_path / "broken_backend.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')")
     info = tmp_path / "broken_backend-1.dist-info"
     info.mkdir()
@@ -193,7 +194,7 @@ class Failure:
 
 
 @pytest.mark.parametrize(
-    ("failures", "code", "said"),
+    ("failures", "code", "message"),
     [
         ({0: Failure(76, 5), 1: Failure(-9, 5)}, 137, "rank 1 was killed by SIGKILL"),
         ({0: Failure(-15, 7), 3: Failure(1, 5)}, 1, "rank 3 failed with exit code 1"),
@@ -203,13 +204,13 @@ class Failure:
         ({2: Failure(76, 5), 1: Failure(75, 5)}, 76, ""),
     ],
 )
-def test_the_exit_code_is_that_of_the_first_rank_that_failed_by_itself(failures, code, said, capsys):
+def test_exit_code_is_that_of_the_first_rank_with_an_error_of_its_own(failures, code, message, capsys):
     assert launch._exit_code(failures) == code
     err = capsys.readouterr().err
-    assert said in err and bool(err) == bool(said)
+    assert message in err and bool(err) == bool(message)
 
 
-def test_loader_processes_end_with_a_run_that_is_killed(tmp_path):
+def test_loader_processes_end_when_the_run_is_killed(tmp_path):
     data = miniature.image_folder(tmp_path / "data")
     words = miniature.words(
         tmp_path / "run", "cpu,folder", data__path=data, image_size=32, batch_size=8, augment__randaugment="",

@@ -1,4 +1,4 @@
-"""The NPU branch, executed: the stand-in device gives the CPU's results to the bit, and refuses what NPUs refuse."""
+"""The NPU code on a stand-in device, whose results equal the CPU's bit for bit and which refuses what NPUs refuse."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ pytestmark = pytest.mark.skipif(npu_standin.available() is not None, reason=str(
 
 
 def under(devices: int = 2, soc: str = "Ascend910B2") -> list[str]:
-    """The command that starts another with NPUs, and with the faults of `miniature`."""
-    made = npu_standin.environment(devices, soc)
-    made["PYTHONPATH"] = os.pathsep.join([str(npu_standin.SITE), str(miniature.FAULTS)])
-    return [
-        "env",
-        *(f"{name}={value}" for name, value in made.items() if "NPU_STANDIN" in name or name == "PYTHONPATH"),
-    ]
+    """The prefix of a command that gives it stand-in NPUs and the faults of `miniature`."""
+    env = npu_standin.environment(devices, soc)
+    env["PYTHONPATH"] = os.pathsep.join([str(npu_standin.SITE), str(miniature.FAULTS)])
+    return ["env", *(f"{name}={value}" for name, value in env.items() if "NPU_STANDIN" in name or name == "PYTHONPATH")]
 
 
 def words(workdir: Path, arg: str, **fields: object) -> list[str]:
@@ -34,8 +31,8 @@ def run(workdir: Path, arg: str, *faults: dict, devices: int = 2, soc: str = "As
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_run_equals_the_cpus_to_the_bit(count, tmp_path):
-    """Training with EMA, evaluation, records and checkpoints of the whole binary, by the operators that both have."""
+def test_run_equals_the_cpus_bit_for_bit(count, tmp_path):
+    """Training with EMA, evaluation, records and checkpoints of the whole program, with the plain kernels on both."""
     reference = miniature.run(words(tmp_path / "cpu", f"cpu{count}", ema=0.9, kernels="plain"))
     ended = run(tmp_path / "npu", f"npu{count}", ema=0.9, kernels="plain")
     assert reference.code == ended.code == 0, ended.err
@@ -43,7 +40,7 @@ def test_a_run_equals_the_cpus_to_the_bit(count, tmp_path):
     miniature.assert_same_run(tmp_path / "npu", tmp_path / "cpu")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_and_is_evaluated(tmp_path):
+def test_resumed_run_ends_bit_identical_and_is_evaluated(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, "npu1", precision="bfloat16").code == 0
     assert run(parts, "npu1", {"at": "step", "n": 5, "do": "SIGTERM"}, precision="bfloat16").code == 75
@@ -56,13 +53,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_is_evaluated(tmp_path):
     assert evaluated["loss"] == pytest.approx(trained["loss"], rel=1e-6)  # summed over two processes
 
 
-def test_a_killed_rank_gives_its_exit_code(tmp_path):
+def test_killed_rank_determines_the_exit_code(tmp_path):
     ended = run(tmp_path, "npu2", {"at": "step", "n": 3, "do": "SIGKILL", "rank": 1}, steps=5000)
     assert ended.code == 137 and "rank 1 was killed by SIGKILL" in ended.err and "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
-    ("arg", "soc", "fields", "said"),
+    ("arg", "soc", "fields", "message"),
     [
         ("npu3", "Ascend910B2", {}, "config.processes: 3 NPUs are asked for on this host and it has 2: use :npu2"),
         (
@@ -79,23 +76,23 @@ def test_a_killed_rank_gives_its_exit_code(tmp_path):
         ),
     ],
 )
-def test_what_npus_cannot_do_is_one_line(arg, soc, fields, said, tmp_path):
+def test_unsupported_requests_are_one_line_errors(arg, soc, fields, message, tmp_path):
     ended = run(tmp_path, arg, soc=soc, **fields)
-    assert ended.code == 2 and said in ended.error
+    assert ended.code == 2 and message in ended.error
 
 
-def test_float16_on_a_saturating_device_by_the_whole_binary(tmp_path):
-    """The 910A is given float16 by default, as the Ascend port ran there; its loss scale starts at 2 ** 15."""
+def test_run_in_float16_on_a_saturating_device(tmp_path):
+    """The 910A gets float16 by default, as in the Ascend port; its loss scale starts at 2 ** 15."""
     ended = run(tmp_path, "npu1", soc="Ascend910A", precision="auto", max_skipped=30)
     assert ended.code == 0 and "compute=float16" in ended.out, ended.err
-    kept = miniature.newest(tmp_path).tensors
-    assert kept["scale/factor"].dtype == torch.float32 and torch.isfinite(kept["params/head.weight"]).all()
+    tensors = miniature.newest(tmp_path).tensors
+    assert tensors["scale/factor"].dtype == torch.float32 and torch.isfinite(tensors["params/head.weight"]).all()
 
 
 # ---- in a process that has NPUs
 
 
-def bound(index: int = 0):
+def bound_npu(index: int = 0):
     from pcpvt import devices
 
     device = devices.get("npu")
@@ -104,8 +101,8 @@ def bound(index: int = 0):
     return device
 
 
-def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
-    """Three steps in float32 with every draw that a recipe has."""
+def state_after_steps(device, value_and_grad=None) -> dict[str, torch.Tensor]:
+    """The state after three steps in float32 with every random draw that a recipe can have."""
     from test_compile import recipe_batches
     from test_step import nano_state
 
@@ -128,7 +125,7 @@ def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
         global_batch=8,
         grad_accum_steps=2,
         ema_decay=0.9,
-        value_and_grad=take or autograd_value_and_grad,
+        value_and_grad=value_and_grad or autograd_value_and_grad,
     )
     ts = state.create(params, optimizer.init(params), {}, ema=True, device=device.torch)
     for batch in device.prefetch(recipe_batches(model, 3, 8)):
@@ -138,23 +135,25 @@ def state_after_steps(device, take=None) -> dict[str, torch.Tensor]:
 
 
 @on_npu()
-def test_steps_equal_the_cpus_to_the_bit():
+def test_steps_equal_the_cpus_bit_for_bit():
     from pcpvt import devices
     from pcpvt.devices.compile import value_and_grad
     from pcpvt.functional.step import functional_value_and_grad
 
     torch.set_num_threads(1)
-    npu, cpu = bound(), devices.get("cpu")
-    expected, got = state_after_steps(cpu), state_after_steps(npu)
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    expected, got = state_after_steps(cpu, functional_value_and_grad), state_after_steps(npu, functional_value_and_grad)
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    got = state_after_steps(npu, value_and_grad(npu, "npugraphs"))
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    npu, cpu = bound_npu(), devices.get("cpu")
+
+    def differing(a, b) -> list[str]:
+        return [name for name in a if not torch.equal(a[name], b[name])]
+
+    assert differing(state_after_steps(cpu), state_after_steps(npu)) == []
+    expected = state_after_steps(cpu, functional_value_and_grad)
+    assert differing(expected, state_after_steps(npu, functional_value_and_grad)) == []
+    assert differing(expected, state_after_steps(npu, value_and_grad(npu, "npugraphs"))) == []
 
 
 @on_npu()
-def test_inductor_without_its_compiler_stops_a_run_that_named_it():
+def test_inductor_without_its_compiler_is_an_error_when_named():
     from test_step import nano_state
 
     from pcpvt.devices.compile import compiled_blocks
@@ -162,7 +161,7 @@ def test_inductor_without_its_compiler_stops_a_run_that_named_it():
     from pcpvt.functional.objective import make_predict
     from pcpvt.models.layers import PLAIN
 
-    device = bound()
+    device = bound_npu()
     assert compiled_blocks(PLAIN, device, "auto") is PLAIN  # eager by default
     model, params = nano_state(torch.float32)
     predict = make_predict(model, kernels=compiled_blocks(PLAIN, device, "inductor"))
@@ -173,23 +172,24 @@ def test_inductor_without_its_compiler_stops_a_run_that_named_it():
 
 
 @on_npu()
-def test_the_interface_of_the_device():
-    device = bound()
+def test_npu_device():
+    device = bound_npu()
     assert device.describe() == "Ascend910B2" and device.precision() == "bfloat16"
-    assert device.overflow(torch.float16) is None  # this one has inf and nan
-    device.reset_memory()
+    assert device.overflow(torch.float16) is None  # the 910B has inf and nan
     kept = torch.ones(1 << 20, device=device.torch)
     used, total = device.memory_stats()
     assert kept.nbytes <= used < total
-    elapsed = device.timer()
-    assert elapsed() >= 0
+    device.synchronize()
     batches = [{"image": torch.full((2,), i)} for i in range(3)]
     moved = list(device.prefetch(batches))
     assert [batch["image"].tolist() for batch in moved] == [[0, 0], [1, 1], [2, 2]]
 
 
-def poisoned_fp16(device, watched: bool):
-    """One good step and one whose gradient overflows float16: (skipped, scale, whether parameters moved)."""
+def overflowing_fp16(device, watched: bool):
+    """A good step and one whose gradient overflows float16; returns (skipped, scale, whether parameters changed).
+
+    `watched`: whether the step reads the device's overflow flag.
+    """
     from test_step import batches, nano_state
 
     from pcpvt.functional import optim, precision, schedules, state
@@ -206,10 +206,10 @@ def poisoned_fp16(device, watched: bool):
         optim.groups(params, 0.05),
         honors_found_inf=device.fused_adamw_honors_found_inf,
     )
-    now = {"factor": 1.0}
+    gradient = {"factor": 1.0}
     scaler = precision.DynamicScale(initial=2.0**10)
     step = make_step(
-        lambda p, b, f: objective(p, b, f * now["factor"]),
+        lambda p, b, f: objective(p, b, f * gradient["factor"]),
         optim.chain(adamw),
         global_batch=4,
         policy=policy,
@@ -220,15 +220,15 @@ def poisoned_fp16(device, watched: bool):
     batch = {name: value.to(device.torch) for name, value in batches(1, 32, 4)[0].items()}
     ts, metrics = step(ts, batch)
     assert metrics["skipped"].item() == 0
-    before, now["factor"] = ts.params["head.weight"].cpu(), 1e6
+    before, gradient["factor"] = ts.params["head.weight"].cpu(), 1e6
     ts, metrics = step(ts, batch)
-    assert torch.isfinite(metrics["grad_norm"].cpu())  # nothing to see by a test for inf and nan
-    moved = not torch.equal(before, ts.params["head.weight"].cpu())
-    return metrics["skipped"].item(), ts.scale["factor"].item(), moved
+    assert torch.isfinite(metrics["grad_norm"].cpu())  # a test for inf and nan does not detect the overflow
+    changed = not torch.equal(before, ts.params["head.weight"].cpu())
+    return metrics["skipped"].item(), ts.scale["factor"].item(), changed
 
 
 @on_npu(soc="Ascend910A")
 def test_saturated_gradients_are_skipped():
-    device = bound()
-    assert poisoned_fp16(device, watched=True) == (1, 2.0**9, False)
-    assert poisoned_fp16(device, watched=False) == (0, 2.0**10, True)  # the flag is what makes the difference
+    device = bound_npu()
+    assert overflowing_fp16(device, watched=True) == (1, 2.0**9, False)
+    assert overflowing_fp16(device, watched=False) == (0, 2.0**10, True)

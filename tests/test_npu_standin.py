@@ -1,4 +1,4 @@
-"""The stand-in NPU itself: the CPU's results, the NPU's refusals, and there in child processes too."""
+"""The stand-in NPU: it has the CPU's results, refuses what NPUs refuse, and exists in child processes too."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ needs_standin = pytest.mark.skipif(npu_standin.available() is not None, reason=s
 
 
 def refused(call, *words: str) -> None:
-    """`call` must raise, and say all the words."""
+    """Asserts that `call` raises an error whose message contains all the words."""
     try:
         call()
     except (RuntimeError, TypeError, AttributeError) as error:
         assert all(word in str(error) for word in words), f"{words} not in {error}"
     else:
-        raise AssertionError(f"accepted; a refusal with {words} was expected")
+        raise AssertionError(f"accepted, but an error with {words} was expected")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-    """The kinds of layers of a vision transformer, on [B, 3, H, W]."""
+    """The loss of a small model with the layer kinds of a vision transformer; images `[b, 3, h, w]`."""
     x = F.conv2d(image, params["patch"], stride=4)
     x = x + F.conv2d(x, params["peg"], padding=1, groups=x.shape[1])
     x = x.flatten(2).mT
@@ -47,17 +47,17 @@ def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor
 
 
 def example(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = {"patch": (16, 3, 4, 4), "peg": (16, 1, 3, 3), "qkv": (48, 16), "fc1": (32, 16), "fc2": (16, 32)}
     shapes["head"] = (10, 16)
-    params = {name: (0.2 * torch.randn(shape, generator=draw)).to(dtype) for name, shape in shapes.items()}
-    return params, torch.randn(2, 3, 16, 16, generator=draw).to(dtype), torch.tensor([3, 7])
+    params = {name: (0.2 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
+    return params, torch.randn(2, 3, 16, 16, generator=generator).to(dtype), torch.tensor([3, 7])
 
 
-def gradients(device: str, dtype: torch.dtype, take) -> dict[str, Tensor]:
+def gradients(device: str, dtype: torch.dtype, differentiate) -> dict[str, Tensor]:
     params, image, label = example(dtype)
     params = {name: value.to(device) for name, value in params.items()}
-    grads, loss = take(params, image.to(device), label.to(device))
+    grads, loss = differentiate(params, image.to(device), label.to(device))
     assert all(g.device.type == device for g in grads.values())
     return {name: value.cpu() for name, value in {**grads, "loss": loss}.items()}
 
@@ -73,12 +73,11 @@ def by_autograd(params, *batch):
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @on_npu()
-def test_gradients_equal_the_cpus_to_the_bit():
+def test_gradients_equal_the_cpus_bit_for_bit():
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         expected = gradients("cpu", dtype, by_autograd)
@@ -87,7 +86,7 @@ def test_gradients_equal_the_cpus_to_the_bit():
 
 
 @on_npu()
-def test_fused_and_foreach_updates_equal_the_cpus_to_the_bit():
+def test_fused_and_foreach_updates_equal_the_cpus_bit_for_bit():
     def update(device: str) -> dict[str, Tensor]:
         params, mu, nu = ([torch.linspace(0.1, 1, n).to(device) for n in (7, 30)] for _ in range(3))
         grads = [torch.linspace(-1, 1, n).to(device) for n in (7, 30)]
@@ -101,16 +100,16 @@ def test_fused_and_foreach_updates_equal_the_cpus_to_the_bit():
 
 
 @on_npu()
-def test_composite_operators_are_refused_under_func_only():
+def test_composite_operators_are_refused_only_under_torch_func():
     x = torch.linspace(-1, 1, 96).reshape(2, 2, 6, 4).to("npu")
     label = torch.zeros(24, dtype=torch.int64, device="npu")
-    unable = {
-        "scaled_dot_product_attention": lambda t: F.scaled_dot_product_attention(t, t, t),
-        "softmax": lambda t: t.softmax(-1),
-        "adaptive_avg_pool2d": lambda t: F.adaptive_avg_pool2d(t, 1),
-        "one_hot": lambda t: F.one_hot((t > 0).long()) * t[..., None],
-    }
-    able = [
+    refused_under_func = [
+        lambda t: F.scaled_dot_product_attention(t, t, t),
+        lambda t: t.softmax(-1),
+        lambda t: F.adaptive_avg_pool2d(t, 1),
+        lambda t: F.one_hot((t > 0).long()) * t[..., None],
+    ]
+    supported = [
         lambda t: t @ t.mT,
         lambda t: torch.ops.aten._softmax(t, -1, False),
         lambda t: t.log_softmax(-1),
@@ -119,16 +118,16 @@ def test_composite_operators_are_refused_under_func_only():
         lambda t: attend(t, t, t),
         lambda t: F.cross_entropy(t.reshape(-1, 4), label),
     ]
-    for function in [*unable.values(), *able]:
+    for function in [*refused_under_func, *supported]:
         function(x.clone().requires_grad_()).sum().backward()
-    for function in able:
+    for function in supported:
         torch.func.grad(lambda t, f=function: f(t).sum())(x)
-    for function in unable.values():
+    for function in refused_under_func:
         refused(lambda f=function: torch.func.grad(lambda t: f(t).sum())(x), "storage")
 
 
 @on_npu(devices=2)
-def test_what_the_device_cannot_do_is_refused():
+def test_unsupported_operations_are_refused():
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = False
     refused(lambda: setattr(torch.npu.config, "no_such_option", 1), "no_such_option")
@@ -151,7 +150,7 @@ def test_what_the_device_cannot_do_is_refused():
 
 
 @on_npu()
-def test_memory_is_counted_and_returned():
+def test_memory_statistics():
     before = torch.npu.memory_allocated()
     x = torch.ones(1 << 18, device="npu")
     y = x + x
@@ -183,7 +182,7 @@ def test_streams_events_and_pinned_memory_work():
 
 
 @on_npu()
-def test_compiled_equals_eager_and_inductor_is_not_there():
+def test_compiled_equals_eager_and_inductor_is_refused():
     params, image, label = example(torch.float32)
     params, image, label = {k: v.to("npu") for k, v in params.items()}, image.to("npu"), label.to("npu")
     expected, _ = by_func(params, image, label)
@@ -193,7 +192,7 @@ def test_compiled_equals_eager_and_inductor_is_not_there():
 
 
 @on_npu(soc="Ascend910A")
-def test_the_910a_saturates_and_raises_its_flag():
+def test_910a_saturates_and_sets_its_overflow_flag():
     assert not torch.npu.is_bf16_supported() and torch.npu.get_device_name() == "Ascend910A"
     refused(lambda: torch.ones(1, dtype=torch.bfloat16, device="npu"), "bfloat16")
     x = torch.tensor([300.0, -300.0, 2.0], dtype=torch.float16, device="npu")
@@ -210,14 +209,14 @@ def test_the_910a_saturates_and_raises_its_flag():
 
 
 @on_npu()
-def test_the_910b_has_inf_and_nan_and_no_flag():
+def test_910b_has_inf_and_nan_and_no_overflow_flag():
     x = torch.tensor([300.0], dtype=torch.float16, device="npu")
     assert (x * x).item() == float("inf") and torch.npu.is_bf16_supported()
     refused(torch.npu.get_npu_overflow_flag, "overflow")
 
 
 def collectives() -> None:
-    """One of two processes started by torchelastic."""
+    """Runs in each of two processes that torchelastic has started; see the end of this file."""
     import torch.distributed as dist
 
     rank = int(os.environ["LOCAL_RANK"])
@@ -230,19 +229,19 @@ def collectives() -> None:
     dist.all_reduce(x.mul_(rank), op=dist.ReduceOp.MAX)
     host = torch.tensor([rank])
     dist.all_reduce(host)
-    both = [torch.empty_like(x), torch.empty_like(x)]
-    dist.all_gather(both, x + rank)
+    gathered = [torch.empty_like(x), torch.empty_like(x)]
+    dist.all_gather(gathered, x + rank)
     dist.broadcast(x.fill_(rank), src=1)
-    assert host.item() == 1 and [t[0].item() for t in both] == [3.0, 4.0] and x.tolist() == [1.0] * 3
-    devices_only = dist.new_group(backend="hccl")
-    refused(lambda: dist.all_reduce(torch.ones(1), group=devices_only), "cpu")
-    dist.all_reduce(x, group=devices_only)
+    assert host.item() == 1 and [t[0].item() for t in gathered] == [3.0, 4.0] and x.tolist() == [1.0] * 3
+    hccl_group = dist.new_group(backend="hccl")
+    refused(lambda: dist.all_reduce(torch.ones(1), group=hccl_group), "cpu")
+    dist.all_reduce(x, group=hccl_group)
     assert x.tolist() == [2.0] * 3
     dist.destroy_process_group()
 
 
 @needs_standin
-def test_hccl_adds_up_over_two_processes_of_torchelastic():
+def test_hccl_collectives_over_two_processes_of_torchelastic():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     env = npu_standin.environment(devices=2) | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -254,12 +253,12 @@ def child(index: int) -> None:
 
 
 @on_npu()
-def test_spawned_processes_have_the_device_too():
+def test_spawned_processes_have_the_device():
     torch.multiprocessing.spawn(child, nprocs=1)
 
 
 @needs_standin
-def test_any_program_starts_on_the_standin():
+def test_python_m_npu_standin_runs_any_program():
     code = "import torch; print(torch.npu.device_count(), torch.npu.get_device_name())"
     tests = os.path.dirname(__file__)
     env = os.environ | {"PYTHONPATH": tests, "DEVICES": "3", "SOC": "Ascend910A"}
@@ -267,7 +266,7 @@ def test_any_program_starts_on_the_standin():
     assert ended.stdout.split() == ["3", "Ascend910A"], ended.stderr
 
 
-def test_a_missing_compiler_is_a_reason_to_skip(monkeypatch):
+def test_missing_compiler_skips_the_tests(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in npu_standin.available()
 

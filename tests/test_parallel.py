@@ -1,4 +1,4 @@
-"""One global batch gives one result at 1, 2 and 4 processes, and every process takes the same decisions."""
+"""One global batch gives the same result with 1, 2 and 4 processes, and all processes take the same decisions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ BATCH = 8
 
 
 def train(rank: int = 0, size: int = 1, dtype: str = "float64", *, poison: int = -1, overflows: int = -1, scaled=False):
-    """Two steps on this rank's part of the batches: flat state and metrics.
+    """Two steps on this rank's part of the batches; returns the flat state and the metrics of each step.
 
-    `poison` and `overflows` name the rank whose gradient is not finite, or overflows in secret, at the second step.
+    Args:
+        poison: the rank whose gradient is nan at the second step.
+        overflows: the rank whose overflow flag is set at the second step, with a finite gradient.
     """
     model, params = nano_state(torch.float64)
     policy = precision.parse(dtype)
@@ -33,12 +35,12 @@ def train(rank: int = 0, size: int = 1, dtype: str = "float64", *, poison: int =
         optim.clip_by_global_norm(1.0), optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05))
     )
     objective = make_objective(model, smoothing=0.1, policy=policy)
-    now = {"step": 0}
+    current = {"step": 0}
 
     def poisoned(params, batch, factor):
-        return objective(params, batch, factor * (torch.nan if rank == poison and now["step"] else 1.0))
+        return objective(params, batch, factor * (torch.nan if rank == poison and current["step"] else 1.0))
 
-    flag = Overflow(lambda: None, lambda: torch.tensor(float(rank == overflows and now["step"])))
+    flag = Overflow(lambda: None, lambda: torch.tensor(float(rank == overflows and current["step"])))
     scaler = precision.DynamicScale() if scaled else precision.NoScale()
     step = make_step(
         poisoned,
@@ -53,28 +55,28 @@ def train(rank: int = 0, size: int = 1, dtype: str = "float64", *, poison: int =
     ts = state.create(params, optimizer.init(params), scaler.init(), ema=True)
     history = []
     for i, batch in enumerate(recipe_batches(model, 2, BATCH)):
-        now["step"] = i
+        current["step"] = i
         share = BATCH // size
         ts, metrics = step(ts, {name: value[rank * share : (rank + 1) * share] for name, value in batch.items()})
         history.append({name: value.item() for name, value in metrics.items()})
     return {name: value.clone() for name, value in state.flatten(ts).items()}, history
 
 
-def as_rank(rank: int, size: int, port: int, runs: list[dict], queue) -> None:
-    """One process: joins as torchrun's would, trains, and sends home what it got."""
+def train_as_rank(rank: int, size: int, port: int, runs: list[dict], queue) -> None:
+    """One process: joins like a process of torchrun, trains, and puts the results into the queue."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     world = collectives.join(devices.get("cpu"), 60)
-    out = []
+    results = []
     for options in runs:
         flat, history = train(world.rank, world.size, **options)
-        out.append(({name: value.numpy() for name, value in flat.items()}, history))
+        results.append(({name: value.numpy() for name, value in flat.items()}, history))
     collectives.leave()
-    queue.put((rank, out))
+    queue.put((rank, results))
 
 
-def on(size: int, *runs: dict) -> list[list[tuple[dict, list]]]:
+def train_on(size: int, *runs: dict) -> list[list[tuple[dict, list]]]:
     """The results of each run on each of `size` processes: `[run][rank]`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "test_parallel"])
@@ -82,16 +84,16 @@ def on(size: int, *runs: dict) -> list[list[tuple[dict, list]]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = context.Queue()
-    members = [context.Process(target=as_rank, args=(r, size, port, list(runs), queue)) for r in range(size)]
-    for member in members:
-        member.start()
+    processes = [context.Process(target=train_as_rank, args=(r, size, port, list(runs), queue)) for r in range(size)]
+    for process in processes:
+        process.start()
     try:
-        got = dict(queue.get(timeout=120) for _ in members)
+        by_rank = dict(queue.get(timeout=120) for _ in processes)
     finally:
-        for member in members:
-            member.join(10)
-            member.kill()
-    return [[got[rank][i] for rank in range(size)] for i in range(len(runs))]
+        for process in processes:
+            process.join(10)
+            process.kill()
+    return [[by_rank[rank][i] for rank in range(size)] for i in range(len(runs))]
 
 
 def same_bits(a: dict, b: dict) -> bool:
@@ -100,35 +102,35 @@ def same_bits(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_result_does_not_depend_on_the_number_of_processes(size):
-    alone, expected = train()
-    first, second = on(size, {}, {})
+    expected_state, expected_history = train()
+    first, second = train_on(size, {}, {})
     for flat, history in first:
         assert same_bits(flat, first[0][0]) and history == first[0][1]  # on all ranks
         for name, value in flat.items():
-            torch.testing.assert_close(torch.as_tensor(value), alone[name], rtol=1e-12, atol=1e-12)
-        for mine, one in zip(history, expected, strict=True):
-            assert mine == pytest.approx(one, rel=1e-12)
-    assert all(same_bits(a[0], b[0]) for a, b in zip(first, second, strict=True))  # and from run to run
+            torch.testing.assert_close(torch.as_tensor(value), expected_state[name], rtol=1e-12, atol=1e-12)
+        for metrics, expected in zip(history, expected_history, strict=True):
+            assert metrics == pytest.approx(expected, rel=1e-12)
+    assert all(same_bits(a[0], b[0]) for a, b in zip(first, second, strict=True))  # and in every run
 
 
-def test_a_bad_gradient_on_one_rank_is_skipped_by_all():
-    good, nan, secret, both = on(
+def test_bad_gradient_on_one_rank_is_skipped_by_all():
+    good, nan, flagged, float16 = train_on(
         2,
         {"dtype": "float32"},
         {"dtype": "float32", "poison": 1},
         {"dtype": "float32", "overflows": 1},
         {"dtype": "float16", "overflows": 0, "scaled": True},
     )
-    for run in (nan, secret, both):
+    for run in (nan, flagged, float16):
         assert same_bits(run[0][0], run[1][0])
         assert [metrics["skipped"] for metrics in run[0][1]] == [0, 1]
-    once = {name: value for name, value in nan[0][0].items() if name not in ("step", "skipped")}
-    assert same_bits(once, {name: secret[0][0][name] for name in once})  # both kept the state of the first step
-    assert not same_bits(once, {name: good[0][0][name] for name in once})
-    assert both[0][0]["scale/factor"] == both[1][0]["scale/factor"] == 2.0**14
+    after_one_step = {name: value for name, value in nan[0][0].items() if name not in ("step", "skipped")}
+    assert same_bits(after_one_step, {name: flagged[0][0][name] for name in after_one_step})
+    assert not same_bits(after_one_step, {name: good[0][0][name] for name in after_one_step})
+    assert float16[0][0]["scale/factor"] == float16[1][0]["scale/factor"] == 2.0**14
 
 
-def test_the_bucket_gives_every_tensor_its_own_dtype_and_shape(monkeypatch):
+def test_psum_keeps_the_dtype_and_shape_of_every_tensor(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda bucket: bucket.mul_(2))
     tensors = [torch.tensor(1.5), torch.ones(2, 3, dtype=torch.bfloat16), torch.arange(3.0).expand(2, 3)]

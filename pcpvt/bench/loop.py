@@ -21,7 +21,7 @@ def measure(session: Session) -> dict[str, Any]:
     batches = setup.train_batches(session, training.model, source)
     workers = sessions.workers(session, source)
     warm_up = 2 * workers + 2  # uses up what was read ahead while the first step started or was compiled
-    loader = Loader(batches, range(warm_up + steps), workers, start=device.worker_start, pin=device.pins)
+    loader = Loader(batches, range(warm_up + steps), workers, start=device.worker_start, pin=device.pins_memory)
     ready = iter(device.prefetch(loader))
     waits: list[float] = []  # seconds by step
 

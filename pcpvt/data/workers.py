@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
-from pcpvt.devices.allocator import keep_freed_memory
+from pcpvt.devices.base import keep_freed_memory
 from pcpvt.errors import UserError
 
 # Parts of PyTorch's error messages.

@@ -1,10 +1,10 @@
-"""Devices by name; torch is imported only when one is asked for."""
+"""Devices by name; torch is imported only when `get` is called."""
 
 from __future__ import annotations
 
 import glob
+import importlib
 import os
-import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,28 +12,18 @@ if TYPE_CHECKING:
 
 
 def get(name: str) -> Device:
-    """The device class instance for `cpu`, `cuda` or `npu`; does not touch the hardware."""
-    if name == "npu":
-        from pcpvt.devices.npu import Npu
-
-        return Npu()
-    if name == "cuda":
-        from pcpvt.devices.cuda import Cuda
-
-        return Cuda()
-    from pcpvt.devices.cpu import Cpu
-
-    return Cpu()
+    """The device `cpu`, `cuda` or `npu`; does not touch the hardware."""
+    module = importlib.import_module(f"pcpvt.devices.{name}")
+    return getattr(module, name.capitalize())()
 
 
 def detect() -> str:
-    """ARG for what this host has, by its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`.
+    """The config's ARG for this host, from its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`.
 
-    Under torchrun N is the number of processes that it started, on all hosts.
+    Under torchrun N is the number of processes that it started on all hosts.
     """
-    started = os.environ.get("WORLD_SIZE", "")
-    for kind, pattern, digits in (("npu", "/dev/davinci*", r"davinci\d+"), ("cuda", "/dev/nvidia*", r"nvidia\d+")):
-        found = [path for path in glob.glob(pattern) if re.fullmatch(digits, path.rsplit("/", 1)[1])]
-        if found:
-            return f"{kind}{started or len(found)}"
-    return f"cpu{started}"
+    world_size = os.environ.get("WORLD_SIZE", "")
+    for kind, prefix in (("npu", "/dev/davinci"), ("cuda", "/dev/nvidia")):
+        if count := sum(path.removeprefix(prefix).isdecimal() for path in glob.glob(f"{prefix}*")):
+            return f"{kind}{world_size or count}"
+    return f"cpu{world_size}"

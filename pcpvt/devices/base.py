@@ -1,98 +1,108 @@
-"""The small interface behind which devices differ; `pcpvt.devices.get(name)` gives one of three implementations."""
+"""The device interface, and functions of the host; `pcpvt.devices.get(name)` returns one of three implementations."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend, Kernels, attend_plain
+from pcpvt.models.layers import Attend, Kernels
 
 
 class Device:
-    """What the shell may know of a device. Subclasses override what differs from a plain host."""
+    """Everything that depends on the kind of device. Subclasses override what differs between them."""
 
     name = ""
-    backend = "gloo"  # torch.distributed backend, host tensors included
+    backend = "gloo"  # torch.distributed backend; must include gloo, which sums host tensors
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
-    pins = False  # whether host batches go through page-locked memory, for copies that overlap
+    pins_memory = False  # whether host batches are page-locked, so that copies to the device overlap with computation
     default_compile = "none"
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
-    environment: Mapping[str, str] = {}  # what a launcher sets for its processes, unless it is set already
-    vmaps = True  # whether torch.func.vmap works here
+    environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set
+    supports_vmap = True  # whether torch.func.vmap works here
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
 
+    @property
+    def module(self) -> Any:
+        """`torch.cpu`, `torch.cuda` or `torch.npu`."""
+        return getattr(torch, self.name)
+
     def require(self, count: int) -> None:
         """Raises UserError, one line with the remedy, unless `count` devices can be used on this host."""
 
-    def bind(self, index: int) -> torch.device:
-        """Makes device `index` of this host this process's own; called once, before tensors exist."""
-        return self.torch
+    def bind(self, index: int) -> None:
+        """Selects device `index` of this host for this process; called once, before any tensor exists on it."""
 
     def describe(self) -> str:
         """Product name, for records and reports."""
-        raise NotImplementedError
+        return self.module.get_device_name(self.torch)
 
     def precision(self) -> str:
-        """The policy that `auto` means here."""
+        """The precision policy that `config.precision=auto` selects."""
         return "float32"
 
     def check_precision(self, compute: torch.dtype) -> None:
-        """Raises UserError when the device computes wrongly, or not at all, in this dtype."""
+        """Raises UserError when the device does not support this compute dtype, or computes wrong results in it."""
 
     def overflow(self, compute: torch.dtype) -> Overflow | None:
-        """The record of overflow that decides instead of inf and nan, where this dtype saturates."""
+        """The device's overflow flag, where this dtype saturates instead of producing inf and nan."""
         return None
 
     def attend(self, dtype: torch.dtype) -> Attend:
         """The attention kernel for this dtype."""
-        return attend_plain
+        return F.scaled_dot_product_attention
 
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
-        """This device's kernels for the model; a compiler fuses the plain operators itself."""
+        """This device's kernels for the model; with `compiled` only those that a compiler does not fuse itself."""
         return Kernels(self.attend(dtype))
 
     def memory_stats(self) -> tuple[int, int]:
-        """(peak bytes used by this process so far, bytes that exist)."""
-        raise NotImplementedError
-
-    def reset_memory(self) -> None:
-        """Starts a new peak, where the device can."""
+        """(peak bytes that this process has used so far, total bytes of the device)."""
+        return self.module.max_memory_allocated(self.torch), self.module.mem_get_info(self.torch)[1]
 
     def micro_batch(self, size: tuple[int, int], compute: torch.dtype, blocks: int) -> int:
-        """Training samples of `size` that one device takes at once; `blocks` is the model's depth.
+        """The largest number of training samples of `size` to compute at once on one device.
 
-        Activations of Twins-PCPVT-S take about 110 MB a sample at 224 px in 16 bits (measured), in proportion to
-        pixels, depth and bytes per number; three quarters of the memory are given to them.
+        Activations of Twins-PCPVT-S (16 `blocks`) take about 110 MB per sample at 224 px in 16 bits (measured), in
+        proportion to pixels, blocks and bytes per number. They may fill three quarters of the memory.
         """
         pixels = size[0] * size[1] / 224**2
         per_sample = 110e6 * pixels * blocks / 16 * compute.itemsize / 2
         return max(1, int(0.75 * self.memory_stats()[1] / per_sample))
 
     def synchronize(self) -> None:
-        """Waits until everything queued is done."""
+        """Waits until all queued work is done."""
+        self.module.synchronize()
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches on the device, the next one's transfer overlapping the present one's use."""
-        return iter(batches)
+        """The batches on the device; from pinned memory, batch i+1 is copied on a side stream while batch i is used."""
+        if not self.pins_memory:
+            yield from batches
+            return
+        side = self.module.Stream()
 
-    def timer(self) -> Callable[[], float]:
-        """Seconds since the call, everything queued on the device included."""
-        self.synchronize()
-        start = time.perf_counter()
+        def copy(batch: Batch) -> Batch:
+            with self.module.stream(side):
+                return {name: value.to(self.torch, non_blocking=True) for name, value in batch.items()}
 
-        def elapsed() -> float:
-            self.synchronize()
-            return time.perf_counter() - start
-
-        return elapsed
+        copies = map(copy, batches)
+        following = next(copies, None)
+        while (current := following) is not None:
+            self.module.current_stream().wait_stream(side)
+            for value in current.values():
+                value.record_stream(self.module.current_stream())  # allocated on the side stream, used on this one
+            following = next(copies, None)
+            yield current
 
 
 def cores() -> int:
@@ -100,26 +110,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prefetch_through_stream(batches: Iterable[Batch], device: torch.device, streams) -> Iterator[Batch]:
-    """Copies batch i+1 from pinned memory on a side stream while batch i is used.
+def keep_freed_memory() -> None:
+    """Makes glibc's allocator keep freed memory of tensors and images, large ones too, for the next ones.
 
-    Args:
-        streams: the device's module (`torch.cuda`, `torch.npu`), for Stream, stream and current_stream.
+    Every step allocates the same sizes again; mapping them afresh costs 30,000 page faults per training step at 64 px,
+    a seventh of its time.
     """
-    side = streams.Stream()
-
-    def copy(batch: Batch) -> Batch:
-        with streams.stream(side):
-            return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-    ready = None
-    for batch in batches:
-        following = copy(batch)
-        if ready is not None:
-            yield ready
-        streams.current_stream().wait_stream(side)
-        for value in following.values():
-            value.record_stream(streams.current_stream())  # the side stream's memory is used on this one
-        ready = following
-    if ready is not None:
-        yield ready
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD

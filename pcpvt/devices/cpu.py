@@ -8,11 +8,9 @@ import resource
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from pcpvt.devices import cpu_kernels
-from pcpvt.devices.allocator import keep_freed_memory
-from pcpvt.devices.base import Device, cores
+from pcpvt.devices.base import Device, cores, keep_freed_memory
 from pcpvt.models.layers import Attend, Kernels
 
 
@@ -22,38 +20,30 @@ class Cpu(Device):
     # 8 images of 224 px) is 92 % off.
     fp32_norms = True
 
-    def bind(self, index: int) -> torch.device:
+    def bind(self, index: int) -> None:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        return self.torch
 
     def describe(self) -> str:
-        model = platform.processor() or platform.machine()
-        try:
-            with open("/proc/cpuinfo") as info:
-                model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), model)
-        except OSError:
-            pass  # not Linux
+        model = _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine()
         return f"{model}, {cores()} cores"
 
     def precision(self) -> str:
-        """bfloat16 where the processor multiplies it: 1.8x the images/s of float32 there, and slower elsewhere."""
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+        """bfloat16 where the processor has instructions for it (1.8x the images/s of float32); slower elsewhere."""
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
     def attend(self, dtype: torch.dtype) -> Attend:
-        # For the 49 keys of 224 px the fused kernel is slow in bfloat16 (12 ms a call), and a little faster otherwise.
-        return cpu_kernels.attend if dtype == torch.bfloat16 else F.scaled_dot_product_attention
+        # With the 49 keys of 224 px the fused kernel is slow in bfloat16 (12 ms per call), a little faster in float32.
+        return cpu_kernels.attend if dtype == torch.bfloat16 else super().attend(dtype)
 
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
+        own = Kernels(self.attend(dtype))
         if compiled:
-            return super().kernels(dtype, compiled=compiled)
-        own = Kernels(
-            self.attend(dtype),
-            norm=cpu_kernels.norm,
-            residual=cpu_kernels.residual,
-            to_train_layout=cpu_kernels.to_train_layout,
+            return own
+        own = own._replace(
+            norm=cpu_kernels.norm, residual=cpu_kernels.residual, to_train_layout=cpu_kernels.to_train_layout
         )
         if not cpu_kernels.usable(dtype):
             return own
@@ -61,13 +51,19 @@ class Cpu(Device):
 
     def memory_stats(self) -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        try:
-            # Not ru_maxrss: a process inherits its parent's.
-            peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM:"))
-            return int(peak.split()[1]) * 1024, total
-        except (OSError, StopIteration):  # not Linux
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, total
+        peak = _proc_value("self/status", "VmHWM")  # not ru_maxrss, which a process inherits from its parent
+        peak_kb = int(peak.split()[0]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_kb * 1024, total
 
     def micro_batch(self, size: tuple[int, int], compute: torch.dtype, blocks: int) -> int:
         # 8 images of 224 px keep two cores busy: 16 at once are no faster, and 64 at once take three times the memory.
         return max(1, int(8 * 224**2 / (size[0] * size[1])))
+
+
+def _proc_value(file: str, key: str) -> str | None:
+    """The first value of `key` in a file of /proc that has lines `key: value`; None where there is none (not Linux)."""
+    try:
+        lines = Path("/proc", file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)

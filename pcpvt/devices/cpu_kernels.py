@@ -1,9 +1,9 @@
-"""The CPU's own kernels: linear maps by oneDNN, with bias and GELU inside; drop path that skips work; norms.
+"""CPU kernels: linear layers by oneDNN with fused bias and GELU, drop path that skips work, attention, LayerNorm.
 
 `F.linear` in bfloat16 first writes the bias into the whole output and then adds the product to it: one more pass over
-memory, as costly as the product itself for the narrow layers of stages 1 and 2. In float32 it is MKL's, which on
-processors of other vendors keeps to AVX2: oneDNN's product is twice as fast on AVX-512 (measured on Zen 4: 400 against
-190 GFLOP/s). Source of the operator: the one that PyTorch's own compiler emits for CPUs.
+memory, as costly as the product itself for the narrow layers of stages 1 and 2. In float32 it uses MKL, which uses only
+AVX2 on processors of other vendors: oneDNN's product is twice as fast on AVX-512 (measured on Zen 4: 400 against
+190 GFLOP/s). The operator, `mkldnn._linear_pointwise`, is the one that PyTorch's own compiler emits for CPUs.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import Tensor
 from pcpvt.functional.precision import to_patch_layout
 from pcpvt.models.layers import attend_plain, norm_plain
 
-_SKIPS = 256
+_MIN_TOKENS_TO_SKIP = 256  # with fewer, a product waits for its weights, so fewer rows save nothing
 
 
 @functools.lru_cache
 def usable(dtype: torch.dtype) -> bool:
-    """Whether this build and processor have the operator for this dtype."""
+    """Whether this build of PyTorch and this processor support the oneDNN operator in this dtype."""
     if dtype not in (torch.bfloat16, torch.float32) or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     x = torch.ones(2, 8, 16, dtype=dtype)
     weight, bias = torch.ones(4, 16, dtype=dtype), torch.ones(4, dtype=dtype)
     try:
         return torch.equal(_product(x, weight, bias), F.linear(x, weight, bias))
-    except RuntimeError:  # a processor or a build without it
+    except RuntimeError:  # not supported
         return False
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`layers.attend_plain`, for many queries and few keys: `[b, n, t, d], [b, n, k, d], [b, n, k, d] -> [b, n, t, d]`.
 
-    The scores are kept keys first, so that the softmax runs down columns, all of a register's lanes at once: over rows
-    of the 49 keys of 224 px it takes twice as long as over rows of 64. Longer rows fill the registers by themselves.
-    Scaling the keys instead of the queries touches less.
+    The scores are stored transposed, `[b, n, k, t]`, so that the softmax over keys vectorizes over queries: along rows
+    of 49 keys (224 px) it takes twice as long as along rows of 64. Rows of 64 keys and more vectorize well as they are.
+    The keys are scaled instead of the queries because there are fewer.
     """
     if k.shape[-2] >= 64 or q.shape[-2] < 4 * k.shape[-2]:
         return attend_plain(q, k, v)
@@ -49,12 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def to_train_layout(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters, patch projections lying as their linear map reads them: a step of 64 px takes 3.5 % less."""
+    """The parameters, with patch projections in their linear layer's memory order: a step at 64 px takes 3.5 % less."""
     return {name: to_patch_layout(value) for name, value in params.items()}
 
 
 def prepack(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters with the weights of linear maps as oneDNN reads them: `linear` then does it no more each time."""
+    """The parameters, with linear weights reordered to oneDNN's format once instead of in every call of `linear`."""
     return {n: torch.ops.mkldnn._reorder_linear_weight(v) if v.ndim == 2 else v for n, v in params.items()}
 
 
@@ -64,16 +64,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Exact GELU of `F.linear`; its input is needed for a gradient, so only inference skips writing it."""
+    """Exact GELU of `F.linear`; fused only without gradients, because the backward needs the input of GELU."""
     if torch.is_grad_enabled():
         return F.gelu(_Linear.apply(x, weight, bias))
     return _product(x, weight, bias, "gelu", "none")
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`layers.norm_plain`; without a gradient PyTorch's kernel takes 16-bit `x` beside float32 weights as they are.
+    """`layers.norm_plain`; without gradients PyTorch's kernel takes 16-bit `x` and float32 weights without a cast.
 
-    4 % of an evaluation. The backward of that kernel sums rows in 16 bits: stage 1's bias gradient would be 34 % off.
+    This saves 4 % of an evaluation. The backward of that kernel sums rows in 16 bits, which would make stage 1's bias
+    gradient 34 % wrong, so it is not used with gradients.
     """
     if torch.is_grad_enabled() or weight.dtype != torch.float32:
         return norm_plain(x, weight, bias, eps)
@@ -81,16 +82,16 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Tensor) -> Tensor:
-    """`layers.residual_plain`, with the branch computed for the samples that keep it: the same function, less work.
+    """`layers.residual_plain`, with the branch computed only for the samples that keep it.
 
-    The draws lie on the host, so looking at them waits for nothing. Some dropped samples are computed all the same
-    (and then count 0): sample counts are multiples of an eighth of the batch, because oneDNN prepares, and keeps, code
-    for every shape that it meets. Below `_SKIPS` tokens a product waits for its weights, not for its rows.
+    The number of computed samples is rounded up to a multiple of an eighth of the batch, because oneDNN generates and
+    caches code for every shape; the dropped samples among them are multiplied by 0. `drop_path_scale` is on the host,
+    so reading its values does not wait for a device.
     """
     factor = drop_path_scale.to(x.dtype)[:, None, None, None]
     step = max(1, len(x) // 8)
     count = -(-int(drop_path_scale.count_nonzero()) // step) * step
-    if count >= len(x) or x[..., 0].numel() < _SKIPS:
+    if count >= len(x) or x[..., 0].numel() < _MIN_TOKENS_TO_SKIP:
         return torch.addcmul(x, branch(x), factor)
     if count == 0:
         return x
@@ -98,14 +99,13 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Ten
     return x.index_add(0, kept, branch(x.index_select(0, kept)) * factor.index_select(0, kept))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor, then: str = "none", how: str = "") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), weight if weight.is_mkldnn else weight.contiguous(), bias, then, [], how
-    )
+def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", variant: str = "") -> Tensor:
+    weight = weight if weight.is_mkldnn else weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, activation, [], variant)
 
 
 class _Linear(torch.autograd.Function):
-    """The product with its bias, and the gradients of both."""
+    """`_product` with its gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -116,23 +116,20 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows, source = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if grad.dtype == torch.float32:
-            to_x, to_weight = _gradients(rows, source, weight, (need_x, need_weight))
+            grad_x, grad_weight = _float32_gradients(grad_rows, x_rows, weight, (need_x, need_weight))
         else:
-            to_x = rows @ weight if need_x else None
-            to_weight = rows.mT @ source if need_weight else None
-        return to_x if to_x is None else to_x.view(x.shape), to_weight, rows.sum(0) if need_bias else None
+            grad_x = grad_rows @ weight if need_x else None
+            grad_weight = grad_rows.mT @ x_rows if need_weight else None
+        return grad_x if grad_x is None else grad_x.view(x.shape), grad_weight, grad_rows.sum(0) if need_bias else None
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `x @ weight.mT` in both, as those of a 1x1 convolution over rows: oneDNN's, without a copy."""
-    # In two steps: the strides of a side of length 1 tell the kernel that channels come last.
-    pixels, source = (rearrange(t[None, :, None], "b r w c -> b c r w") for t in (grad, x))
-    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-        pixels, source, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*need, False]
+def _float32_gradients(grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of `x @ weight.mT` with respect to x and weight, by oneDNN as a 1x1 convolution, without a copy."""
+    # Indexing and rearranging are separate steps so that the strides of the axes of length 1 mark channels_last.
+    grad_image, x_image = (rearrange(t[None, :, None], "b r w c -> b c r w") for t in (grad, x))
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_image, x_image, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needed, False]
     )
-    return (
-        rearrange(to_x, "1 c r 1 -> r c") if need[0] else None,
-        to_weight[:, :, 0, 0] if need[1] else None,
-    )
+    return rearrange(grad_x, "1 c r 1 -> r c") if needed[0] else None, grad_weight[:, :, 0, 0] if needed[1] else None

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
-import torch.nn.functional as F
 
-from pcpvt.devices.base import Batch, Device, prefetch_through_stream
+from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
-from pcpvt.models.layers import Attend
 
 
 class Cuda(Device):
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
-    pins = True
+    pins_memory = True
     default_compile = "inductor"
 
     def require(self, count: int) -> None:
@@ -28,29 +24,10 @@ class Cuda(Device):
                 f"config.processes: {count} GPUs are asked for on this host and it has {have}: use :cuda{have}"
             )
 
-    def bind(self, index: int) -> torch.device:
+    def bind(self, index: int) -> None:
         torch.cuda.set_device(index)
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; float32 shall mean float32
+        torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions; float32 must mean float32
         self.torch = torch.device("cuda", index)
-        return self.torch
-
-    def describe(self) -> str:
-        return torch.cuda.get_device_name(self.torch)
 
     def precision(self) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-
-    def attend(self, dtype: torch.dtype) -> Attend:
-        return F.scaled_dot_product_attention
-
-    def memory_stats(self) -> tuple[int, int]:
-        return torch.cuda.max_memory_allocated(self.torch), torch.cuda.mem_get_info(self.torch)[1]
-
-    def reset_memory(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch)
-
-    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch_through_stream(batches, self.torch, torch.cuda)

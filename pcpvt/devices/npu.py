@@ -1,19 +1,17 @@
 """Ascend NPUs through torch_npu, which `import torch` loads by itself where it is installed.
 
-Facts behind the choices were checked against the torch_npu 2.13 wheel (tests/wheel), and so is every `torch.npu.NAME`
-below: it is written out, where that check can see it.
+The facts stated here, every `torch.npu.NAME` below and the names that `Device` uses of `torch.npu` are checked against
+the torch_npu 2.13 wheel by tests/test_wheel.py.
 """
 
 # mypy: disable-error-code="attr-defined"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor
 
-from pcpvt.devices.base import Batch, Device, prefetch_through_stream
+from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.functional.precision import Overflow
 from pcpvt.models.layers import Attend
@@ -29,12 +27,10 @@ class Npu(Device):
     name = "npu"
     backend = "cpu:gloo,npu:hccl"
     worker_start = "spawn"  # CANN does not survive a fork
-    vmaps = False
-    pins = True
-    fused_adamw_honors_found_inf = (
-        False  # torch_npu's _fused_adamw_ takes grad_scale and found_inf and never looks at them
-    )
-    environment = {  # noqa: RUF012 - never changed
+    supports_vmap = False
+    pins_memory = True
+    fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf
+    environment = {  # noqa: RUF012 - constant
         "TASK_QUEUE_ENABLE": "2",
         "CPU_AFFINITY_CONF": "1",
         "HCCL_CONNECT_TIMEOUT": "1800",
@@ -42,7 +38,7 @@ class Npu(Device):
     }
 
     def __init__(self) -> None:
-        """The torch.device exists only once torch_npu has renamed the backend, so `bind` makes it."""
+        """`bind` creates the torch.device: its name exists only once torch_npu has renamed the backend."""
 
     def require(self, count: int) -> None:
         if not hasattr(torch, "npu"):
@@ -55,15 +51,11 @@ class Npu(Device):
                 "or launch/npu_pod.sh for several hosts"
             )
 
-    def bind(self, index: int) -> torch.device:
-        torch.npu.set_compile_mode(jit_compile=False)  # kernels from the binary library: shapes need no recompilation
+    def bind(self, index: int) -> None:
+        torch.npu.set_compile_mode(jit_compile=False)  # use prebuilt kernels: no compilation per shape
         torch.npu.config.allow_internal_format = False
         torch.npu.set_device(index)
         self.torch = torch.device("npu", index)
-        return self.torch
-
-    def describe(self) -> str:
-        return torch.npu.get_device_name(self.torch)
 
     def precision(self) -> str:
         return "bfloat16" if torch.npu.is_bf16_supported() else "float16"
@@ -75,19 +67,19 @@ class Npu(Device):
             raise UserError(f"config.precision: bfloat16: {self.describe()} has none: use float16 or float32")
 
     def overflow(self, compute: torch.dtype) -> Overflow | None:
-        # On the 910A float16 saturates (inf becomes 65504, nan becomes 0), so a test for finiteness never fires; the
-        # device's status register tells, as it does for torch_npu's own GradScaler.
+        # On the 910A float16 saturates (inf becomes 65504, nan becomes 0), so a test for finiteness never fires. The
+        # device's status register records the overflow; torch_npu's own GradScaler reads it too.
         if compute != torch.float16 or torch.npu.utils.is_support_inf_nan():
             return None
         from torch_npu import npu_get_float_status
 
-        def seen() -> Tensor:
+        def overflowed() -> Tensor:
             return (npu_get_float_status(torch.zeros(8, device=self.torch))[0] != 0).to(torch.float32)
 
-        return Overflow(torch.npu.clear_npu_overflow_flag, seen)
+        return Overflow(torch.npu.clear_npu_overflow_flag, overflowed)
 
     def attend(self, dtype: torch.dtype) -> Attend:
-        if not torch.npu.is_bf16_supported():  # the 910A has no fused attention either
+        if not torch.npu.is_bf16_supported():  # the 910A, which has no fused attention either
             return attend_primitive
         from torch_npu import npu_fusion_attention
 
@@ -95,15 +87,3 @@ class Npu(Device):
             return npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5)[0]
 
         return fused
-
-    def memory_stats(self) -> tuple[int, int]:
-        return torch.npu.max_memory_allocated(self.torch), torch.npu.mem_get_info(self.torch)[1]
-
-    def reset_memory(self) -> None:
-        torch.npu.reset_peak_memory_stats(self.torch)
-
-    def synchronize(self) -> None:
-        torch.npu.synchronize()
-
-    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch_through_stream(batches, self.torch, torch.npu)

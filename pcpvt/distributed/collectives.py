@@ -1,7 +1,7 @@
-"""The processes of a run as a World: who am I, sums over all, agreement, and joining and leaving.
+"""The processes of a run: rank and size, sums over all processes, joining and leaving.
 
-A process that dies or hangs ends the run: the others notice within `config.timeout` seconds, say which one it was, and
-leave with `PeerError`.
+A process that dies or hangs ends the run: the others detect it within `config.timeout` seconds and exit with a
+`PeerError` that names its rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from pcpvt.devices.base import Device
 from pcpvt.errors import PeerError
 
-ROLL_CALL = 2.0  # seconds for all that are left to say so; a lost connection reaches them within milliseconds
+ROLL_CALL = 2.0  # seconds in which all live ranks report a failure; they detect a lost connection within milliseconds
 
 
 class World(NamedTuple):
@@ -37,49 +37,51 @@ class World(NamedTuple):
 
 
 class _Group:
-    """What the processes share beside their collectives: a key-value store, outside of any process that may fail."""
+    """The process group that this process has joined."""
 
-    store: dist.Store | None = None
-    timeout = 0
-    broken = False  # a collective has failed: the group can only be left to itself
+    world = World()
+    timeout = 0  # seconds
+    store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
+    broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
+
+
+_group = _Group()
 
 
 def from_environment() -> World | None:
-    """The place that torchrun gave this process, or None outside it."""
+    """This process's place as torchrun has set it, or None outside torchrun."""
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return None
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def join(device: Device, timeout: int) -> World:
-    """Binds this process to its device and joins the group when there are several processes.
+    """Binds this process to its device and joins the process group if there are several processes.
 
     Args:
-        timeout: seconds that any process waits for the others, now and later.
+        timeout: seconds that any process waits for the others, now and in every collective.
 
     Raises:
-        UserError: when this host does not have the devices.
-        PeerError: when the others do not come.
+        UserError: if this host does not have the devices.
+        PeerError: if other processes do not join in time.
     """
     world = from_environment() or World()
     device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     device.bind(world.local_rank)
     if world.size > 1:
-        patience = datetime.timedelta(seconds=timeout)
-        with _peer_errors(world):
-            _Group.timeout = timeout
-            store, *_ = next(dist.rendezvous("env://", timeout=patience))
-            _Group.store = dist.PrefixStore("pcpvt", store)
-            dist.init_process_group(
-                device.backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
-            )
+        limit = datetime.timedelta(seconds=timeout)
+        _group.world, _group.timeout = world, timeout
+        with _peer_errors():
+            store, *_ = next(dist.rendezvous("env://", timeout=limit))
+            _group.store = dist.PrefixStore("pcpvt", store)
+            dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
 
 
 def leave() -> None:
-    if dist.is_initialized() and not _Group.broken:
+    if dist.is_initialized() and not _group.broken:
         dist.destroy_process_group()
-        _Group.store = None
+        _group.store = None
 
 
 def psum(tensors: list[Tensor]) -> list[Tensor]:
@@ -104,7 +106,7 @@ def sum_numbers(values: list[float]) -> list[float]:
 
 
 def any_true(value: bool) -> bool:
-    """Whether any process says True; every process gets the same answer."""
+    """Whether `value` is True in any process; every process gets the same answer."""
     return sum_numbers([float(value)])[0] > 0
 
 
@@ -113,50 +115,50 @@ def barrier() -> None:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other process has said this yet: a warning or an error of all processes is one line, not one each."""
-    return _add(f"said/{text}") == 1
+    """Whether no other process has printed this text yet, so that a message of all processes is printed once."""
+    return _increment(f"said/{text}") == 1
 
 
 def explains(error: Exception) -> bool:
-    """Whether an error that ends this process should be shown: once each, and a lost peer only if nobody knows more."""
-    return first_to_say(str(error)) and (_add("errors") == 1 or not isinstance(error, PeerError))
+    """Whether to print the error that ends this process: each text once, a PeerError only if it is the first error."""
+    return first_to_say(str(error)) and (_increment("errors") == 1 or not isinstance(error, PeerError))
 
 
-def _add(key: str) -> int:
-    if _Group.store is None:  # not joined: what goes wrong now does so in all processes of a host
+def _increment(key: str) -> int:
+    """The value of a shared counter after adding 1."""
+    if _group.store is None:  # not joined: errors at this point occur in all processes of a host alike
         return 1 + int(os.environ.get("LOCAL_RANK", 0))
     try:
-        return _Group.store.add(key, 1)
-    except RuntimeError:  # the store went down with its host
+        return _group.store.add(key, 1)
+    except RuntimeError:  # the store's host is down
         return 1
 
 
 @contextlib.contextmanager
-def _peer_errors(world: World | None = None) -> Iterator[None]:
-    """Turns the failure of a collective into a PeerError that names who is missing."""
+def _peer_errors() -> Iterator[None]:
+    """Turns the failure of a collective into a PeerError that names the missing ranks."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # of torch.distributed: its own types are subclasses, and gloo raises the plain one
-        _Group.broken = True
-        world = world or World(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:  # the types of torch.distributed are subclasses, and gloo raises RuntimeError itself
+        _group.broken = True
         reason = str(error).strip().splitlines()[0]
-        missing = _roll_call(world)
+        missing = _roll_call()
         if missing and re.search("timed? ?out", reason.lower()):
-            what = f"gave no answer within {_Group.timeout} s (config.timeout): hung, or far slower than the others"
+            what = f"gave no answer within {_group.timeout} s (config.timeout): hung, or far slower than the others"
         else:
             what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
         raise PeerError(f"{', '.join(missing)} {what}") from error
 
 
-def _roll_call(world: World) -> list[str]:
-    """The ranks that do not notice the failure themselves: they are dead, or busy with something else."""
-    if _Group.store is None:
+def _roll_call() -> list[str]:
+    """The ranks that have not detected the failure themselves: they are dead, or hang outside the collective."""
+    if _group.store is None:
         return []
     try:
-        _Group.store.set(f"noticed/{world.rank}", "")
+        _group.store.set(f"noticed/{_group.world.rank}", "")
         time.sleep(ROLL_CALL)
-        return [f"rank {rank}" for rank in range(world.size) if not _Group.store.check([f"noticed/{rank}"])]
+        return [f"rank {rank}" for rank in range(_group.world.size) if not _group.store.check([f"noticed/{rank}"])]
     except RuntimeError:
         return []

@@ -1,6 +1,6 @@
-"""A config that asks for n processes to n supervised processes of this host, through torchelastic.
+"""Starts and supervises the processes of a run on this host, through torchelastic.
 
-Signals reach every rank, the exit code is that of the first rank that failed, and no process outlives this one.
+Signals are forwarded to every rank, the exit code is the first failed rank's, and no process outlives this one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pcpvt import devices
 from pcpvt.distributed import signals
 from pcpvt.errors import show
 
-FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; nothing is left to save then
-QUIET = (2, signals.PREEMPTED, signals.PEER_LOST)  # what the rank itself has explained in a line, or was asked for
+FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; they have nothing left to save
+STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
 
 
 def launch(config: ConfigDict, argv: list[str]) -> int:
-    """Runs `python -m pcpvt.main argv` once per process; returns the exit code of the whole.
+    """Runs `python -m pcpvt.main argv` in `config.processes` processes; returns the exit code of the run.
 
     Raises:
         UserError: when this host does not have the devices.
-        signals.Stopped: when a signal comes before there is a process to pass it on to.
+        signals.Stopped: when a signal arrives before the first process has started.
     """
     device = devices.get(config.device)
     device.require(config.processes)
@@ -35,20 +35,19 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.ERROR)  # torchelastic's tables repeat what the lines below say
+    logging.disable(logging.ERROR)  # torchelastic's error tables repeat the lines of the ranks and of `_exit_code`
     defaults = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(FAILURE_GRACE),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # what c10d warns of, a PeerError says in one line
-        "GLOO_SOCKET_IFNAME": "lo",  # one host: neither its name nor a network is needed
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a PeerError says in one line what c10d warns of
+        "GLOO_SOCKET_IFNAME": "lo",  # one host: works without a resolvable host name and without a network
         **device.environment,
     }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(defaults | os.environ)
     setup = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=config.processes,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # by default a folder in /tmp, which nobody removes
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # the default is a folder in /tmp that nobody removes
         run_id=uuid.uuid4().hex,
         role="pcpvt",
         rdzv_backend="c10d",
@@ -56,32 +55,26 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
         local_addr="localhost",
         max_restarts=0,  # a restart would hide the failure; the same command resumes
         monitor_interval=0.2,
-        signals_to_handle="SIGQUIT",  # the others are passed on, for the ranks to save
+        signals_to_handle="SIGQUIT",  # SIGTERM, SIGINT and SIGHUP are forwarded instead, so that the ranks save
     )
-    _adopt_orphans()
+    # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _pass_on)
+            signal.signal(number, _forward)
     signals.finish_step_first(config.grace + FAILURE_GRACE)
     try:
         elastic_launch(setup, sys.executable)("-u", "-m", "pcpvt.main", *argv)
     except ChildFailedError as error:
         return _exit_code(error.failures)
     finally:
-        signals.ignore()
-        for pid in signals.descendants():
-            signals.kill(pid, signal.SIGKILL)
+        signals.ignore_from_now()
+        signals.kill_descendants()
     return 0
 
 
-def _adopt_orphans() -> None:
-    """Makes this process (Linux) the parent of what a killed rank leaves behind: its loader processes."""
-    set_child_subreaper = 36
-    ctypes.CDLL(None).prctl(set_child_subreaper, 1)
-
-
-def _pass_on(number: int, frame: object) -> None:
-    """Sends a signal to every rank: each leads a session of its own, where no terminal and no scheduler reaches it."""
+def _forward(number: int, frame: object) -> None:
+    """Signal handler: sends the signal to every rank, whose own sessions get none from a terminal or scheduler."""
     ranks = signals.children()
     if not ranks:
         raise signals.Stopped
@@ -90,12 +83,11 @@ def _pass_on(number: int, frame: object) -> None:
 
 
 def _exit_code(failures: dict) -> int:
-    """The code of the rank that failed first, after naming it; `failures` are torchelastic's, by rank."""
-    # Times are whole seconds; within one, torchelastic keeps the order. Who lost a peer or was stopped is no cause.
-    caused = (signals.PEER_LOST, signals.PREEMPTED)
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode in caused))
+    """The exit code of the rank that failed first, after printing which one; `failures` are torchelastic's, by rank."""
+    # Timestamps are whole seconds; among equal ones a rank with an error of its own comes first.
+    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode in STOPPED))
     code = first.exitcode
-    if code not in QUIET:
+    if code != 2 and code not in STOPPED:  # a rank with code 2 has printed its error
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         show(f"rank {rank} {what}; the others were stopped")
     return 128 - code if code < 0 else code

@@ -22,98 +22,96 @@ import threading
 import time
 from pathlib import Path
 
-PREEMPTED = 75  # a signal came; what there was to save is saved; the same command goes on from there (EX_TEMPFAIL)
-PEER_LOST = 76  # another process of the run died or hangs; its own exit says why
+PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
+PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group, and a launcher passes it on: that counts as one signal
+ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group and a launcher forwards it: both count as one signal
 AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
 
 
 class Stopped(BaseException):
-    """A signal came while there was nothing to save."""
+    """A signal arrived while there was nothing to save."""
 
 
 class _Request:
-    """The one request that this process may have got."""
+    """State of the stop request; shared by the main thread's handler and the watching thread."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.deferred = False
-        self.ignored = False
-        self.grace = AT_ONCE
+    signal = 0  # number of the first signal that arrived
+    finishes_step = False
+    ignored = False
+    grace = AT_ONCE
 
 
 _request = _Request()
 
 
 def install() -> None:
-    """Takes over the signals; the first thing that the program does."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    """Installs the signal handlers and starts the watching thread; called first in the program."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
     for number in STOPS:
-        # nohup's ignored SIGHUP stays ignored.
+        # A SIGHUP that nohup has set to be ignored stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _remember)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+            signal.signal(number, _handle)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)  # written to even while the main thread runs C code
+    threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
 def finish_step_first(grace: float) -> None:
-    """From now on a signal is only remembered, for `grace` seconds."""
-    _request.deferred, _request.grace = True, grace
+    """From now on a signal is only recorded; the process is ended `grace` seconds later if it has not ended itself."""
+    _request.finishes_step, _request.grace = True, grace
 
 
-def ignore() -> None:
-    """From now on signals do nothing, to the very end: everything is saved, and the exit code is decided."""
+def ignore_from_now() -> None:
+    """From now on signals have no effect until the process ends: everything is saved and the exit code is decided."""
     _request.ignored = True
-    for number in STOPS:  # the interpreter gives our handlers up before it ends, but keeps to this
+    for number in STOPS:  # the interpreter removes Python handlers before it ends, but keeps SIG_IGN
         signal.signal(number, signal.SIG_IGN)
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
-    return _request.signal is not None
+    """Whether a signal has asked this process to stop."""
+    return _request.signal != 0
 
 
-def _remember(number: int, frame: object) -> None:
-    """The main thread's handler."""
+def _handle(number: int, frame: object) -> None:
+    """Signal handler; Python runs it in the main thread between two bytecode instructions."""
     if _request.ignored:
         return
     _request.signal = _request.signal or number
-    if not _request.deferred:
+    if not _request.finishes_step:
         raise Stopped
 
 
 def _watch(pipe: int) -> None:
-    """Reads the numbers of arriving signals, which the interpreter writes at once whatever the main thread does."""
-    came: float | None = None
+    """Thread that reads signal numbers from `pipe`; ends the process after a second signal or the grace period."""
+    requested_at: float | None = None  # of time.monotonic
     while True:
-        patience = None if came is None else max(0.0, came + _request.grace - time.monotonic())
-        ready = select.select([pipe], [], [], patience)[0]
+        timeout = None if requested_at is None else max(0.0, requested_at + _request.grace - time.monotonic())
+        ready = select.select([pipe], [], [], timeout)[0]
         numbers = [n for n in os.read(pipe, 64) if n in STOPS] if ready else []
         now = time.monotonic()
         if _request.ignored:
-            came = None
-        elif numbers and came is None:
-            came, _request.signal = now, numbers[0]
-        elif numbers and came is not None and now - came >= ONE_SIGNAL:
+            requested_at = None
+        elif requested_at is None:
+            if numbers:
+                requested_at, _request.signal = now, numbers[0]
+        elif numbers and now - requested_at >= ONE_SIGNAL:
             _end("a second signal ended it", 128 + numbers[0])
-        elif came is not None and now - came >= _request.grace:
-            if _request.deferred:
-                assert _request.signal is not None  # set with `came`
+        elif now - requested_at >= _request.grace:
+            if _request.finishes_step:
                 _end(f"no step ended within {_request.grace:g} s of a signal (config.grace)", 128 + _request.signal)
             _end("", PREEMPTED)
 
 
-def _end(why: str, code: int) -> None:
-    """Ends this process and all below it, from any thread."""
-    if why:
-        line = f"pcpvt: error: {why}: what was not saved is lost; the same command goes on from the last checkpoint\n"
-        with contextlib.suppress(OSError):  # the end must come, said or not
-            os.write(sys.stderr.fileno(), line.encode())
-    for pid in reversed(descendants()):
-        kill(pid, signal.SIGKILL)
+def _end(reason: str, code: int) -> None:
+    """Ends this process and all its descendants at once, from any thread; prints `reason` unless it is empty."""
+    if reason:
+        lost = "what was not saved is lost; the same command goes on from the last checkpoint"
+        with contextlib.suppress(OSError):  # standard error may be closed
+            os.write(sys.stderr.fileno(), f"pcpvt: error: {reason}: {lost}\n".encode())
+    kill_descendants()
     os._exit(code)
 
 
@@ -123,24 +121,30 @@ def kill(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def kill_descendants() -> None:
+    """Kills all processes below this one, children before their parents."""
+    for pid in reversed(descendants()):
+        kill(pid, signal.SIGKILL)
+
+
 def children(pid: int | str = "self") -> list[int]:
-    """Processes that a process, by default this one, has started and that live (Linux)."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # it has just ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):  # this thread has
-                found += map(int, (task / "children").read_text().split())
-    return found
+    """Live child processes of a process, by default of this one (Linux)."""
+    pids: list[int] = []
+    with contextlib.suppress(OSError):  # the process has just ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # the thread has just ended
+                pids += map(int, (thread / "children").read_text().split())
+    return pids
 
 
 def descendants(pid: int | str = "self") -> list[int]:
-    """Processes below a process (Linux), parents before their children; their process groups do not matter."""
-    return [found for child in children(pid) for found in (child, *descendants(child))]
+    """All processes below a process (Linux), in any process group; parents before their children."""
+    return [below for child in children(pid) for below in (child, *descendants(child))]
 
 
 def follow_parent() -> None:
-    """Asks the kernel (Linux) for a SIGTERM when the parent dies: a launcher that is killed leaves no orphans."""
-    parent, parent_death = os.getppid(), 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(parent_death, int(signal.SIGTERM))
+    """Asks the kernel (Linux) for a SIGTERM when the parent dies, so that a killed launcher leaves no orphans."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died meanwhile
         raise Stopped

@@ -78,7 +78,7 @@ def predict_each(
 
 def vmaps(session: Session) -> bool:
     """Whether the members run as one; compiled blocks take one member after the other."""
-    return session.device.vmaps and backend(session.device, session.config.compile) == "none"
+    return session.device.supports_vmap and backend(session.device, session.config.compile) == "none"
 
 
 def average_probabilities(logits: Sequence[Tensor]) -> Tensor:

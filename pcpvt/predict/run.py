@@ -122,7 +122,7 @@ def classify(session: Session, loaded: LoadedModel, source: Files, console: Cons
     size = min(eval_batch(config), len(source))
     batches = EvalBatches(source, session.size, config.eval.crop, size, 0, 1, on_error="skip")
     workers = sessions.workers(session, source) if len(source) > FEW else 0
-    loader = Loader(batches, range(len(batches)), workers, start=device.worker_start, pin=device.pins)
+    loader = Loader(batches, range(len(batches)), workers, start=device.worker_start, pin=device.pins_memory)
     predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
     names, folder = unique_names(source.paths), session.workdir / "explain"

@@ -123,4 +123,4 @@ def open_loader(
     """A loader of the batches with these indices, by `processes` loader processes (default: see `workers`)."""
     if processes is None:
         processes = workers(session, batches.dataset)
-    return Loader(batches, indices, processes, start=session.device.worker_start, pin=session.device.pins)
+    return Loader(batches, indices, processes, start=session.device.worker_start, pin=session.device.pins_memory)

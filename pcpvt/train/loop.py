@@ -42,7 +42,7 @@ def train(
     session, plan, config = setup.session, setup.plan, setup.session.config
     start = step = int(state.step)  # steps done
     pending: Pending = []
-    rate, unreadable = Rate(), UnreadableLog(setup.batches.source, setup.console)
+    rate, unreadable = Rate(), UnreadableLog(setup.batches.dataset, setup.console)
     first_seconds, stopped = 0.0, False
     try:
         if owes_evaluation(plan, history, step):  # the run was interrupted between this checkpoint and its evaluation

@@ -47,7 +47,7 @@ def run(session: Session) -> int:
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
             raise _divergence_error(setup, history, saver.last_good)
-        signals.ignore()  # all is saved: a launcher's signals from here on must not change the exit code
+        signals.ignore_from_now()  # all is saved: a launcher's signals from here on must not change the exit code
         if not loop.finished(plan, history, int(state.step)):
             collectives.barrier()  # the first process to leave makes the launcher stop the others
             say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
@@ -63,7 +63,7 @@ def _divergence_error(setup: TrainSetup, history: History, last_good: Path | Non
     steps: list[dict[str, Any]] = []
     for step, loss, grad_norm, _ in history.streak:
         draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
-        samples = [{"id": draw.index, "name": setup.batches.source.name(draw.index)} for draw in draws]
+        samples = [{"id": draw.index, "name": setup.batches.dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
     where = session.workdir / "nonfinite.json"
     if session.world.is_main:

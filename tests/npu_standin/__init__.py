@@ -1,22 +1,22 @@
-"""A pretended `npu` device for tests: the CPU's kernels behind torch's PrivateUse1 device type.
+"""A simulated `npu` device for tests: the CPU's kernels behind torch's PrivateUse1 device type.
 
     subprocess.run([sys.executable, "-m", "pcpvt.main", ...], env=npu_standin.environment(devices=2))
-    PYTHONPATH=tests python -m npu_standin -m pcpvt.main --config=configs/pcpvt_s.py:npu2        (the same, by hand)
-    @npu_standin.on_npu(devices=1)                                                     (one test function, likewise)
+    PYTHONPATH=tests python -m npu_standin -m pcpvt.main --config=configs/pcpvt_s.py:npu2   (the same from a shell)
+    @npu_standin.on_npu(devices=1)                                                          (for one test function)
 
-`import torch` finds it as it finds the real torch_npu, through the entry point of `site/torch_npu-*.dist-info` on
-PYTHONPATH. So it is there in every child process too, whether torchelastic, spawn or a shell started it, and nothing in
-the program under test knows of it. Results equal the CPU's to the bit.
+`import torch` loads it like the real torch_npu, through the entry point of `site/torch_npu-*.dist-info` on PYTHONPATH.
+It therefore exists in every child process too, whether torchelastic, spawn or a shell started it, and the program under
+test needs no changes. Results equal the CPU's bit for bit.
 
 Refused, as on the real device: tensors of two devices in one operator; float64, channels_last; under torch.func:
 scaled_dot_product_attention, softmax, adaptive_avg_pool2d, one_hot, argsort; foreach and fused optimizer kernels that
 torch_npu lacks (`_foreach_mul_` with a tensor, `_fused_adamw_` with a tensor lr), and what `_fused_adamw_` ignores
 there (grad_scale, found_inf); set_compile_mode and allow_internal_format once tensors exist; hccl on CPU tensors.
-Random numbers on the device are refused because pcpvt draws on the host. Not there: autocast, inductor, torch.save of
-npu tensors.
+Random numbers on the device are refused because pcpvt draws on the host. Not implemented: autocast, inductor,
+torch.save of npu tensors.
 
 `soc="Ascend910A"`: no bfloat16, no npu_fusion_attention, and float16 saturates: inf becomes 65504, nan becomes 0, and
-`torch.npu.get_npu_overflow_flag()` tells. `torch.ops.npu_standin.set_overflow(True)` raises the flag by hand.
+`torch.npu.get_npu_overflow_flag()` tells. `torch.ops.npu_standin.set_overflow(True)` sets the flag.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SITE = Path(__file__).parent / "site"
 
 
 def available() -> str | None:
-    """Why the stand-in cannot be had on this machine (a reason to skip), or None."""
+    """The reason why the stand-in cannot be built on this machine, or None; a test is skipped with the reason."""
     return build.available()
 
 
 def environment(devices: int = 2, soc: str = "Ascend910B2") -> dict[str, str]:
-    """This process's environment, changed so that Python programs started with it have `devices` NPUs of kind `soc`."""
+    """This process's environment, changed so that Python programs started with it have `devices` NPUs of type `soc`."""
     path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
         **os.environ,

@@ -1,4 +1,4 @@
-"""`python -m npu_standin ARGS` is `python ARGS` with pretended NPUs; the variables DEVICES and SOC choose which."""
+"""`python -m npu_standin ARGS` is `python ARGS` with simulated NPUs: DEVICES of them, of type SOC (variables)."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def available() -> str | None:
-    """Why the stand-in cannot be had on this machine, or None."""
+    """The reason why the stand-in cannot be built on this machine, or None."""
     if not sys.platform.startswith("linux"):
         return "the npu stand-in is for Linux"
     if shutil.which(_compiler()) is None:
@@ -25,30 +25,30 @@ def available() -> str | None:
 
 
 def library() -> Path:
-    """The shared library, built now if it is not in the cache (20 to 40 s).
+    """The path of the shared library; builds it if it is not in the cache (20 to 40 s).
 
     Raises:
-        subprocess.CalledProcessError: the compiler refuses, which a test must not hide.
+        subprocess.CalledProcessError: when the compiler fails, which must not be hidden by skipping a test.
     """
     torch = Path(importlib.util.find_spec("torch").origin).parent  # importing it is not needed to build against it
     version = importlib.metadata.version("torch")
     sources = [(FOLDER / name).read_bytes() for name in ("device.h", "standin.cpp")]
     tag = hashlib.sha256(b"".join(sources) + f"{version} {torch}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pcpvt"
-    built = cache / f"npu_standin-{tag}.so"
+    compiled = cache / f"npu_standin-{tag}.so"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "npu_standin.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may ask at once
-        if not built.exists():
-            unfinished = built.with_suffix(".part")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may call this at once
+        if not compiled.exists():
+            unfinished = compiled.with_suffix(".part")
             include = torch / "include"
             flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-DUSE_DISTRIBUTED"]
             folders = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
             libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
             command = [_compiler(), *flags, *folders, str(FOLDER / "standin.cpp"), "-o", str(unfinished), *libraries]
             subprocess.run(command, check=True)
-            unfinished.rename(built)
-    return built
+            unfinished.rename(compiled)
+    return compiled
 
 
 def _compiler() -> str:

@@ -1,4 +1,4 @@
-// The pretended device itself: its memory, its current index, its stream and events. Everything is synchronous.
+// The simulated device: its memory, current index, stream and events. Everything is synchronous.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -38,7 +38,7 @@ void use(DeviceIndex device, int64_t bytes) {
   u.allocations += bytes > 0;
 }
 
-// The context of every npu data pointer: the CPU storage whose memory it is.
+// The context of every npu data pointer: the CPU storage that owns the memory.
 struct Block {
   Storage host;
   DeviceIndex device;
@@ -85,7 +85,7 @@ struct Allocator final : c10::DeviceAllocator {
 } allocator;
 REGISTER_ALLOCATOR(NPU, &allocator);
 
-// Pinned memory is host memory whose addresses are remembered, so that is_pinned() tells the truth.
+// Pinned memory is host memory whose addresses are recorded for is_pinned().
 struct PinnedAllocator final : c10::Allocator {
   inline static auto& live = *new std::set<const void*>;  // never destroyed: tensors may outlive main()
   static void drop(void* memory) {
@@ -102,7 +102,7 @@ struct PinnedAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 } pinned;
 
-// ---- current device; one stream to a device, on which all work is done when a call returns -------------------------
+// ---- current device; one stream per device, on which all work is done when a call returns --------------------------
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   using Clock = std::chrono::steady_clock;

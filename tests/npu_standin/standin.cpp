@@ -1,8 +1,8 @@
-// A pretended `npu` device, so that the NPU branch of pcpvt runs on machines without one (see __init__.py).
+// A simulated `npu` device, so that the NPU code of pcpvt runs on machines without one (see __init__.py).
 //
 // It owns ordinary host memory under torch's PrivateUse1 device type (device.h). An operator on npu tensors runs the
-// CPU's kernel on CPU tensors that share this memory, so results equal the CPU's to the bit, while device types,
-// placement checks and dispatch are those of a foreign device.
+// CPU's kernel on CPU tensors that share this memory, so results equal the CPU's bit for bit, while device types,
+// placement checks and dispatch are those of another device.
 #include "device.h"
 
 #include <ATen/EmptyTensor.h>
@@ -26,14 +26,14 @@ void check_dtype(at::ScalarType dtype) {
   TORCH_CHECK(!is_910a || dtype != at::kBFloat16, "npu stand-in: bfloat16 is not supported on Ascend910A");
 }
 
-// float16 results of a 910A: no inf and no nan; the overflow flag goes up instead.
+// float16 results of a 910A have no inf and no nan; the overflow flag is set instead.
 void saturate(Tensor host, DeviceIndex device) {
   if (!host.defined() || host.scalar_type() != at::kHalf || at::isfinite(host).all().item<bool>()) return;
   overflow[device] = true;
   at::nan_to_num_(host, 0.0, 65504.0, -65504.0);
 }
 
-// One operator call: its npu tensors, the CPU tensors that stand for them, and the way back.
+// One operator call: maps its npu tensors to CPU tensors on the same memory, and results back.
 struct Call {
   const OperatorHandle& op;
   std::vector<std::pair<Tensor, Tensor>> known;           // npu, cpu
@@ -46,7 +46,7 @@ struct Call {
 
   Tensor to_cpu(const Tensor& t) {
     if (!t.defined() || !t.is_privateuseone()) {
-      cpu_beside |= t.defined() && t.dim() > 0;  // 0-d CPU tensors are numbers, which every device takes
+      cpu_beside |= t.defined() && t.dim() > 0;  // 0-d CPU tensors count as numbers, which every device accepts
       return t;
     }
     TORCH_CHECK(!device || *device == t.device() || is({"aten::copy_"}),
@@ -81,7 +81,7 @@ struct Call {
     return t;
   }
 
-  // Kernels may give their outputs another shape, and so more memory (resize_, out=).
+  // Kernels may resize their outputs, and so allocate more memory (resize_, out=).
   void take_over_changes() {
     for (auto& [npu, cpu] : known) {
       const Storage &mine = npu.storage(), &host = cpu.storage();
@@ -133,7 +133,7 @@ void run_on_cpu(const OperatorHandle& op, Stack* stack) {
   TORCH_CHECK(!call.cpu_beside || !call.device || may_mix,
       "Expected all tensors to be on the same device, but found npu and cpu (", name, ")");
 
-  std::vector<Tensor> computed;  // what the kernel writes, unless it only moves bits
+  std::vector<Tensor> computed;  // tensors whose values the kernel computes; copies are not among them
   const auto note = [&](const Tensor& t) { return computed.push_back(t), t; };
   const auto dtype = [&](size_t i) { return (*stack)[first + i].toTensor().scalar_type(); };
   const bool moves = call.is({"aten::resize_"}) || (call.is({"aten::copy_"}) && dtype(0) == dtype(1));
@@ -175,7 +175,7 @@ void no_kernel(const OperatorHandle& op, Stack*) {
   TORCH_CHECK(false, "npu stand-in: ", op.operator_name(), " has no NPU kernel");
 }
 
-// torch_npu's kernel takes these two arguments and never looks at them (op-plugin, FusedAdamWKernelNpuOpApi.cpp).
+// torch_npu's kernel accepts these two arguments and ignores them (op-plugin, FusedAdamWKernelNpuOpApi.cpp).
 void fused_adamw(const OperatorHandle& op, Stack* stack) {
   TORCH_CHECK(torch::jit::peek(*stack, 0, 2).isNone() && torch::jit::peek(*stack, 1, 2).isNone(),
       "npu stand-in: _fused_adamw_ ignores grad_scale and found_inf on NPUs");
@@ -183,7 +183,7 @@ void fused_adamw(const OperatorHandle& op, Stack* stack) {
 }
 
 // torch_npu replaces these composite operators above autograd with code that reads its inputs' storage. The wrappers
-// of torch.func have none, and asking them raises "Cannot access storage of TensorWrapper", here as there.
+// of torch.func have none, and reading it raises "Cannot access storage of TensorWrapper", as on the real device.
 void reads_storage(const OperatorHandle& op, Stack* stack) {
   for (const IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
     if (value.isTensor() && value.toTensor().is_privateuseone()) (void)value.toTensor().storage();
@@ -207,7 +207,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
       "aten::_foreach_div_.Tensor", "aten::_foreach_lerp.ScalarList", "aten::_foreach_lerp_.ScalarList",
       "aten::_foreach_max", "aten::_fused_adamw_.tensor_lr"};
   implement<&no_kernel>(m, refused);
-  // The fallback alone would lose to generic compositions, which may round differently: name what the CPU has.
+  // Generic compositions, which may round differently, take precedence over the fallback: register all CPU operators.
   std::set<std::string> rest{"aten::copy_", "aten::convolution", "aten::convolution_backward"};
   for (const auto& name : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(DispatchKey::CPU))
     if (name.name.rfind("aten::", 0) == 0) rest.insert(c10::toString(name));

@@ -1,8 +1,8 @@
-"""Do the names that source files use on `torch.npu` and `torch_npu` exist in the torch_npu of this process?
+"""Checks that the names which source files use of `torch.npu` and `torch_npu` exist in the installed torch_npu.
 
-`check(files)` returns one line per use that is wrong: a name that does not exist, an option that cannot be set, a call
-whose arguments do not fit the signature (for operators: the schema). It does not see names reached through getattr with
-a string, through a variable that holds the module, or as tensor methods.
+`check(files)` returns one line per wrong use: a name that does not exist, an option that cannot be set, or a call whose
+arguments do not fit the signature (for operators: the schema). It does not detect names used through getattr with a
+string, through a variable that holds the module, or as tensor methods.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ class Use(NamedTuple):
 
 
 def check(files: list[Path]) -> tuple[int, list[str]]:
-    """(number of uses seen, what is wrong with them)."""
-    seen, wrong = 0, []
+    """(number of uses, one line per wrong use)."""
+    count, wrong = 0, []
     for file in files:
         for use in sorted(uses(ast.parse(file.read_text())), key=lambda use: use.line):
-            seen += 1
+            count += 1
             if problem := misuse(use):
                 wrong.append(f"{file}:{use.line}: {use.path}: {problem}")
-    return seen, wrong
+    return count, wrong
 
 
 def uses(tree: ast.AST) -> Iterator[Use]:
-    """Every use of the two modules; of a.b.c only the whole chain."""
-    known = {"torch": "torch", "torch_npu": "torch_npu"}  # local name to dotted path
+    """Every use of the two modules; for a.b.c only the whole chain, not a.b."""
+    local_names = {"torch": "torch", "torch_npu": "torch_npu"}  # to dotted paths
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     for node in imports:
         prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
         for name in node.names:
             if prefix or name.asname:
-                known[name.asname or name.name] = prefix + name.name
-            if _ours(prefix + name.name):
+                local_names[name.asname or name.name] = prefix + name.name
+            if _is_npu(prefix + name.name):
                 yield Use(node.lineno, prefix + name.name, None, False)
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name) and id(node) not in inner:
             root, *rest = ast.unparse(node).split(".")
-            path = ".".join([known.get(root, ""), *rest])
-            if root.isidentifier() and _ours(path):
+            path = ".".join([local_names.get(root, ""), *rest])
+            if root.isidentifier() and _is_npu(path):
                 yield Use(node.lineno, path, calls.get(id(node)), isinstance(node.ctx, ast.Store))
 
 
-def _ours(path: str) -> bool:
+def _is_npu(path: str) -> bool:
     return path.split(".")[0] == "torch_npu" or path.split(".")[:2] == ["torch", "npu"]
 
 
 def misuse(use: Use) -> str | None:
-    """What is wrong with one use, or None."""
+    """The error of one use, or None."""
     *owner, name = use.path.split(".")
     if not owner:
         return None
@@ -70,13 +70,13 @@ def misuse(use: Use) -> str | None:
         for part in owner[1:]:
             target = getattr(target, part)
         if use.assigned:
-            # torch.npu.config and its like take any name in silence; those they act on are constants of __setattr__.
+            # torch.npu.config and similar objects accept any name; those with an effect are constants in __setattr__.
             setter = getattr(type(target).__setattr__, "__code__", None)
             return None if setter is None or name in setter.co_consts else "no such option"
         target = getattr(target, name)
     except AttributeError as error:
         return None if _is_module(use.path) else f"does not exist ({error})"
-    return misfit(use, target) if use.call else None
+    return wrong_arguments(use, target) if use.call else None
 
 
 def _is_module(path: str) -> bool:
@@ -86,7 +86,8 @@ def _is_module(path: str) -> bool:
         return False
 
 
-def misfit(use: Use, target: object) -> str | None:
+def wrong_arguments(use: Use, target: object) -> str | None:
+    """The error of a call's arguments, or None."""
     import torch
 
     keywords = [k.arg for k in use.call.keywords if k.arg]
@@ -96,13 +97,13 @@ def misfit(use: Use, target: object) -> str | None:
         unknown = set(keywords) - {argument.name for schema in schemas for argument in schema.arguments}
         return f"unknown keywords {sorted(unknown)}" if unknown else None
     if any(isinstance(a, ast.Starred) for a in use.call.args) or len(keywords) < len(use.call.keywords):
-        return None  # * and **: only the run tells
+        return None  # * and ** cannot be checked without running the code
     try:
         inspect.signature(target).bind(*use.call.args, **dict.fromkeys(keywords))
     except TypeError as error:
         return str(error)
     except ValueError:
-        return None  # built in, without a signature
+        return None  # a built-in function without a signature
     return None
 
 

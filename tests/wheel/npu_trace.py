@@ -1,7 +1,7 @@
-"""Which operators does a function run on an NPU, and does the torch_npu of this process have kernels for them?
+"""Lists the operators that a function runs on an NPU, and whether the installed torch_npu has kernels for them.
 
-Nothing is computed: tensors are fake ones, with a shape, a dtype and the device npu:0. Run it in a process started with
-`real_torch_npu.environment("Ascend910B2")`.
+Nothing is computed: tensors are fake tensors, with a shape, a dtype and the device npu:0. Run it in a process started
+with `real_torch_npu.environment("Ascend910B2")`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Operator(NamedTuple):
 
 
 def trace(function: Callable[[], object]) -> dict[str, Operator]:
-    """Operators by name, with the number of calls on npu tensors, of one call of `function` under fake tensors.
+    """Calls `function` once with fake tensors; returns its operators on npu tensors by name.
 
-    `function` makes its npu tensors itself (`device="npu"`). CPU tensors that it made earlier may come in; a value read
+    `function` creates its npu tensors itself (`device="npu"`). It may use CPU tensors created earlier. Reading a value
     from a fake tensor raises, except from a constant: `int(torch.tensor(3))`.
     """
     if not torch.npu.device_count():
-        raise RuntimeError("autograd on npu needs a pretended device: start with environment('Ascend910B2')")
+        raise RuntimeError("autograd on npu needs a simulated device: start with environment('Ascend910B2')")
     with FakeTensorMode(allow_non_fake_inputs=True), _Recorder() as recorder:
         function()
     return {
@@ -84,7 +84,7 @@ class _Collector(TorchDispatchMode):
 
 
 def without_kernel(func, args: tuple, kwargs: dict, inside: tuple[str, ...] = ()) -> set[str]:
-    """Operators without an NPU kernel that this call ends in: generic kernels are run on meta tensors and followed."""
+    """Operators without an NPU kernel that this call needs; generic kernels run on meta tensors to find theirs."""
     name = func.name()
     if has_kernel(name, "PrivateUse1") or name in inside:
         return set()
@@ -93,7 +93,7 @@ def without_kernel(func, args: tuple, kwargs: dict, inside: tuple[str, ...] = ()
         return {name}
     with _disable_current_modes():
         args, kwargs = tree_map(_on_meta, (args, kwargs))
-        # A kernel that needs values stops early; the operators it called until then count.
+        # A kernel that reads values stops with an error; the operators that it called before count.
         with _Collector() as collector, contextlib.suppress(Exception):
             func._op_dk(getattr(DispatchKey, generic), *args, **kwargs)
     return set().union(*(without_kernel(*call, (*inside, name)) for call in collector.seen))

@@ -1,9 +1,9 @@
-"""The operators of our own train and eval step on the real wheel's npu device; exit code 1 if one falls to the CPU.
+"""Lists the operators of the train and eval step on the wheel's npu device; exit code 1 if one falls back to the CPU.
 
     python tests/wheel/real_torch_npu.py --soc Ascend910B2 tests/wheel/our_step.py
 
-All that a recipe can have is in it: mixing, erasing, drop path, smoothing, accumulation, clipping, EMA, a loss scale
-where the device needs one, and both ways of taking a gradient.
+The step includes everything that a recipe can have: mixing, erasing, drop path, smoothing, accumulation, clipping, EMA,
+a loss scale where the device needs one, and both gradient implementations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def batch(branches: int) -> dict[str, torch.Tensor]:
     }
 
 
-def steps(device, seam) -> None:
+def steps(device, value_and_grad) -> None:
     """One train step and one evaluation batch."""
     policy = precision.parse(device.precision())
     model = pcpvt.build("pcpvt_nano", CLASSES)
@@ -47,10 +47,10 @@ def steps(device, seam) -> None:
     )
     optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
     scaler, kernels = precision.loss_scale(policy), device.kernels(policy.compute)
-    watch = device.overflow(policy.compute)
-    if watch is not None:  # its two operators have kernels and no shapes for fake tensors
+    overflow = device.overflow(policy.compute)
+    if overflow is not None:  # its two operators have kernels but do not support fake tensors
         assert all(has_kernel(f"npu::npu_{verb}_float_status", "PrivateUse1") for verb in ("get", "clear"))
-        watch = precision.Overflow(lambda: None, lambda: torch.zeros((), device="npu"))
+        overflow = precision.Overflow(lambda: None, lambda: torch.zeros((), device="npu"))
     step = make_step(
         make_objective(model, smoothing=0.1, policy=policy, kernels=kernels),
         optimizer,
@@ -59,29 +59,29 @@ def steps(device, seam) -> None:
         policy=policy,
         scaler=scaler,
         ema_decay=0.9,
-        value_and_grad=seam,
-        overflow=watch,
+        value_and_grad=value_and_grad,
+        overflow=overflow,
         fp32_norms=device.fp32_norms,
     )
     ts = state.create(params, optimizer.init(params), scaler.init("npu"), ema=True, device="npu")
-    given = batch(model.branches)
-    ts, _ = step(ts._replace(step=torch.tensor(0)), given)  # a constant: the host reads it
+    inputs = batch(model.branches)
+    ts, _ = step(ts._replace(step=torch.tensor(0)), inputs)  # a constant, because the host reads it
     logits = make_predict(model, policy=policy, kernels=kernels)(
-        precision.cast(ts.ema, policy, device.fp32_norms), given["image"]
+        precision.cast(ts.ema, policy, device.fp32_norms), inputs["image"]
     )
-    metrics.sums(logits, given["label"], torch.ones(N, dtype=torch.bool, device="npu"))
+    metrics.sums(logits, inputs["label"], torch.ones(N, dtype=torch.bool, device="npu"))
 
 
 def main() -> int:
     device = devices.get("npu")
     device.require(1)
     device.bind(0)
-    FakeTensor.tolist = lambda self: [0.0, 1.0]  # what the host reads once a step: no skip, divisor 1
+    FakeTensor.tolist = lambda self: [0.0, 1.0]  # the values that the host reads once per step: no skip, divisor 1
     failed = 0
-    for seam in (autograd_value_and_grad, functional_value_and_grad):
-        operators = trace(lambda seam=seam: steps(device, seam))
+    for value_and_grad in (autograd_value_and_grad, functional_value_and_grad):
+        operators = trace(lambda function=value_and_grad: steps(device, function))
         failed += sum(operator.where == "cpu" for operator in operators.values())
-        print(f"{device.describe()}, {device.precision()}, {seam.__name__}\n{report(operators)}\n")
+        print(f"{device.describe()}, {device.precision()}, {value_and_grad.__name__}\n{report(operators)}\n")
     return bool(failed)
 
 

@@ -2,9 +2,9 @@
 
     python tests/wheel/real_torch_npu.py [--soc Ascend910B2] script.py ARGS
 
-torch_npu links against CANN's libraries. Here they are stubs in which every function returns 0, so its operators, their
-schemas and its Python API are registered as on an Ascend host, and no kernel computes anything: under fake tensors one
-sees dispatch, shapes and refusals, never values. The wheel (42 MB) is fetched once with pip, into ~/.cache/pcpvt.
+torch_npu links against CANN's libraries. Stubs in which every function returns 0 replace them, so its operators, their
+schemas and its Python API are registered as on an Ascend host, but no kernel computes anything: with fake tensors
+dispatch, shapes and errors can be tested, but not values. pip downloads the wheel (42 MB) once, to ~/.cache/pcpvt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# What must do more than return 0: names and counts that are read, handles that may not be null, memory.
+# Functions that must do more than return 0: they return names, counts, handles that may not be null, or memory.
 STUBS = r"""
 #include <stdlib.h>
 #include <string.h>
@@ -51,23 +51,27 @@ int aclrtFreeHost(void* memory) { free(memory); return 0; }
 int aclrtMemcpy(void* to, size_t most, const void* from, size_t bytes, int kind) { memcpy(to, from, bytes); return 0; }
 int aclrtMemset(void* to, size_t most, int value, size_t bytes) { memset(to, value, bytes); return 0; }
 """
-OPENED_LATER = {"libruntime.so", "libopapi.so", "libaml_fwk.so"}  # by dlopen, so no link entry names them
-# Functions looked up by dlsym, as they stand in the binary. The aclnn ones, the operators' kernels, stay absent.
+OPENED_LATER = {
+    "libruntime.so",
+    "libopapi.so",
+    "libaml_fwk.so",
+}  # with dlopen, so they are not among the linked libraries
+# Names of functions that are looked up with dlsym, as in the binary. Those of kernels (aclnn) are left undefined.
 BY_NAME = re.compile(rb"(?<=\0)(?!aclnn)(?:acl|Hccl|Hcom|rt|aml|dsmi|Prof|Msprof)\w{3,60}(?=\0)")
 
 
 class Unavailable(Exception):
-    """Why the wheel cannot be had here; a reason to skip."""
+    """The wheel cannot be used on this machine; the message is a reason to skip a test."""
 
 
 def environment(soc: str | None = "Ascend910B2") -> dict[str, str]:
     """This process's environment, changed so that `import torch` loads the real torch_npu; fills the cache if needed.
 
     Args:
-        soc: product name of the one device that is pretended; None means that there is none.
+        soc: product name of the one simulated device; None means no device.
 
     Raises:
-        Unavailable: no index, no pip, no compiler, or a torch that torch_npu does not load into.
+        Unavailable: without a package index, pip or a compiler, or with a torch that torch_npu cannot be loaded into.
     """
     libraries = Path(importlib.util.find_spec("torch").origin).parent / "lib"
     if any((libraries / f"libtorch_{kind}.so").exists() for kind in ("cuda", "hip")):
@@ -108,7 +112,7 @@ def _unpack(cache: Path, wheel: Path) -> Path:
 
 
 def _build_stubs(cache: Path, site: Path, torch_libraries: Path) -> Path:
-    """One library for each that torch_npu misses; all define every function that nobody else defines."""
+    """One stub library for each missing one; each defines all functions that no other library defines."""
     key = f"{site.name} {torch_libraries} {importlib.metadata.version('torch')}".encode() + Path(__file__).read_bytes()
     stubs = cache / f"stubs-{hashlib.sha256(key).hexdigest()[:16]}"
     if stubs.exists():
@@ -126,7 +130,7 @@ def _build_stubs(cache: Path, site: Path, torch_libraries: Path) -> Path:
     wanted -= set().union(*(_symbols(file, "defined") for file in linked))
     wanted |= {name.decode() for file in own for name in BY_NAME.findall(file.read_bytes())}
     wanted -= set(re.findall(r"(\w+)\([^)]*\) \{", STUBS))
-    wanted = {name for name in wanted if not name.startswith(("Py", "_Py"))}  # the interpreter has these
+    wanted = {name for name in wanted if not name.startswith(("Py", "_Py"))}  # defined by the interpreter
     functions = "".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(wanted))
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         unfinished = Path(folder) / "stubs"

@@ -1,4 +1,4 @@
-"""The Python half of the stand-in, under the name and with the names of the real torch_npu."""
+"""The Python part of the stand-in, under the package name and with the function names of the real torch_npu."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ torch._tensor_str._tensor_str = lambda t, indent: _format(t.cpu() if t.device.ty
 
 
 def _autoload() -> None:
-    """What `import torch` calls; importing this module did the work."""
+    """Called by `import torch`; importing this module has registered everything already."""
 
 
 def _capture_only(module, inputs, **options):
-    """torch_npu's dynamo backends without their optimisation: the capture is the real one."""
+    """A dynamo backend that captures graphs as torch_npu's backends do, and does not optimize them."""
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, inputs)
 
 
 def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0, keep_prob=1.0):
-    """Softmax attention without mask and dropout; 7 results as in the wheel, the first is the attention."""
+    """Softmax attention without mask and dropout; returns 7 values as in the wheel, the first is the output."""
     if npu.SATURATES:
         raise RuntimeError("npu stand-in: npu_fusion_attention is not supported on Ascend910A")
     if input_layout not in ("BNSD", "BSND") or keep_prob != 1.0:
@@ -52,7 +52,7 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0
 
 
 def npu_get_float_status(input, mode=0):
-    """float32 [8]; the first is not 0 after an overflow."""
+    """float32 `[8]`, whose first element is not 0 after an overflow."""
     return torch.full_like(input, float(torch.ops.npu_standin.overflow()))
 
 

@@ -70,7 +70,7 @@ def get_device_name(device_name=None) -> str:
 
 
 def get_soc_version() -> int:
-    return 102 if SATURATES else 221  # what the wheel answers for Ascend910A and Ascend910B2
+    return 102 if SATURATES else 221  # the wheel's values for Ascend910A and Ascend910B2
 
 
 def is_bf16_supported(including_emulation: bool = False) -> bool:
@@ -78,10 +78,10 @@ def is_bf16_supported(including_emulation: bool = False) -> bool:
 
 
 def manual_seed_all(seed: int) -> None:
-    """torch.manual_seed calls it; this device has no generator."""
+    """Called by torch.manual_seed; this device has no generator."""
 
 
-# ---- streams: one to a device, and always done (classes there, functions here)
+# ---- streams: one per device, always idle; classes in torch_npu, functions here
 
 
 def Stream(device=None, priority=0):
@@ -100,23 +100,23 @@ def stream(stream):
     return contextlib.nullcontext(stream)
 
 
-# ---- options that have to be set before tensors exist
+# ---- options that must be set before tensors exist
 
 
-def _too_late(name: str) -> None:
+def _require_no_tensors(name: str) -> None:
     if torch.ops.npu_standin.allocations():
         raise RuntimeError(f"npu stand-in: {name} after the first tensor")
 
 
 def set_compile_mode(jit_compile: bool = False) -> None:
-    _too_late("set_compile_mode")
+    _require_no_tensors("set_compile_mode")
 
 
 class _Config:
     def __setattr__(self, name, value):
         if name != "allow_internal_format":
             raise AttributeError(f"npu stand-in: torch.npu.config has no option {name}")
-        _too_late("config.allow_internal_format")
+        _require_no_tensors("config.allow_internal_format")
         object.__setattr__(self, name, value)
 
 
