@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -134,3 +135,25 @@ def test_signal_interrupts_compilation(tmp_path):
     process.send_signal(signal.SIGTERM)
     ended = miniature.end(process)
     assert ended.code == PREEMPTED and time.monotonic() - began < 10, ended.err
+
+
+def test_an_error_that_a_stop_causes_during_an_import_is_that_stop(monkeypatch, capsys):
+    """numpy turns an exception inside its lazy imports into a RecursionError, which must not end in a traceback."""
+    from absl import app
+
+    from pcpvt import main
+    from pcpvt.distributed import signals
+
+    def interrupted(*args, **options):
+        with contextlib.suppress(signals.Stopped):
+            signals._handle(signal.SIGTERM, None)
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(app, "run", interrupted)
+    monkeypatch.setattr(signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "ignore_from_now", lambda: None)
+    monkeypatch.setattr(signals, "_request", signals._Request())
+    with pytest.raises(SystemExit) as ended:
+        main.entry()
+    assert ended.value.code == PREEMPTED
+    assert capsys.readouterr().err.startswith("pcpvt: stopped by a signal with nothing new to save")

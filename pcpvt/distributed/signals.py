@@ -75,6 +75,11 @@ def stop_requested() -> bool:
     return _request.signal != 0
 
 
+def stopped_before_saving() -> bool:
+    """Whether a signal has asked this process to stop while there was nothing to save (see `Stopped`)."""
+    return _request.signal != 0 and not _request.finishes_step
+
+
 def _handle(number: int, frame: object) -> None:
     """Signal handler; Python runs it in the main thread between two bytecode instructions."""
     if _request.ignored:
