@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pcpvt import main
-from pcpvt.bench import baseline, loop, scaling, subprocess
+from pcpvt.bench import baseline, parts, scaling, subprocess
 from pcpvt.config import fields, recipes, resolve
 from pcpvt.errors import UserError
 from pcpvt.runtime import session as sessions
@@ -36,7 +36,7 @@ def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp
 def test_the_whole_loop_is_measured_on_synthetic_images(tmp_path):
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
     config.batch_size, config.bench.steps, config.data.name, config.data.workers = 4, 1, "synthetic", 1
-    check_loop(loop.measure(sessions.start(config, tmp_path)))
+    check_loop(parts.measure_loop(sessions.start(config, tmp_path)))
 
 
 @pytest.fixture(scope="module")

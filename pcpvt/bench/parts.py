@@ -1,4 +1,4 @@
-"""What the benchmark measures: train step, evaluation step, single-image latency, input pipelines, matrix products."""
+"""What the benchmark measures: steps, single-image latency, input pipelines, the whole loop, matrix products."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from pcpvt.bench import baseline
-from pcpvt.bench.timing import Timings, interleave, once, ratio
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches
-from pcpvt.data.sources import synthetic
+from pcpvt.bench.timing import Round, interleave, once
+from pcpvt.data.loader import EvalBatches, TrainBatches
+from pcpvt.data.sources import Dataset, synthetic
 from pcpvt.devices.base import cores
 from pcpvt.functional.objective import Batch
 from pcpvt.runtime import session as sessions
@@ -26,15 +26,12 @@ EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as
 
 
 class Training:
-    """The configured training: model, plan, train step, and the state that it advances.
+    """The configured training: model, plan, batches, train step, and the state that it advances."""
 
-    Args:
-        examples: training images per epoch, for the plan.
-    """
-
-    def __init__(self, session: Session, num_classes: int, examples: int):
-        self.model = sessions.build_model(session.config, num_classes)
+    def __init__(self, session: Session, source: Dataset, examples: int):
+        self.model = sessions.build_model(session.config, sessions.count_classes(session.config, source))
         self.plan = setup.plan_run(session, self.model, examples)
+        self.batches = setup.train_batches(session, self.model, source)
         params, _ = setup.init_params(session, self.model)
         optimizer = setup.optimizer(session, self.plan, params)
         self.state = setup.init_state(session, params, optimizer)
@@ -52,13 +49,12 @@ class Bench:
         config = session.config
         self.session, self.rounds = session, config.bench.steps
         self.sides = ("ours", "peer") if config.bench.against else ("ours",)
-        self.training = Training(session, config.num_classes or 1000, EPOCH)
+        source = synthetic("train", session.size, config.num_classes or 1000, min(256, config.batch_size))
+        self.training = Training(session, source, EPOCH)
         self.plan = self.training.plan
-        source = synthetic("train", session.size, self.plan.num_classes, min(256, self.plan.batch))
-        batches = setup.train_batches(session, self.training.model, source)
-        self.batch = next(session.device.prefetch([batches[0]]))
+        self.batch = next(session.device.prefetch([self.training.batches[0]]))
 
-    def measure(self, part: str) -> dict[str, Timings]:
+    def measure(self, part: str) -> dict[str, list[Round]]:
         """Timings by side of one of STEPS."""
         rounds = max(self.rounds, 20) if part == "latency" else self.rounds
         return interleave(self.session.device, {side: self.step(side, part) for side in self.sides}, rounds)
@@ -77,31 +73,23 @@ class Bench:
         predict, weights = session.predictor(self.training.model), session.inference(self.training.state.params)
         return lambda: predict(weights, batch["image"])
 
-    def input_pipelines(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Figures of each side's training and evaluation pipelines alone, on all cores, and the ratios of the sides."""
-        session, config = self.session, self.session.config
-        if config.data.name not in ("folder", "digits"):
-            return {"ours": {"skipped": f"config.data.name is {config.data.name!r}: nothing is decoded"}}, {}
-        in_memory = sessions.open_data(session, "train").in_memory
-        workers = config.data.workers if config.data.workers >= 0 else 0 if in_memory else cores()
-        sides = self.sides if config.data.name == "folder" else ("ours",)
-        figures: dict[str, dict[str, Any]] = {side: {"workers": workers} for side in sides}
-        ratios = {}
+    def input_pipelines(self) -> tuple[int, dict[str, dict[str, list[Round]]]]:
+        """Loader processes, and timings of TIMED batches by split and side, of the input pipelines on all cores."""
+        session, data = self.session, self.session.config.data
+        workers = data.workers
+        if workers < 0:
+            workers = 0 if sessions.open_data(session, "train").in_memory else cores()
+        timings: dict[str, dict[str, list[Round]]] = {}
         for split in ("train", "val"):
             streams = {"ours": self._stream(split, workers)}
-            if "peer" in sides:
+            if "peer" in self.sides and data.name == "folder":
                 streams["peer"] = baseline.loader(session, self.plan, split, workers)
-            timings = {side: Timings([], []) for side in sides}
-            for _ in range(self.rounds):
-                for side, stream in streams.items():
-                    _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
-                    seconds = timings[side].add(*once(session.device, functools.partial(_draw, stream, TIMED)))
-                    time.sleep(seconds)  # lets its workers read ahead again before the other side is timed
-            for side in sides:
-                figures[side][split] = timings[side].figures(TIMED * self.plan.local_batch)
-            if "peer" in sides:
-                ratios[f"input {split}"] = ratio(timings["peer"], timings["ours"])
-        return figures, ratios
+            timings[split] = {side: [] for side in streams}
+            for _, (side, stream) in itertools.product(range(self.rounds), streams.items()):
+                _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
+                timings[split][side].append(once(session.device, functools.partial(_draw, stream, TIMED)))
+                time.sleep(timings[split][side][-1].value)  # lets its workers read ahead again
+        return workers, timings
 
     def _stream(self, split: str, workers: int) -> Iterator[Batch]:
         """Our batches of a split, without end."""
@@ -112,7 +100,7 @@ class Bench:
         if split == "val":
             batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error")
             indices = range(max(1, len(source) // size))  # full batches only
-        loader = Loader(batches, indices, workers, start=session.device.worker_start)
+        loader = sessions.open_loader(session, batches, indices, workers)
         while True:
             yield from loader
 
@@ -120,6 +108,29 @@ class Bench:
 def _draw(batches: Iterable, count: int) -> None:
     for _ in itertools.islice(batches, count):
         pass
+
+
+def measure_loop(session: Session) -> dict[str, Any]:
+    """Images/s of loader, transfer and train step together on the configured data, and the share of time waited."""
+    steps, source = session.config.bench.steps, sessions.open_data(session, "train")
+    training, workers = Training(session, source, len(source)), sessions.workers(session, source)
+    warm_up = 2 * workers + 2  # uses up what was read ahead while the first step started or was compiled
+    loader = sessions.open_loader(session, training.batches, range(warm_up + steps), workers)
+    ready = iter(session.device.prefetch(loader))
+    waits: list[float] = []  # seconds by step
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            began = time.perf_counter()
+            batch = next(ready)
+            waits.append(time.perf_counter() - began)
+            training.advance(batch)
+
+    advance(warm_up)
+    waits.clear()
+    seconds, disturbed = once(session.device, lambda: advance(steps))
+    rate, waiting = round(steps * training.plan.batch / seconds, 3), round(sum(waits) / seconds, 4)
+    return {"images_per_sec": rate, "waiting": waiting, "workers": workers, "disturbed": disturbed}
 
 
 def matmul_flops(session: Session) -> float:
@@ -130,22 +141,15 @@ def matmul_flops(session: Session) -> float:
     linear, bias = session.kernels.linear, a[0].contiguous()
     with torch.no_grad():
         linear(a, a, bias)
-        seconds = min(once(device, lambda: linear(a, a, bias))[0] for _ in range(10))
+        seconds = min(once(device, lambda: linear(a, a, bias)).value for _ in range(10))
     return 2 * side**3 / seconds
 
 
 def result_header(session: Session) -> dict[str, Any]:
     """What is measured and where: the first entries of every result."""
-    config = session.config
+    config, device = session.config, session.device.describe()
     return {
-        "mode": "bench",
-        "model": config.model.name,
-        "device": session.device.describe(),
-        "precision": str(session.policy),
-        "batch": config.batch_size,
-        "image_size": list(session.size),
-        "compile": config.compile,
-        "against": config.bench.against or None,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+        "mode": "bench", "model": config.model.name, "device": device, "precision": str(session.policy),
+        "batch": config.batch_size, "image_size": list(session.size), "compile": config.compile,
+        "against": config.bench.against or None, "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip

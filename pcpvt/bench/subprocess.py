@@ -48,10 +48,9 @@ def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: An
     except EOFError:
         child.join()
         code = child.exitcode
+        result = UserError(f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said")
         if code in KILLED:
-            raise OutOfMemory from None
-        message = f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said"
-        raise UserError(message) from None
+            result = OutOfMemory()
     except BaseException:  # such as KeyboardInterrupt
         child.kill()
         raise
@@ -68,7 +67,7 @@ def _run_and_send(measure: Callable[..., Any], config: ConfigDict, args: tuple, 
     except UserError as error:
         send.send(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not lacks_memory(str(error)):
+        if not isinstance(error, MemoryError) and not lacks_memory(str(error)):
             raise
         send.send(OutOfMemory())
 
