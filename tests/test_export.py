@@ -70,12 +70,18 @@ def captured():
     return graph.capture(models.build("pcpvt_nano", 3), params(), (48, 48), dynamic_size=True)
 
 
+def compare(captured, write, path):
+    """Writes the captured model with the description "about it", and compares the file with the model."""
+    program, sizes = captured
+    return graph.compare(models.build("pcpvt_nano", 3), params(), sizes, write(program, path, "about it"), "file")
+
+
 @needs_onnx
 def test_onnx_takes_any_batch_and_size_and_carries_its_description(captured, tmp_path):
     import onnx
     import onnxruntime
 
-    cases = graph.write_onnx(captured, tmp_path / "a.onnx", "about it")
+    cases = compare(captured, graph.write_onnx, tmp_path / "a.onnx")
     assert [(case["batch"], *case["size"]) for case in cases] == [(1, 48, 48), (3, 48, 48), (1, 61, 86), (3, 61, 86)]
     assert all(case["difference"] < 1e-5 for case in cases)
     run = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
@@ -89,7 +95,7 @@ def test_onnx_takes_any_batch_and_size_and_carries_its_description(captured, tmp
 
 
 def test_pt2_takes_any_batch_and_size_and_carries_its_description(captured, tmp_path):
-    cases = graph.write_pt2(captured, tmp_path / "a.pt2", "about it")  # loads it again, which takes seconds
+    cases = compare(captured, graph.write_pt2, tmp_path / "a.pt2")  # loads it again, which takes seconds
     assert len(cases) == 4 and all(case["difference"] < 1e-5 for case in cases)
     with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
         name = next(name for name in archive.namelist() if name.endswith(graph.DESCRIPTION))
@@ -98,7 +104,7 @@ def test_pt2_takes_any_batch_and_size_and_carries_its_description(captured, tmp_
 
 def test_pt2_of_a_fixed_size_takes_any_batch_and_only_that_size(tmp_path):
     fixed = graph.capture(models.build("pcpvt_nano", 3), params(), (40, 72), dynamic_size=False)
-    graph.write_pt2(fixed, tmp_path / "a.pt2", "")
+    assert len(compare(fixed, graph.write_pt2, tmp_path / "a.pt2")) == 2
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     images = torch.randn((5, 3, 40, 72), generator=torch.Generator().manual_seed(1))
     assert_close(loaded(images), expected(params(), images))

@@ -17,23 +17,24 @@ converter knows.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from pcpvt import rng
 from pcpvt.errors import UserError, suppress_logging
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
+from pcpvt.models.pcpvt import PCPVT, Params
 
 OPSET = 18  # the highest that ATC reads
 SMALLEST = 33  # pixels, with a dynamic size: torch.export treats a last stage of one token as a constant
@@ -42,6 +43,7 @@ COMPARED = (1, 3)  # batch sizes
 DESCRIPTION = "description.json"  # the name of the description inside a .pt2 archive
 
 Size = tuple[int, int]  # height, width
+Run = Callable[[Tensor], Any]  # normalised images `[b, 3, h, w]` to logits `[b, classes]`, by a written file
 
 
 class AnySize(PatchLinear):
@@ -58,10 +60,10 @@ class AnySize(PatchLinear):
 class Deployed(nn.Module):
     """The model with its weights, from NCHW images to logits."""
 
-    def __init__(self, model: pcpvt.PCPVT, params: pcpvt.Params, dynamic_size: bool):
+    def __init__(self, model: PCPVT, params: Params, dynamic_size: bool):
         super().__init__()
         with torch.device("meta"):
-            self.model = pcpvt.PCPVT(model.spec, model.num_classes, model.pad)
+            self.model = PCPVT(model.spec, model.num_classes, model.pad)
             for parent in list(self.model.modules()) if dynamic_size else []:
                 for name, child in parent.named_children():
                     if isinstance(child, PatchLinear):
@@ -74,26 +76,20 @@ class Deployed(nn.Module):
         return self.model(rearrange(images, "b c h w -> b h w c"))
 
 
-class Graph(NamedTuple):
-    """A captured model, and what is needed to compare a written file with it."""
-
-    program: torch.export.ExportedProgram
-    model: pcpvt.PCPVT
-    params: pcpvt.Params
-    sizes: list[Size]  # at which files are compared
-
-
-def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: bool) -> Graph:
+def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tuple[ExportedProgram, list[Size]]:
     """The graph of a model for any batch size, and for one image size or (`dynamic_size`) any from SMALLEST.
 
     Args:
         params: float32.
         size: (height, width).
 
+    Returns:
+        The graph, and the sizes at which a written file should be compared with the model.
+
     Raises:
         UserError: when `dynamic_size` is set and `model` does not pad, or `size` is below SMALLEST.
     """
-    example, sizes, axes = size, [size], {}
+    sizes, axes = [size], {}
     if dynamic_size:
         if model.pad != "pad":
             raise UserError("config.export.dynamic_size: needs padding: use config.model.pad=pad, or leave it out")
@@ -102,30 +98,23 @@ def capture(model: pcpvt.PCPVT, params: pcpvt.Params, size: Size, dynamic_size: 
                 f"config.export.dynamic_size: takes images from {SMALLEST} px and config.image_size is {min(size)}: "
                 "leave it out, or give a larger config.image_size"
             )
-        example = size[0] + 13, size[1] + 38  # not square, and no multiple of 4 px (the first patch) if `size` is
-        sizes = [size, example]
-        axes = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
+        sizes += [(size[0] + 13, size[1] + 38)]  # not square, and no multiple of 4 px (the first patch) if `size` is
+        axes = {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
     deployed = Deployed(model, params, dynamic_size)
-    shapes = {"images": {0: torch.export.Dim("batch"), **axes}}
+    shapes = {"images": {0: Dim("batch"), **axes}}
     with suppress_logging():
-        program = torch.export.export(deployed, (torch.zeros(2, 3, *example),), dynamic_shapes=shapes)
-    return Graph(program, model, params, sizes)
+        program = torch.export.export(deployed, (torch.zeros(2, 3, *sizes[-1]),), dynamic_shapes=shapes)
+    return program, sizes
 
 
-def compare(
-    model: pcpvt.PCPVT, params: pcpvt.Params, sizes: Sequence[Size], run: Callable[[Tensor], Any], what: str
-) -> list[dict[str, Any]]:
+def compare(model: PCPVT, params: Params, sizes: Sequence[Size], run: Run, what: str) -> list[dict[str, Any]]:
     """Compares the logits of a written model with ours, at each size and each batch size of COMPARED.
-
-    Args:
-        run: normalised images `[b, 3, h, w]` to logits `[b, classes]`, as the written model computes them.
-        what: its name, for the error.
 
     Returns:
         `batch`, `size` and relative `difference` of each case.
 
     Raises:
-        UserError: when a difference exceeds TOLERANCE.
+        UserError: when a difference exceeds TOLERANCE; `what` names the file.
     """
     cases = []
     for size, batch in itertools.product(sizes, COMPARED):
@@ -144,42 +133,31 @@ def compare(
     return cases
 
 
-def write_pt2(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
-    """Writes `.pt2` for `torch.export.load`, loads it again and compares."""
+def write_pt2(program: ExportedProgram, path: Path, description: str) -> Run:
+    """Writes `.pt2` for `torch.export.load`, and loads it again."""
     buffer = io.BytesIO()  # on a full disk, PyTorch's own file writer ends the process
-    torch.export.save(graph.program, buffer, extra_files={DESCRIPTION: description})
+    torch.export.save(program, buffer, extra_files={DESCRIPTION: description})
     path.write_bytes(buffer.getbuffer())
     extra = {DESCRIPTION: ""}
     loaded = torch.export.load(path, extra_files=extra).module()
     assert extra[DESCRIPTION] == description, extra
-    return compare(graph.model, graph.params, graph.sizes, loaded, "pt2 file")
+    return loaded
 
 
-def require_packages(*packages: str) -> None:
-    """Raises UserError when an optional package is missing."""
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"config.export.format: onnx needs the package {name}: pip install 'pcpvt[export]'")
-
-
-def write_onnx(graph: Graph, path: Path, description: str) -> list[dict[str, Any]]:
-    """Writes ONNX with the description in its metadata, runs it in onnxruntime and compares."""
+def write_onnx(program: ExportedProgram, path: Path, description: str) -> Run:
+    """Writes ONNX with the description in its metadata, and loads it into onnxruntime."""
     import onnxruntime
 
     with suppress_logging():
-        program = torch.onnx.export(
-            graph.program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
+        onnx = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
         )
-    assert program is not None
-    program.model.metadata_props["description"] = description
-    program.save(str(path), external_data=False)
+    assert onnx is not None
+    onnx.model.metadata_props["description"] = description
+    onnx.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["description"] == description
-
-    def run(images: Tensor) -> np.ndarray:
-        return session.run(["logits"], {"images": images.numpy()})[0]
-
-    return compare(graph.model, graph.params, graph.sizes, run, "ONNX file")
+    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
 
 
 def atc(path: Path, size: Size, batch: int = 8) -> str:

@@ -10,6 +10,7 @@ conversion to Ascend's `.om`, are described in `export.graph`. Export runs on th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -29,7 +30,9 @@ from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-SUFFIXES = {"timm": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
+FORMATS = {  # to the ending of the files, and what a message calls one
+    "timm": (".safetensors", "file for timm"), "onnx": (".onnx", "ONNX file"), "pt2": (".pt2", "pt2 file"),
+}  # fmt: skip
 
 
 def run(session: Session) -> int:
@@ -39,8 +42,9 @@ def run(session: Session) -> int:
     say = Console().say
     if export.format == "timm" and export.dynamic_size:
         raise UserError("config.export.dynamic_size: weights for timm have no size: leave it out, or use onnx or pt2")
-    if export.format == "onnx":
-        graph.require_packages("onnx", "onnxscript", "onnxruntime")
+    for name in ("onnx", "onnxscript", "onnxruntime") if export.format == "onnx" else ():
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"config.export.format: onnx needs the package {name}: pip install 'pcpvt[export]'")
     path = destination(session)
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
@@ -56,17 +60,10 @@ def run(session: Session) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): check folder and free space") from None
     seconds = time.perf_counter() - began
     result = {
-        "mode": "export",
-        "format": export.format,
-        "output": str(path),
-        "bytes": path.stat().st_size,
-        "dynamic_size": export.dynamic_size,
-        "verified": cases,
-        "n_parameters": pcpvt.n_parameters(loaded.model),
-        "checkpoint": loaded.path,
-        "weights": loaded.which,
-        "seconds": round(seconds, 2),
-    }
+        "mode": "export", "format": export.format, "output": str(path), "bytes": path.stat().st_size,
+        "dynamic_size": export.dynamic_size, "verified": cases, "n_parameters": pcpvt.n_parameters(loaded.model),
+        "checkpoint": loaded.path, "weights": loaded.which, "seconds": round(seconds, 2),
+    }  # fmt: skip
     records.write_json(session.workdir / "result-export.json", result)
     for case in cases:
         height, width = case["size"]
@@ -89,7 +86,7 @@ def destination(session: Session) -> Path:
         UserError: when the name has another format's ending, or the folder cannot be made.
     """
     export, name = session.config.export, session.config.model.name
-    suffix = SUFFIXES[export.format]
+    suffix, _ = FORMATS[export.format]
     path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / f"{name}{suffix}"
     if path.suffix != suffix:
         raise UserError(f"config.export.output: {path}: {export.format} files end in {suffix}: rename it")
@@ -106,40 +103,35 @@ def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
         "model": session.config.model.name,
         "input": "images: float32 [batch, 3, height, width], RGB, (pixel / 255 - mean) / std",
         "output": "logits: float32 [batch, classes]",
-        "image_size": list(session.size),
-        "crop": session.config.eval.crop,
-        "interpolation": "bicubic",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "classes": loaded.classes,
-        "labels": class_names(loaded),
-        "checkpoint": Path(loaded.path).name,
-        "weights": loaded.which,
-        "step": loaded.meta.get("step"),
-    }
+        "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
+        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
+        "classes": loaded.classes, "labels": class_names(loaded),
+        "checkpoint": Path(loaded.path).name, "weights": loaded.which, "step": loaded.meta.get("step"),
+    }  # fmt: skip
 
 
 def write(session: Session, loaded: LoadedModel, path: Path, description: str) -> list[dict[str, Any]]:
-    """Writes the file; returns the cases in which it was compared with the model (see `graph.compare`)."""
-    export = session.config.export
+    """Writes the file; returns the cases in which it was compared with the model, none if timm lacks the model."""
+    config, model = session.config, loaded.model
     params = {name: value.to(torch.float32) for name, value in loaded.params.items()}
-    if export.format == "timm":
-        return write_timm(session, params, loaded.model, path, description)
-    captured = graph.capture(loaded.model, params, session.size, export.dynamic_size)
-    write_graph = graph.write_onnx if export.format == "onnx" else graph.write_pt2
-    return write_graph(captured, path, description)
+    if config.export.format == "timm":
+        foreign.write_timm(params, path, {foreign.DESCRIPTION: description})
+        if config.model.name not in pcpvt.TIMM_NAMES:
+            return []
+        run = load_in_timm(config.model.name, model.num_classes, path)
+        height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)
+        sizes = [(height, width)]  # timm pads others differently
+    else:
+        program, sizes = graph.capture(model, params, session.size, config.export.dynamic_size)
+        write_graph = graph.write_onnx if config.export.format == "onnx" else graph.write_pt2
+        run = write_graph(program, path, description)
+    return graph.compare(model, params, sizes, run, FORMATS[config.export.format][1])
 
 
-def write_timm(session: Session, params: pcpvt.Params, model: pcpvt.PCPVT, path: Path, description: str) -> list[dict]:
-    """Writes safetensors; if timm has the model, loads them there and compares."""
-    foreign.write_timm(params, path, {foreign.DESCRIPTION: description})
-    name = pcpvt.TIMM_NAMES.get(session.config.model.name)
-    if name is None:
-        return []
+def load_in_timm(name: str, num_classes: int, path: Path) -> graph.Run:
+    """The network that timm builds from an exported file."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
     with suppress_logging():
-        network = timm.create_model(name, num_classes=model.num_classes, checkpoint_path=str(path)).eval()
-    height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)  # timm pads others differently
-    return graph.compare(model, params, [(height, width)], network, "file for timm")
+        return timm.create_model(pcpvt.TIMM_NAMES[name], num_classes=num_classes, checkpoint_path=str(path)).eval()
