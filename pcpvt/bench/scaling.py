@@ -18,9 +18,8 @@ from pcpvt.bench.timing import figures
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
-from pcpvt.report import run as report
 from pcpvt.report.charts import Series, chart
-from pcpvt.report.page import render_charts
+from pcpvt.report.run import FILE, render_charts
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -61,8 +60,8 @@ def run(session: Session, console: Console) -> int:
     result = {**result_header(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
     records.write_json(session.workdir / "result.json", result)
     text = page(f"{config.model.name}: how cost grows", scaling, "\n".join(rows))
-    write_atomically(session.workdir / report.FILE, lambda temporary: temporary.write_text(text))
-    console.say(f"written to {session.workdir}: result.json, {report.FILE}")
+    write_atomically(session.workdir / FILE, lambda temporary: temporary.write_text(text))
+    console.say(f"written to {session.workdir}: result.json, {FILE}")
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config.plan import make_plan
-from pcpvt.report import charts, page
+from pcpvt.report import charts
+from pcpvt.report.run import render_charts
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
@@ -38,7 +39,7 @@ def run(session: Session) -> int:
     table = "step,epoch,lr\n" + "".join(f"{step},{epoch:.6f},{lr:.10e}\n" for epoch, step, lr in points)
     curve = charts.Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
     chart = charts.chart("Learning rate, by epoch", [curve], zero=True)
-    text = page.render_charts(f"{config.model.name}: learning rate", [chart])
+    text = render_charts(f"{config.model.name}: learning rate", [chart])
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
     write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
