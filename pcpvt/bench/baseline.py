@@ -17,7 +17,7 @@ from pcpvt.runtime.session import Session
 def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], object]:
     """Forward, backward, clipping and AdamW on one normalised batch with soft targets, as timm's train.py does them."""
     config = session.config
-    network, logits = _network(session, plan.num_classes, batch, training=True)
+    network, logits = _network(session, plan.num_classes, batch)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     undecayed = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
@@ -36,28 +36,23 @@ def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], objec
 
 def forward(session: Session, num_classes: int, batch: Batch) -> Callable[[], object]:
     """Logits `[b, classes]` of one normalised batch."""
-    _, logits = _network(session, num_classes, batch, training=False)
+    network, logits = _network(session, num_classes, batch)
+    network.eval()
     return torch.inference_mode()(logits)
 
 
-def _network(
-    session: Session, num_classes: int, batch: Batch, training: bool
-) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """timm's model of the same size, on the device, and a function that gives its logits of a normalised batch."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
     config, device, dtype = session.config, session.device, session.policy.compute
-    network = timm.create_model(
-        TIMM_NAMES[config.model.name], num_classes=num_classes, drop_path_rate=config.model.drop_path
-    )
-    network.to(device.torch).train(training)
+    options = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
+    network = timm.create_model(TIMM_NAMES[config.model.name], **options).to(device.torch)
     images = mixing.decode_images(batch["image"], None, IMAGENET_MEAN, IMAGENET_STD).permute(0, 3, 1, 2)
-    if device.name == "cuda":  # where channels_last is the fast layout
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
-        images = images.contiguous(memory_format=torch.channels_last)
-    else:
-        images = images.contiguous()
+    layout = torch.channels_last if device.name == "cuda" else torch.contiguous_format  # the fast one on each
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
+    images = images.contiguous(memory_format=layout)
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
     predict = torch.compile(network, dynamic=False) if config.bench.against == "timm-compiled" else network
 

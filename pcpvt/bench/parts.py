@@ -25,11 +25,19 @@ TIMED = 8  # batches drawn for one timing of an input pipeline
 EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as many as ImageNet has
 
 
-class Training:
-    """The configured training: model, plan, batches, train step, and the state that it advances."""
+class Bench:
+    """The configured training on a data set, and the measured parts of each side ("ours", and "peer" if configured).
 
-    def __init__(self, session: Session, source: Dataset, examples: int):
-        self.model = sessions.build_model(session.config, sessions.count_classes(session.config, source))
+    Without a data set, it is one synthetic batch.
+    """
+
+    def __init__(self, session: Session, source: Dataset | None = None):
+        config, examples = session.config, EPOCH if source is None else len(source)
+        if source is None:
+            source = synthetic("train", session.size, config.num_classes or 1000, min(256, config.batch_size))
+        self.session, self.rounds = session, config.bench.steps
+        self.sides = ("ours", "peer") if config.bench.against else ("ours",)
+        self.model = sessions.build_model(config, sessions.count_classes(config, source))
         self.plan = setup.plan_run(session, self.model, examples)
         self.batches = setup.train_batches(session, self.model, source)
         params, _ = setup.init_params(session, self.model)
@@ -37,22 +45,14 @@ class Training:
         self.state = setup.init_state(session, params, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)
 
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """The first training batch, on the device."""
+        return next(self.session.device.prefetch([self.batches[0]]))
+
     def advance(self, batch: Batch) -> None:
         """Takes one train step."""
         self.state, _ = self._step(self.state, batch)
-
-
-class Bench:
-    """The measured parts of each side ("ours", and "peer" if one is configured), on one synthetic batch."""
-
-    def __init__(self, session: Session):
-        config = session.config
-        self.session, self.rounds = session, config.bench.steps
-        self.sides = ("ours", "peer") if config.bench.against else ("ours",)
-        source = synthetic("train", session.size, config.num_classes or 1000, min(256, config.batch_size))
-        self.training = Training(session, source, EPOCH)
-        self.plan = self.training.plan
-        self.batch = next(session.device.prefetch([self.training.batches[0]]))
 
     def measure(self, part: str) -> dict[str, list[Round]]:
         """Timings by side of one of STEPS."""
@@ -65,12 +65,12 @@ class Bench:
         if part == "train":
             if side == "peer":
                 return baseline.train_step(session, self.plan, batch)
-            return lambda: self.training.advance(batch)
+            return lambda: self.advance(batch)
         if part == "latency":
             batch = {name: batch[name][:1] for name in ("image", "label")}
         if side == "peer":
             return baseline.forward(session, self.plan.num_classes, batch)
-        predict, weights = session.predictor(self.training.model), session.inference(self.training.state.params)
+        predict, weights = session.predictor(self.model), session.inference(self.state.params)
         return lambda: predict(weights, batch["image"])
 
     def input_pipelines(self) -> tuple[int, dict[str, dict[str, list[Round]]]]:
@@ -95,7 +95,7 @@ class Bench:
         """Our batches of a split, without end."""
         session, size = self.session, self.plan.local_batch
         source = sessions.open_data(session, split)
-        batches: TrainBatches | EvalBatches = setup.train_batches(session, self.training.model, source)
+        batches: TrainBatches | EvalBatches = setup.train_batches(session, self.model, source)
         indices = range(1 << 30)
         if split == "val":
             batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error")
@@ -113,9 +113,9 @@ def _draw(batches: Iterable, count: int) -> None:
 def measure_loop(session: Session) -> dict[str, Any]:
     """Images/s of loader, transfer and train step together on the configured data, and the share of time waited."""
     steps, source = session.config.bench.steps, sessions.open_data(session, "train")
-    training, workers = Training(session, source, len(source)), sessions.workers(session, source)
+    bench, workers = Bench(session, source), sessions.workers(session, source)
     warm_up = 2 * workers + 2  # uses up what was read ahead while the first step started or was compiled
-    loader = sessions.open_loader(session, training.batches, range(warm_up + steps), workers)
+    loader = sessions.open_loader(session, bench.batches, range(warm_up + steps), workers)
     ready = iter(session.device.prefetch(loader))
     waits: list[float] = []  # seconds by step
 
@@ -124,12 +124,12 @@ def measure_loop(session: Session) -> dict[str, Any]:
             began = time.perf_counter()
             batch = next(ready)
             waits.append(time.perf_counter() - began)
-            training.advance(batch)
+            bench.advance(batch)
 
     advance(warm_up)
     waits.clear()
     seconds, disturbed = once(session.device, lambda: advance(steps))
-    rate, waiting = round(steps * training.plan.batch / seconds, 3), round(sum(waits) / seconds, 4)
+    rate, waiting = round(steps * bench.plan.batch / seconds, 3), round(sum(waits) / seconds, 4)
     return {"images_per_sec": rate, "waiting": waiting, "workers": workers, "disturbed": disturbed}
 
 

@@ -42,7 +42,7 @@ def measure(session: Session) -> dict[str, Any]:
     began, data, bench = time.perf_counter(), session.config.data.name, Bench(session)
     images = bench.plan.local_batch
     steps = {part: bench.measure(part) for part in STEPS}
-    peak, per_image = matmul_flops(session), utilisation.forward_flops(bench.training.model, session.size)
+    peak, per_image = matmul_flops(session), utilisation.forward_flops(bench.model, session.size)
     workers, inputs = bench.input_pipelines() if data in ("folder", "digits") else (0, {})
     whole_loop = measure_loop(session)
     sides: dict[str, dict[str, Any]] = {}

@@ -6,6 +6,7 @@ that point only. Mixing is off, because it pairs samples and a batch of 1 has no
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -46,10 +47,15 @@ def run(session: Session, console: Console) -> int:
     began, config = time.perf_counter(), session.config
     rows = [f"{config.model.name}, {session.policy}, {session.device.describe()}, compile {config.compile}"]
     console.say(rows[0])
+    counts = []  # on a CPU, processes share its cores
+    for count in PROCESSES:
+        with contextlib.suppress(UserError):
+            session.device.require(count)
+            counts.append(count)
     subjects = {
         "batch": (measure(config, {"batch_size": batch}) for batch in BATCHES),
         "size": (measure(config, {"image_size": n, "image_width": n}) for n in sizes(config.image_size)),
-        "processes": (measure_processes(session, n) for n in PROCESSES if has_devices(session, n)),
+        "processes": (measure_processes(session, n) for n in counts),
     }
     scaling: dict[str, list[Point]] = {name: [] for name in subjects}
     for name, points in subjects.items():
@@ -90,15 +96,6 @@ def _measure_steps(session: Session) -> Point:
     memory = session.device.memory_stats()[0]  # before the evaluation, which has no micro-batches
     steps = {"train": train, "eval": bench.measure("eval")["ours"]}
     return {part: figures(rounds, bench.plan.batch) for part, rounds in steps.items()} | {"peak_memory_bytes": memory}
-
-
-def has_devices(session: Session, count: int) -> bool:
-    """Whether this host has devices for `count` processes; on a CPU, processes share its cores."""
-    try:
-        session.device.require(count)
-    except UserError:
-        return False
-    return True
 
 
 def measure_processes(session: Session, count: int) -> Point:

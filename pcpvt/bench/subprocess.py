@@ -33,9 +33,7 @@ class OutOfMemory(Exception):
 def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: Any) -> Any:
     """`measure(session, *args)` in a new process, on a session of `config`.
 
-    Raises:
-        OutOfMemory: when the host or the device had too little memory for it.
-        UserError: the one that `measure` raised, or when the process died.
+    Raises OutOfMemory, the UserError that `measure` raised, or one when the process died.
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -88,7 +86,7 @@ def peak_memory(session: Session, side: str) -> int:
 def _measure_memory(session: Session, side: str) -> int:
     bench = Bench(session)
     if side == "peer":
-        del bench.training  # the peer holds its own parameters and moments
+        del bench.state  # the peer holds its own parameters and moments
     step = bench.step(side, "train")
     for _ in range(2):
         step()
@@ -111,9 +109,7 @@ def train_command(session: Session, workdir: Path, changes: dict[str, Any]) -> l
 def images_per_sec(session: Session, changes: dict[str, Any]) -> float:
     """The images/s that a short training with `changes` of fields reports in its `result.json`.
 
-    Raises:
-        OutOfMemory: when the host or a device had too little memory for it.
-        UserError: when it failed otherwise, with the last line of its standard error.
+    Raises OutOfMemory; UserError when it failed otherwise, with the last line of its standard error.
     """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(train_command(session, Path(folder), changes), capture_output=True, text=True)
@@ -128,15 +124,16 @@ def images_per_sec(session: Session, changes: dict[str, Any]) -> float:
 
 def first_step_seconds(session: Session) -> dict[str, float]:
     """Seconds from starting the program until its first step is recorded, with a cold and with a warm compile cache."""
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        return {name: round(_first_step(session, Path(folder) / name, environment), 2) for name in ("cold", "warm")}
-
-
-def _first_step(session: Session, workdir: Path, environment: dict[str, str]) -> float:
-    command = train_command(session, workdir, {"steps": 1, "log_every": "1 steps"})
-    start = time.time()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--mode=bench: the run to time the first step failed: {done.stderr[-300:]}")
-    return (workdir / "metrics.jsonl").stat().st_mtime - start  # its only record is that of the step
+        for cache in ("cold", "warm"):
+            workdir = Path(folder, cache)
+            command = train_command(session, workdir, {"steps": 1, "log_every": "1 steps"})
+            start = time.time()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"--mode=bench: the run to time the first step failed: {done.stderr[-300:]}")
+            recorded = (workdir / "metrics.jsonl").stat().st_mtime  # that step is its only record
+            seconds[cache] = round(recorded - start, 2)
+    return seconds

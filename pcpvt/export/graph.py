@@ -77,17 +77,10 @@ class Deployed(nn.Module):
 
 
 def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tuple[ExportedProgram, list[Size]]:
-    """The graph of a model for any batch size, and for one image size or (`dynamic_size`) any from SMALLEST.
+    """The graph of a model for any batch size, and the sizes at which a written file should be compared with the model.
 
-    Args:
-        params: float32.
-        size: (height, width).
-
-    Returns:
-        The graph, and the sizes at which a written file should be compared with the model.
-
-    Raises:
-        UserError: when `dynamic_size` is set and `model` does not pad, or `size` is below SMALLEST.
+    The params are float32. The graph takes images of one size, or with `dynamic_size` of any from SMALLEST; raises
+    UserError when the model then does not pad, or `size` is below SMALLEST.
     """
     sizes, axes = [size], {}
     if dynamic_size:
@@ -110,11 +103,8 @@ def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tup
 def compare(model: PCPVT, params: Params, sizes: Sequence[Size], run: Run, what: str) -> list[dict[str, Any]]:
     """Compares the logits of a written model with ours, at each size and each batch size of COMPARED.
 
-    Returns:
-        `batch`, `size` and relative `difference` of each case.
-
-    Raises:
-        UserError: when a difference exceeds TOLERANCE; `what` names the file.
+    Returns `batch`, `size` and relative `difference` of each case; raises UserError, in which `what` names the file,
+    when a difference exceeds TOLERANCE.
     """
     cases = []
     for size, batch in itertools.product(sizes, COMPARED):

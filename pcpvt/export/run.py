@@ -80,10 +80,9 @@ def run(session: Session) -> int:
 
 
 def destination(session: Session) -> Path:
-    """The path of the file to write; creates its folder.
+    """The path of the file to write, and creates its folder.
 
-    Raises:
-        UserError: when the name has another format's ending, or the folder cannot be made.
+    Raises UserError when the name has another format's ending, or the folder cannot be made.
     """
     export, name = session.config.export, session.config.model.name
     suffix, _ = FORMATS[export.format]
