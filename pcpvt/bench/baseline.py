@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,25 +73,17 @@ def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:
     posterize = ImageOps.posterize
     # timm sometimes asks for 0 bits, which Pillow 13 refuses; its loader processes are forked and inherit this patch.
     ImageOps.posterize = lambda image, bits: posterize(image, max(bits, 1))
-    config, training = session.config, split == "train"
+    config, a, training = session.config, session.config.augment, split == "train"
     dataset = timm.data.create_dataset("", root=f"{config.data.path}/{split}", split=split, is_training=training)
-    batches = timm.data.create_loader(
-        dataset,
-        input_size=(3, *session.size),
-        batch_size=plan.local_batch,
-        is_training=training,
-        re_prob=config.augment.erase if training else 0.0,
-        re_mode="pixel",
-        scale=tuple(config.augment.scale),
-        ratio=tuple(config.augment.ratio),
-        hflip=config.augment.hflip,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's type hint does not allow None, its value for no jitter
-        auto_augment=(config.augment.randaugment or None) if training else None,
-        interpolation="bicubic",
-        crop_pct=config.eval.crop,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        device=session.device.torch,
-    )
+    options: dict[str, Any] = {
+        "interpolation": "bicubic", "crop_pct": config.eval.crop, "device": session.device.torch,
+        "num_workers": workers, "persistent_workers": workers > 0,
+    }  # fmt: skip
+    if training:
+        options |= {
+            "re_prob": a.erase, "re_mode": "pixel", "scale": tuple(a.scale), "ratio": tuple(a.ratio), "hflip": a.hflip,
+            "color_jitter": None, "auto_augment": a.randaugment or None,
+        }  # fmt: skip
+    batches = timm.data.create_loader(dataset, (3, *session.size), plan.local_batch, is_training=training, **options)
     while True:
         yield from batches

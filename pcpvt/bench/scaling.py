@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.bench.parts import Bench, result_header
-from pcpvt.bench.subprocess import OutOfMemory, images_per_sec, run_in_subprocess
+from pcpvt.bench.parts import Bench, OutOfMemory, images_per_sec, result_header, run_in_subprocess
 from pcpvt.bench.timing import figures
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
@@ -147,13 +146,10 @@ def quantities(point: Point, part: str) -> dict[str, float]:
     """What CHARTS show of one part of a point; an axis has room for thousands of pixels, not for pixels."""
     height, width = point["image_size"]
     return {
-        "batch": point["batch"],
-        "processes": point.get("processes", 1),
-        "thousand pixels": height * width / 1000,
-        "images/s": point[part]["images_per_sec"],
-        "ms per image": point[part]["ms"] / point["batch"],
+        "batch": point["batch"], "processes": point.get("processes", 1), "thousand pixels": height * width / 1000,
+        "images/s": point[part]["images_per_sec"], "ms per image": point[part]["ms"] / point["batch"],
         "GB": point.get("peak_memory_bytes", 0) / 1e9,
-    }
+    }  # fmt: skip
 
 
 def proportional(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

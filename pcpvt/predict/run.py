@@ -41,10 +41,7 @@ class Files(Folder):
 
 
 def find(pattern: str) -> list[str]:
-    """The files that `config.predict.images` names: one file, all images below a folder, or a pattern with `*`; sorted.
-
-    Raises UserError when there are none.
-    """
+    """The sorted files of `config.predict.images`, a file, a folder of images or a pattern; UserError if none."""
     if not pattern:
         raise UserError("config.predict.images: not set: give a file, a folder or a pattern like 'photos/*.jpg'")
     pattern = os.path.expanduser(pattern)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from pcpvt.config import stored
 from pcpvt.errors import UserError
@@ -41,22 +40,15 @@ class RunData(NamedTuple):
 
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of one number of the records of a kind, at most `POINTS` of them: means of equal parts."""
-        points = [
-            (float(entry["epoch"]), float(entry[name]))
-            for entry in self.metrics
-            if entry.get("kind") == kind and _is_number(entry.get("epoch")) and _is_number(entry.get(name))
-        ]
+        entries = ([entry.get("epoch"), entry.get(name)] for entry in self.metrics if entry.get("kind") == kind)
+        points = [(float(x), float(y)) for x, y in entries if _is_number(x) and _is_number(y)]
         size = max(math.ceil(len(points) / POINTS), 1)
         parts = [points[i : i + size] for i in range(0, len(points), size)]
         return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
 def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
-    """Reads one workdir, which the report calls `name`.
-
-    Raises:
-        UserError: when it holds no run; `field` is what named it.
-    """
+    """Reads one workdir, which the report calls `name`; UserError when it holds no run, with the `field` it is from."""
     metrics = records.read_metrics(workdir / "metrics.jsonl")
     config = _read_object(workdir / "config.json")
     if not metrics and not config:
@@ -72,13 +64,12 @@ def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one for a file that is missing or damaged."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        return stored.read_config(path)
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -92,25 +83,23 @@ def summarize_classes(details: dict[str, Any]) -> dict[str, Any]:
         accuracies = sorted((right / count, i, right, count) for i, (right, count) in rights if count)
         shown = accuracies if len(accuracies) <= MATRIX else accuracies[:LISTED]
         checkpoint = "" if step is None else f", the checkpoint of step {step}"
+        confusions = [(names[i], names[j], n, _percent(n / max(images[i], 1))) for i, j, n in details["confusions"]]
+        mistakes = [
+            {"name": mistake["name"], "picture": mistake["picture"], "file": os.path.basename(mistake["name"])}
+            | {name: names[mistake[name]] for name in ("label", "predicted")}
+            | {name: _percent(mistake[name]) for name in ("confidence", "own")}
+            for mistake in details["mistakes"]
+        ]
         return {
             "about": f"{sum(images):,} validation images, {len(names)} classes{checkpoint}",
             "numbers": len(names) <= NUMBERS,
             # A matrix with numbers and a list of as many classes have equal heights.
             "beside": len(names) <= NUMBERS or len(names) > MATRIX,
             "matrix": _matrix(details) if len(names) <= MATRIX else [],
-            "pairs": [
-                (names[i], names[j], count, _percent(count / max(images[i], 1)))
-                for i, j, count in details["confusions"][:LISTED]
-            ],
+            "pairs": confusions[:LISTED],
             "order": "Lowest first" if shown is accuracies else f"The {LISTED} lowest of {len(accuracies)}",
             "accuracies": [(names[i], _percent(share), right, count) for share, i, right, count in shown],
-            "mistakes": [
-                {name: mistake[name] for name in ("name", "picture")}
-                | {name: names[mistake[name]] for name in ("label", "predicted")}
-                | {name: _percent(mistake[name]) for name in ("confidence", "own")}
-                | {"file": os.path.basename(mistake["name"])}
-                for mistake in details["mistakes"]
-            ],
+            "mistakes": mistakes,
         }
     except (LookupError, TypeError, ValueError, AttributeError):  # valid JSON of another form
         return {}

@@ -41,13 +41,11 @@ def at_end(session: Session, console: Console) -> None:
 def write(workdir: Path, compared: Sequence[Path] = ()) -> Path:
     """Writes the report of a workdir, with the runs of other workdirs beside its own.
 
-    Raises:
-        UserError: for a folder that holds no run.
-        OSError: when the file cannot be written.
+    Raises UserError for a folder that holds no run, OSError when the file cannot be written.
     """
     folders = list(dict.fromkeys(folder.resolve() for folder in (workdir, *compared)))
-    fields = ["--workdir", *["config.report.compare"] * (len(folders) - 1)]
-    text = render_report(list(map(data.load, folders, distinct_names(folders), fields)))
+    named_by = ["--workdir", *["config.report.compare"] * (len(folders) - 1)]
+    text = render_report(list(map(data.load, folders, distinct_names(folders), named_by)))
     path = workdir / FILE
     # A file name may hold bytes that are not valid text.
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", errors="replace"))
