@@ -115,14 +115,14 @@ def test_names_cannot_break_the_page(copied):
 def test_titles_curves_and_tables_are_escaped():
     name = "</pre><script>'\"&"
     curve = report_charts.Series(name, [(0, 1), (1, 2)])
-    text = report.render_charts(name, [report_charts.chart(name, [curve], x=name), {}], name)
+    text = report.render(name, [report_charts.chart(name, [curve], x=name), {}], table=name)
     assert text.count("<script>") == text.count("</script>") == text.count("</pre>") == 1
     page = Page(text)
     assert page.texts.count(name) == 4 and [curve["name"] for curve in page.charts[0]] == [name]
 
 
 def test_style_and_script_are_in_the_page_as_they_are_in_their_files():
-    text = report.render_charts("title", [])
+    text = report.render("title", [])
     for file in ("report.css", "report.js"):
         assert (TEMPLATES / file).read_text().strip() in text
 
@@ -139,7 +139,7 @@ def test_installed_package_has_all_templates():
 def test_jinja_is_imported_only_when_a_page_is_rendered():
     code = (
         "import sys; from pcpvt.report import run, schedule; assert 'jinja2' not in sys.modules\n"
-        "run.render_charts('title', []); assert 'jinja2' in sys.modules"
+        "run.render('title', []); assert 'jinja2' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

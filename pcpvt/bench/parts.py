@@ -163,10 +163,7 @@ class OutOfMemory(Exception):
 
 
 def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: Any) -> Any:
-    """`measure(session, *args)` in a new process, on a session of `config`.
-
-    Raises OutOfMemory, the UserError that `measure` raised, or one when the process died.
-    """
+    """`measure(session, *args)` in a new process; raises OutOfMemory, its UserError, or one when the process died."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_run_and_send, args=(measure, config, args, send))

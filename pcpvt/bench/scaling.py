@@ -19,7 +19,7 @@ from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
 from pcpvt.report.charts import Series, chart
-from pcpvt.report.run import FILE, render_charts
+from pcpvt.report.run import FILE, render
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -139,7 +139,7 @@ def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
             costs = [s for s in series if s.points]
             series += [Series(f"{s.name}, in proportion", proportional(s.points), s.color, True) for s in costs]
         charts.append(chart(name, series, x=x, zero=True))
-    return render_charts(title, charts, table)
+    return render(title, charts, table=table)
 
 
 def quantities(point: Point, part: str) -> dict[str, float]:

@@ -24,14 +24,13 @@ class Round(NamedTuple):
 
 def once(device: Device, subject: Callable[[], object]) -> Round:
     """Times one call."""
-    busy, own = _ticks()
+    before = _ticks_of_others()
     device.synchronize()
     began = time.perf_counter()
     subject()
     device.synchronize()
     seconds = time.perf_counter() - began
-    busy, own = _ticks()[0] - busy, _ticks()[1] - own
-    others = (busy - own) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
+    others = (_ticks_of_others() - before) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
     return Round(seconds, seconds > 0.1 and others > OTHERS)  # a tick is 10 ms, too coarse for calls below 0.1 s
 
 
@@ -72,14 +71,14 @@ def ratio(peer: Sequence[Round], ours: Sequence[Round]) -> dict[str, Any]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def _ticks() -> tuple[int, int]:
-    """(busy ticks of all cores, ticks of this process and its living descendants); zeros where /proc is missing."""
+def _ticks_of_others() -> int:
+    """Busy ticks of all cores less those of this process and its living descendants; 0 where /proc is missing."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
         user, nice, system, _, _, irq, soft = map(int, fields[:7])
-        return user + nice + system + irq + soft, _tree_ticks(os.getpid())
+        return user + nice + system + irq + soft - _tree_ticks(os.getpid())
     except OSError:
-        return 0, 0
+        return 0
 
 
 def _tree_ticks(pid: int) -> int:

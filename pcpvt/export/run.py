@@ -110,10 +110,7 @@ def run(session: Session) -> int:
 
 
 def destination(session: Session) -> Path:
-    """The path of the file to write, and creates its folder.
-
-    Raises UserError when the name has another format's ending, or the folder cannot be made.
-    """
+    """The path of the file to write, in a folder that is created; UserError if it cannot, or for another ending."""
     export, name = session.config.export, session.config.model.name
     suffix, _ = FORMATS[export.format]
     path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / f"{name}{suffix}"
@@ -134,8 +131,8 @@ def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
         "output": "logits: float32 [batch, classes]",
         "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
-        "classes": loaded.classes, "labels": class_names(loaded),
-        "checkpoint": Path(loaded.path).name, "weights": loaded.which, "step": loaded.meta.get("step"),
+        "classes": loaded.classes, "labels": class_names(loaded), "checkpoint": Path(loaded.path).name,
+        "weights": loaded.which, "step": loaded.meta.get("step"),
     }  # fmt: skip
 
 
@@ -147,7 +144,12 @@ def write(session: Session, loaded: LoadedModel, path: Path, description: str) -
         foreign.write_timm(params, path, {foreign.DESCRIPTION: description})
         if config.model.name not in pcpvt.TIMM_NAMES:
             return []
-        network = load_in_timm(config.model.name, model.num_classes, path)
+        from pcpvt import torchvision_compat  # noqa: F401 - before timm
+        import timm  # isort: skip
+
+        name, classes = pcpvt.TIMM_NAMES[config.model.name], model.num_classes
+        with suppress_logging():
+            network: Network = timm.create_model(name, num_classes=classes, checkpoint_path=str(path)).eval()
         height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)
         sizes = [(height, width)]  # timm pads others differently
     else:
@@ -155,15 +157,6 @@ def write(session: Session, loaded: LoadedModel, path: Path, description: str) -
         write_graph = write_onnx if config.export.format == "onnx" else write_pt2
         network = write_graph(program, path, description)
     return compare(model, params, sizes, network, FORMATS[config.export.format][1])
-
-
-def load_in_timm(name: str, num_classes: int, path: Path) -> Network:
-    """The network that timm builds from an exported file."""
-    from pcpvt import torchvision_compat  # noqa: F401 - before timm
-    import timm  # isort: skip
-
-    with suppress_logging():
-        return timm.create_model(pcpvt.TIMM_NAMES[name], num_classes=num_classes, checkpoint_path=str(path)).eval()
 
 
 class AnySize(PatchLinear):
@@ -221,10 +214,9 @@ def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tup
 
 
 def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str) -> list[dict[str, Any]]:
-    """Compares the logits of a written model with ours, at each size and each batch size of COMPARED.
+    """Compares a written model's logits with ours at each size and each batch size of COMPARED.
 
-    Returns `batch`, `size` and relative `difference` of each case; raises UserError, in which `what` names the file,
-    when a difference exceeds TOLERANCE.
+    Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above TOLERANCE.
     """
     cases = []
     for size, batch in itertools.product(sizes, COMPARED):

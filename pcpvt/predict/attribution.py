@@ -44,7 +44,7 @@ def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> t
     dtype = next(iter(params.values())).dtype
     target = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD).to(dtype)
     plain = target.mean((1, 2), keepdim=True).expand_as(target)
-    total, previous, logits = None, None, []
+    total, previous, logits = torch.zeros(()), None, []
     for step in range(STEPS + 1):
         # The steps are denser near the plain image, where normalisation makes the network steepest.
         x = torch.lerp(plain, target, (step / STEPS) ** 2).requires_grad_()
@@ -57,11 +57,9 @@ def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> t
         activation = activation.detach()
         if previous is not None:
             # The trapezoid rule: the gradient between two steps is the mean of both.
-            part = ((gradient + previous[1]) / 2 * (activation - previous[0])).sum(-1)
-            total = part if total is None else total + part
+            total = total + ((gradient + previous[1]) / 2 * (activation - previous[0])).sum(-1)
         previous = activation, gradient
         logits.append(logit.detach())
-    assert total is not None
     return total, logits[-1] - logits[0]
 
 

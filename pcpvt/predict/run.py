@@ -121,10 +121,7 @@ def classify(session: Session, loaded: LoadedModel, paths: list[str], console: C
 
 
 def unique_names(paths: list[str]) -> list[str]:
-    """File names of the heat maps: the paths below their common folder with `__` for `/`, numbered where they collide.
-
-    `a/x/1.png` and `a/y/1.png` become `x__1.png` and `y__1.png`.
-    """
+    """File names of the heat maps: paths below their common folder, `x/1.png` as `x__1.png`, numbered on collision."""
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names: dict[str, None] = {}  # in order
     for path in paths:
@@ -178,10 +175,7 @@ FORMATS: dict[str, tuple[str, Callable[[TextIO, str, Ranked], None]]] = {  # to 
 
 
 def write_output(path: str, write: Callable[[TextIO], object]) -> None:
-    """Calls `write` with standard output (for an empty path) or with a file that appears complete or not at all.
-
-    Raises UserError when it cannot be written, BrokenPipeError when the output's reader closed it, as `head` does.
-    """
+    """Calls `write` with standard output (empty path) or a file that appears whole or not at all; or UserError."""
 
     def write_file(file: str | Path) -> None:
         with open(file, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
@@ -194,7 +188,7 @@ def write_output(path: str, write: Callable[[TextIO], object]) -> None:
             write_file(path)
         else:
             write_atomically(Path(path), write_file)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         raise
     except OSError as error:
         if not path:

@@ -39,10 +39,7 @@ def at_end(session: Session, console: Console) -> None:
 
 
 def write(workdir: Path, compared: Sequence[Path] = ()) -> Path:
-    """Writes the report of a workdir, with the runs of other workdirs beside its own.
-
-    Raises UserError for a folder that holds no run, OSError when the file cannot be written.
-    """
+    """Writes the report of a workdir, other runs beside its own; UserError for a folder without a run, or OSError."""
     folders = list(dict.fromkeys(folder.resolve() for folder in (workdir, *compared)))
     named_by = ["--workdir", *["config.report.compare"] * (len(folders) - 1)]
     text = render_report(list(map(data.load, folders, distinct_names(folders), named_by)))
@@ -66,14 +63,14 @@ def render_report(runs: Sequence[RunData]) -> str:
     title = f"{main.config.get('model.name', 'pcpvt')}: {main.name}"
     figures, defaults = [_figures(run) for run in runs], stored.flat(fields.base())
     recipe = {name: [run.config.get(name) for run in runs] for name in sorted({n for run in runs for n in run.config})}
-    return _render(
+    return render(
+        f"{title} and {more} more" if more else title,
+        _charts(runs),
         "report.html",
-        title=f"{title} and {more} more" if more else title,
         subtitle=_subtitle(main),
         runs=runs,
         figures=figures,
         columns=list(dict.fromkeys(name for texts in figures for name in texts)),
-        charts=_charts(runs),
         classes=data.summarize_classes(main.details),
         recipe=recipe,
         differing={name: values for name, values in recipe.items() if any(value != values[0] for value in values)},
@@ -81,18 +78,15 @@ def render_report(runs: Sequence[RunData]) -> str:
     )
 
 
-def render_charts(title: str, charts: Sequence[dict[str, Any]], table: str = "") -> str:
-    """A page of charts (see `charts.chart`), and below them a table as text."""
-    return _render("page.html", title=title, charts=charts, table=table)
-
-
-def _render(template: str, **values: Any) -> str:
+def render(title: str, charts: Sequence[dict[str, Any]], template: str = "page.html", **values: Any) -> str:
+    """A page of charts (see `charts.chart`), and what the template makes of the `values`."""
     import jinja2  # here, because only a process that writes a page needs it
 
     loader = jinja2.PackageLoader("pcpvt.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = _shown
-    return environment.get_template(template).render(values, size=SIZE, edges=EDGES, colors=COLORS)
+    values |= {"title": title, "charts": charts, "size": SIZE, "edges": EDGES, "colors": COLORS}
+    return environment.get_template(template).render(values)
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config.plan import make_plan
 from pcpvt.report.charts import Series, chart
-from pcpvt.report.run import render_charts
+from pcpvt.report.run import render
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
@@ -38,7 +38,7 @@ def run(session: Session) -> int:
     points = rows(POINTS)
     table = "step,epoch,lr\n" + "".join(f"{step},{epoch:.6f},{lr:.10e}\n" for epoch, step, lr in points)
     curve = Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
-    text = render_charts(f"{config.model.name}: learning rate", [chart("Learning rate, by epoch", [curve], zero=True)])
+    text = render(f"{config.model.name}: learning rate", [chart("Learning rate, by epoch", [curve], zero=True)])
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
     write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
