@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pcpvt import main
-from pcpvt.bench import baseline, loop, scaling, subprocess
+from pcpvt.bench import baseline, parts, scaling
 from pcpvt.config import fields, recipes, resolve
 from pcpvt.errors import UserError
 from pcpvt.runtime import session as sessions
@@ -36,7 +36,7 @@ def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp
 def test_the_whole_loop_is_measured_on_synthetic_images(tmp_path):
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
     config.batch_size, config.bench.steps, config.data.name, config.data.workers = 4, 1, "synthetic", 1
-    check_loop(loop.measure(sessions.start(config, tmp_path)))
+    check_loop(parts.measure_loop(sessions.start(config, tmp_path)))
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def kill_this_process(session):
 
 
 def test_a_measurement_killed_by_the_kernel_counts_as_out_of_memory():
-    with pytest.raises(subprocess.OutOfMemory):
-        subprocess.run_in_subprocess(kill_this_process, fields.base())
+    with pytest.raises(parts.OutOfMemory):
+        parts.run_in_subprocess(kill_this_process, fields.base())
 
 
 def raise_user_error(session):
@@ -131,7 +131,7 @@ def raise_user_error(session):
 
 def test_a_user_error_of_a_measurement_is_raised_unchanged():
     with pytest.raises(UserError, match=r"^config\.x: 1: choose 2$"):
-        subprocess.run_in_subprocess(raise_user_error, fields.base())
+        parts.run_in_subprocess(raise_user_error, fields.base())
 
 
 def test_scaling_with_a_peer_is_a_one_line_error():
@@ -150,12 +150,12 @@ def test_scaling_with_a_peer_is_a_one_line_error():
     ],
 )
 def test_only_allocation_errors_count_as_out_of_memory(message, lacks):
-    assert subprocess.lacks_memory(message) == lacks
+    assert parts.lacks_memory(message) == lacks
 
 
 def point_with_training(program, monkeypatch):
     """The point of two processes, with this Python program in place of the training."""
-    monkeypatch.setattr(subprocess, "train_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(parts, "train_command", lambda *_: [sys.executable, "-c", program])
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
     return scaling.measure_processes(sessions.start(config, Path()), 2)
 

@@ -11,10 +11,8 @@ from PIL import Image
 from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches
 from pcpvt.evaluate import mistakes
-from pcpvt.report import classes as report_classes
-from pcpvt.report import page
 from pcpvt.report import run as report
-from pcpvt.report.data import RunData
+from pcpvt.report.data import RunData, summarize_classes
 from pcpvt.runtime import records
 
 
@@ -83,7 +81,7 @@ def test_a_thousand_classes_stay_light(tmp_path):
     found = mistakes.summarize(table, source, (224, 224), 0.875)
     counts = [c for _, _, c in found["confusions"]]
     assert len(found["mistakes"]) == 24 and len(counts) == 10_000 and counts == sorted(counts, reverse=True)
-    text = page.render_report([RunData("run", {}, [], {}, {}, found)])
+    text = report.render_report([RunData("run", {}, [], {}, {}, found)])
     assert len(json.dumps(found)) < 500_000 and len(text) < 200_000
     assert "Most frequent confusions" in text and "The 25 lowest of 1000" in text
 
@@ -95,11 +93,11 @@ DETAILS = {
 
 
 def test_damaged_details_remove_only_their_own_part_of_the_report(trained, tmp_path):
-    assert "taken for" in str(report_classes.summarize(DETAILS)["matrix"])
+    assert "taken for" in str(summarize_classes(DETAILS)["matrix"])
     for name in DETAILS.keys() - {"step", "classes"}:
-        assert report_classes.summarize({n: v for n, v in DETAILS.items() if n != name}) == {}
+        assert summarize_classes({n: v for n, v in DETAILS.items() if n != name}) == {}
     for change in ({"images": 3}, {"images": []}, {"classes": [1, 2]}, {"confusions": [1]}, {"mistakes": [{}]}):
-        assert report_classes.summarize(DETAILS | change) == {}
+        assert summarize_classes(DETAILS | change) == {}
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     (tmp_path / records.DETAILS).write_text("[" * 100_000)
     text = report.write(tmp_path).read_text()

@@ -13,7 +13,7 @@ from PIL import Image
 from pcpvt import api
 from pcpvt.data import sources
 from pcpvt.errors import UserError
-from pcpvt.predict import attribution, output
+from pcpvt.predict import attribution
 from pcpvt.predict import run as predict
 
 
@@ -128,7 +128,9 @@ def test_a_named_pipe_is_written_to_and_not_replaced(tmp_path):
 @pytest.mark.parametrize("name", ["table", "jsonl", "csv"])
 def test_formats_keep_special_characters_of_class_names(name):
     classes, out = ['comma, "quote"', "línea\nbreak", "ascii"], io.StringIO()
-    output.FORMATS[name](out, classes, [("a,b.png", output.best(torch.tensor([0.2, 0.5, 0.3]), 5))])
+    header, write_image = predict.FORMATS[name]
+    out.write(header)
+    write_image(out, "a,b.png", predict.best(torch.tensor([0.2, 0.5, 0.3]), classes))
     text = out.getvalue()
     if name == "jsonl":
         (line,) = text.splitlines()
@@ -141,7 +143,8 @@ def test_formats_keep_special_characters_of_class_names(name):
 
 
 def test_equal_probabilities_are_in_class_order():
-    assert [i for i, _ in output.best(torch.tensor([0.1, 0.3, 0.3, 0.3]), 3)] == [1, 2, 3]
+    ranked = predict.best(torch.tensor([0.1, 0.3, 0.3, 0.3]), ["a", "b", "c", "d"])
+    assert [(name, i) for name, i, _ in ranked] == [("b", 1), ("c", 2), ("d", 3), ("a", 0)]
 
 
 # Attribution.

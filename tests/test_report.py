@@ -17,7 +17,6 @@ from PIL import Image
 from pcpvt.errors import UserError
 from pcpvt.report import charts as report_charts
 from pcpvt.report import data as report_data
-from pcpvt.report import page as report_page
 from pcpvt.report import run as report
 from pcpvt.runtime.console import Console
 
@@ -116,14 +115,14 @@ def test_names_cannot_break_the_page(copied):
 def test_titles_curves_and_tables_are_escaped():
     name = "</pre><script>'\"&"
     curve = report_charts.Series(name, [(0, 1), (1, 2)])
-    text = report_page.render_charts(name, [report_charts.chart(name, [curve], x=name), {}], name)
+    text = report.render(name, [report_charts.chart(name, [curve], x=name), {}], table=name)
     assert text.count("<script>") == text.count("</script>") == text.count("</pre>") == 1
     page = Page(text)
     assert page.texts.count(name) == 4 and [curve["name"] for curve in page.charts[0]] == [name]
 
 
 def test_style_and_script_are_in_the_page_as_they_are_in_their_files():
-    text = report_page.render_charts("title", [])
+    text = report.render("title", [])
     for file in ("report.css", "report.js"):
         assert (TEMPLATES / file).read_text().strip() in text
 
@@ -139,8 +138,8 @@ def test_installed_package_has_all_templates():
 
 def test_jinja_is_imported_only_when_a_page_is_rendered():
     code = (
-        "import sys; from pcpvt.report import page, run, schedule; assert 'jinja2' not in sys.modules\n"
-        "page.render_charts('title', []); assert 'jinja2' in sys.modules"
+        "import sys; from pcpvt.report import run, schedule; assert 'jinja2' not in sys.modules\n"
+        "run.render('title', []); assert 'jinja2' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -197,7 +196,7 @@ def test_folders_without_a_run_are_refused(pcpvt, tmp_path):
 
 
 def test_failure_of_the_report_is_only_a_warning(copied, capsys, monkeypatch):
-    monkeypatch.setattr(report.page, "render_report", lambda runs: 1 / 0)
+    monkeypatch.setattr(report, "render_report", lambda runs: 1 / 0)
 
     class Session:
         workdir = copied

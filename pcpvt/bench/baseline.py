@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pcpvt.runtime.session import Session
 def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], object]:
     """Forward, backward, clipping and AdamW on one normalised batch with soft targets, as timm's train.py does them."""
     config = session.config
-    network, logits = _network(session, plan.num_classes, batch, training=True)
+    network, logits = _network(session, plan.num_classes, batch)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     undecayed = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
@@ -36,28 +37,23 @@ def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], objec
 
 def forward(session: Session, num_classes: int, batch: Batch) -> Callable[[], object]:
     """Logits `[b, classes]` of one normalised batch."""
-    _, logits = _network(session, num_classes, batch, training=False)
+    network, logits = _network(session, num_classes, batch)
+    network.eval()
     return torch.inference_mode()(logits)
 
 
-def _network(
-    session: Session, num_classes: int, batch: Batch, training: bool
-) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """timm's model of the same size, on the device, and a function that gives its logits of a normalised batch."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
 
     config, device, dtype = session.config, session.device, session.policy.compute
-    network = timm.create_model(
-        TIMM_NAMES[config.model.name], num_classes=num_classes, drop_path_rate=config.model.drop_path
-    )
-    network.to(device.torch).train(training)
+    options = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
+    network = timm.create_model(TIMM_NAMES[config.model.name], **options).to(device.torch)
     images = mixing.decode_images(batch["image"], None, IMAGENET_MEAN, IMAGENET_STD).permute(0, 3, 1, 2)
-    if device.name == "cuda":  # where channels_last is the fast layout
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in PyTorch's hints
-        images = images.contiguous(memory_format=torch.channels_last)
-    else:
-        images = images.contiguous()
+    layout = torch.channels_last if device.name == "cuda" else torch.contiguous_format  # the fast one on each
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
+    images = images.contiguous(memory_format=layout)
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
     predict = torch.compile(network, dynamic=False) if config.bench.against == "timm-compiled" else network
 
@@ -77,25 +73,17 @@ def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:
     posterize = ImageOps.posterize
     # timm sometimes asks for 0 bits, which Pillow 13 refuses; its loader processes are forked and inherit this patch.
     ImageOps.posterize = lambda image, bits: posterize(image, max(bits, 1))
-    config, training = session.config, split == "train"
+    config, a, training = session.config, session.config.augment, split == "train"
     dataset = timm.data.create_dataset("", root=f"{config.data.path}/{split}", split=split, is_training=training)
-    batches = timm.data.create_loader(
-        dataset,
-        input_size=(3, *session.size),
-        batch_size=plan.local_batch,
-        is_training=training,
-        re_prob=config.augment.erase if training else 0.0,
-        re_mode="pixel",
-        scale=tuple(config.augment.scale),
-        ratio=tuple(config.augment.ratio),
-        hflip=config.augment.hflip,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's type hint does not allow None, its value for no jitter
-        auto_augment=(config.augment.randaugment or None) if training else None,
-        interpolation="bicubic",
-        crop_pct=config.eval.crop,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        device=session.device.torch,
-    )
+    options: dict[str, Any] = {
+        "interpolation": "bicubic", "crop_pct": config.eval.crop, "device": session.device.torch,
+        "num_workers": workers, "persistent_workers": workers > 0,
+    }  # fmt: skip
+    if training:
+        options |= {
+            "re_prob": a.erase, "re_mode": "pixel", "scale": tuple(a.scale), "ratio": tuple(a.ratio), "hflip": a.hflip,
+            "color_jitter": None, "auto_augment": a.randaugment or None,
+        }  # fmt: skip
+    batches = timm.data.create_loader(dataset, (3, *session.size), plan.local_batch, is_training=training, **options)
     while True:
         yield from batches

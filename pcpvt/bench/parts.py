@@ -1,20 +1,35 @@
-"""What the benchmark measures: train step, evaluation step, single-image latency, input pipelines, matrix products."""
+"""The benchmark's measurements: steps, single-image latency, input pipelines, the whole loop, matrix products.
+
+Peak memory, whatever may run out of it, and the time to the first step are measured in separate processes.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 
 from pcpvt.bench import baseline
-from pcpvt.bench.timing import Timings, interleave, once, ratio
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches
-from pcpvt.data.sources import synthetic
+from pcpvt.bench.timing import Round, interleave, once
+from pcpvt.data.loader import EvalBatches, TrainBatches
+from pcpvt.data.sources import Dataset, synthetic
 from pcpvt.devices.base import cores
+from pcpvt.errors import UserError
 from pcpvt.functional.objective import Batch
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.session import Session
@@ -23,42 +38,36 @@ from pcpvt.train import setup
 STEPS = ("train", "eval", "latency")  # train step, evaluation of the whole batch, evaluation of one image
 TIMED = 8  # batches drawn for one timing of an input pipeline
 EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as many as ImageNet has
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the kernel killed for lack of memory
 
 
-class Training:
-    """The configured training: model, plan, train step, and the state that it advances.
+class Bench:
+    """The configured training on a data set (default: noise), and measured parts of "ours" and a configured "peer"."""
 
-    Args:
-        examples: training images per epoch, for the plan.
-    """
-
-    def __init__(self, session: Session, num_classes: int, examples: int):
-        self.model = sessions.build_model(session.config, num_classes)
+    def __init__(self, session: Session, source: Dataset | None = None):
+        config, examples = session.config, EPOCH if source is None else len(source)
+        if source is None:
+            source = synthetic("train", session.size, config.num_classes or 1000, min(256, config.batch_size))
+        self.session, self.rounds = session, config.bench.steps
+        self.sides = ("ours", "peer") if config.bench.against else ("ours",)
+        self.model = sessions.build_model(config, sessions.count_classes(config, source))
         self.plan = setup.plan_run(session, self.model, examples)
+        self.batches = setup.train_batches(session, self.model, source)
         params, _ = setup.init_params(session, self.model)
         optimizer = setup.optimizer(session, self.plan, params)
         self.state = setup.init_state(session, params, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)
 
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """The first training batch, on the device."""
+        return next(self.session.device.prefetch([self.batches[0]]))
+
     def advance(self, batch: Batch) -> None:
         """Takes one train step."""
         self.state, _ = self._step(self.state, batch)
 
-
-class Bench:
-    """The measured parts of each side ("ours", and "peer" if one is configured), on one synthetic batch."""
-
-    def __init__(self, session: Session):
-        config = session.config
-        self.session, self.rounds = session, config.bench.steps
-        self.sides = ("ours", "peer") if config.bench.against else ("ours",)
-        self.training = Training(session, config.num_classes or 1000, EPOCH)
-        self.plan = self.training.plan
-        source = synthetic("train", session.size, self.plan.num_classes, min(256, self.plan.batch))
-        batches = setup.train_batches(session, self.training.model, source)
-        self.batch = next(session.device.prefetch([batches[0]]))
-
-    def measure(self, part: str) -> dict[str, Timings]:
+    def measure(self, part: str) -> dict[str, list[Round]]:
         """Timings by side of one of STEPS."""
         rounds = max(self.rounds, 20) if part == "latency" else self.rounds
         return interleave(self.session.device, {side: self.step(side, part) for side in self.sides}, rounds)
@@ -69,50 +78,42 @@ class Bench:
         if part == "train":
             if side == "peer":
                 return baseline.train_step(session, self.plan, batch)
-            return lambda: self.training.advance(batch)
+            return lambda: self.advance(batch)
         if part == "latency":
             batch = {name: batch[name][:1] for name in ("image", "label")}
         if side == "peer":
             return baseline.forward(session, self.plan.num_classes, batch)
-        predict, weights = session.predictor(self.training.model), session.inference(self.training.state.params)
+        predict, weights = session.predictor(self.model), session.inference(self.state.params)
         return lambda: predict(weights, batch["image"])
 
-    def input_pipelines(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Figures of each side's training and evaluation pipelines alone, on all cores, and the ratios of the sides."""
-        session, config = self.session, self.session.config
-        if config.data.name not in ("folder", "digits"):
-            return {"ours": {"skipped": f"config.data.name is {config.data.name!r}: nothing is decoded"}}, {}
-        in_memory = sessions.open_data(session, "train").in_memory
-        workers = config.data.workers if config.data.workers >= 0 else 0 if in_memory else cores()
-        sides = self.sides if config.data.name == "folder" else ("ours",)
-        figures: dict[str, dict[str, Any]] = {side: {"workers": workers} for side in sides}
-        ratios = {}
+    def input_pipelines(self) -> tuple[int, dict[str, dict[str, list[Round]]]]:
+        """Loader processes, and timings of TIMED batches by split and side, of the input pipelines on all cores."""
+        session, data = self.session, self.session.config.data
+        workers = data.workers
+        if workers < 0:
+            workers = 0 if sessions.open_data(session, "train").in_memory else cores()
+        timings: dict[str, dict[str, list[Round]]] = {}
         for split in ("train", "val"):
             streams = {"ours": self._stream(split, workers)}
-            if "peer" in sides:
+            if "peer" in self.sides and data.name == "folder":
                 streams["peer"] = baseline.loader(session, self.plan, split, workers)
-            timings = {side: Timings([], []) for side in sides}
-            for _ in range(self.rounds):
-                for side, stream in streams.items():
-                    _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
-                    seconds = timings[side].add(*once(session.device, functools.partial(_draw, stream, TIMED)))
-                    time.sleep(seconds)  # lets its workers read ahead again before the other side is timed
-            for side in sides:
-                figures[side][split] = timings[side].figures(TIMED * self.plan.local_batch)
-            if "peer" in sides:
-                ratios[f"input {split}"] = ratio(timings["peer"], timings["ours"])
-        return figures, ratios
+            timings[split] = {side: [] for side in streams}
+            for _, (side, stream) in itertools.product(range(self.rounds), streams.items()):
+                _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
+                timings[split][side].append(once(session.device, functools.partial(_draw, stream, TIMED)))
+                time.sleep(timings[split][side][-1].value)  # lets its workers read ahead again
+        return workers, timings
 
     def _stream(self, split: str, workers: int) -> Iterator[Batch]:
         """Our batches of a split, without end."""
         session, size = self.session, self.plan.local_batch
         source = sessions.open_data(session, split)
-        batches: TrainBatches | EvalBatches = setup.train_batches(session, self.training.model, source)
+        batches: TrainBatches | EvalBatches = setup.train_batches(session, self.model, source)
         indices = range(1 << 30)
         if split == "val":
             batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error")
             indices = range(max(1, len(source) // size))  # full batches only
-        loader = Loader(batches, indices, workers, start=session.device.worker_start)
+        loader = sessions.open_loader(session, batches, indices, workers)
         while True:
             yield from loader
 
@@ -120,6 +121,29 @@ class Bench:
 def _draw(batches: Iterable, count: int) -> None:
     for _ in itertools.islice(batches, count):
         pass
+
+
+def measure_loop(session: Session) -> dict[str, Any]:
+    """Images/s of loader, transfer and train step together on the configured data, and the share of time waited."""
+    steps, source = session.config.bench.steps, sessions.open_data(session, "train")
+    bench, workers = Bench(session, source), sessions.workers(session, source)
+    warm_up = 2 * workers + 2  # uses up what was read ahead while the first step started or was compiled
+    loader = sessions.open_loader(session, bench.batches, range(warm_up + steps), workers)
+    ready = iter(session.device.prefetch(loader))
+    waits: list[float] = []  # seconds by step
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            began = time.perf_counter()
+            batch = next(ready)
+            waits.append(time.perf_counter() - began)
+            bench.advance(batch)
+
+    advance(warm_up)
+    waits.clear()
+    seconds, disturbed = once(session.device, lambda: advance(steps))
+    rate, waiting = round(steps * bench.plan.batch / seconds, 3), round(sum(waits) / seconds, 4)
+    return {"images_per_sec": rate, "waiting": waiting, "workers": workers, "disturbed": disturbed}
 
 
 def matmul_flops(session: Session) -> float:
@@ -130,22 +154,122 @@ def matmul_flops(session: Session) -> float:
     linear, bias = session.kernels.linear, a[0].contiguous()
     with torch.no_grad():
         linear(a, a, bias)
-        seconds = min(once(device, lambda: linear(a, a, bias))[0] for _ in range(10))
+        seconds = min(once(device, lambda: linear(a, a, bias)).value for _ in range(10))
     return 2 * side**3 / seconds
+
+
+class OutOfMemory(Exception):
+    """A measurement that the host or the device had too little memory for."""
+
+
+def run_in_subprocess(measure: Callable[..., Any], config: ConfigDict, *args: Any) -> Any:
+    """`measure(session, *args)` in a new process; raises OutOfMemory, its UserError, or one when the process died."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_run_and_send, args=(measure, config, args, send))
+    child.start()
+    send.close()
+    try:
+        result = receive.recv()
+    except EOFError:
+        child.join()
+        code = child.exitcode
+        result = UserError(f"--mode=bench: the process of a measurement ended with exit code {code}: see what it said")
+        if code in KILLED:
+            result = OutOfMemory()
+    except BaseException:  # such as KeyboardInterrupt
+        child.kill()
+        raise
+    finally:
+        child.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _run_and_send(measure: Callable[..., Any], config: ConfigDict, args: tuple, send: Connection) -> None:
+    try:
+        send.send(measure(sessions.start(config, Path()), *args))
+    except UserError as error:
+        send.send(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not lacks_memory(str(error)):
+            raise
+        send.send(OutOfMemory())
+
+
+def lacks_memory(message: str) -> bool:
+    """Whether an error message is that of an allocator of host or device memory."""
+    return re.search(r"out of memory|allocate memory", message) is not None
+
+
+def peak_memory(session: Session, side: str) -> int:
+    """Peak bytes of two train steps of one side, in a process of its own."""
+    try:
+        return run_in_subprocess(_measure_memory, session.config, side)
+    except OutOfMemory:
+        size = session.config.batch_size
+        raise UserError(f"config.batch_size: {size} is more than fits for {side} of the bench: lower it") from None
+
+
+def _measure_memory(session: Session, side: str) -> int:
+    bench = Bench(session)
+    if side == "peer":
+        del bench.state  # the peer holds its own parameters and moments
+    step = bench.step(side, "train")
+    for _ in range(2):
+        step()
+    session.device.synchronize()
+    return session.device.memory_stats()[0]
+
+
+def train_command(session: Session, workdir: Path, changes: dict[str, Any]) -> list[str]:
+    """The command of a short training on noise images: this bench's own arguments, and `changes` of fields."""
+    dropped = ("--mode", "--workdir", "--config.epochs", "--config.examples")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(dropped)]
+    changes = {"eval_every": "0", "save_every": "0", "data.name": "synthetic"} | changes
+    changes["num_classes"] = session.config.num_classes or 1000
+    if session.config.data.name not in ("digits", "synthetic"):  # without a path, noise takes the recipe of the digits
+        changes["data.path"] = session.config.data.path or "."
+    arguments += [f"--config.{name}={value}" for name, value in changes.items()]
+    return [sys.executable, "-m", "pcpvt.main", *arguments, f"--workdir={workdir}"]
+
+
+def images_per_sec(session: Session, changes: dict[str, Any]) -> float:
+    """Images/s of a short training with `changes` of fields; OutOfMemory, or UserError with its error's last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(train_command(session, Path(folder), changes), capture_output=True, text=True)
+        if done.returncode == 0:
+            return json.loads((Path(folder) / "result.json").read_text())["images_per_sec"]
+    if done.returncode in KILLED or lacks_memory(done.stderr):
+        raise OutOfMemory
+    reason = done.stderr.strip().rpartition("\n")[2].removeprefix("pcpvt: error: ")
+    count = changes["processes"]
+    raise UserError(f"--mode=bench: the training with config.processes={count} failed: {reason}")
+
+
+def first_step_seconds(session: Session) -> dict[str, float]:
+    """Seconds from starting the program until its first step is recorded, with a cold and with a warm compile cache."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        for cache in ("cold", "warm"):
+            workdir = Path(folder, cache)
+            command = train_command(session, workdir, {"steps": 1, "log_every": "1 steps"})
+            start = time.time()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"--mode=bench: the run to time the first step failed: {done.stderr[-300:]}")
+            recorded = (workdir / "metrics.jsonl").stat().st_mtime  # that step is its only record
+            seconds[cache] = round(recorded - start, 2)
+    return seconds
 
 
 def result_header(session: Session) -> dict[str, Any]:
     """What is measured and where: the first entries of every result."""
-    config = session.config
+    config, device = session.config, session.device.describe()
     return {
-        "mode": "bench",
-        "model": config.model.name,
-        "device": session.device.describe(),
-        "precision": str(session.policy),
-        "batch": config.batch_size,
-        "image_size": list(session.size),
-        "compile": config.compile,
-        "against": config.bench.against or None,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+        "mode": "bench", "model": config.model.name, "device": device, "precision": str(session.policy),
+        "batch": config.batch_size, "image_size": list(session.size), "compile": config.compile,
+        "against": config.bench.against or None, "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip

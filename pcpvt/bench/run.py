@@ -10,10 +10,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pcpvt.bench import loop, scaling
-from pcpvt.bench.parts import STEPS, Bench, matmul_flops, result_header
-from pcpvt.bench.subprocess import first_step_seconds, peak_memory
-from pcpvt.bench.timing import ratio
+from pcpvt.bench import parts, scaling
+from pcpvt.bench.parts import STEPS
+from pcpvt.bench.timing import figures, ratio
 from pcpvt.errors import UserError
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console
@@ -39,40 +38,35 @@ def run(session: Session) -> int:
 
 def measure(session: Session) -> dict[str, Any]:
     """The result: our figures by part, the peer's under `peer`, and the ratios of our speed to the peer's."""
-    began, bench = time.perf_counter(), Bench(session)
-    sides: dict[str, dict[str, Any]] = {side: {} for side in bench.sides}
-    ratios: dict[str, Any] = {}
-    for part in STEPS:
-        timings = bench.measure(part)
-        for side in sides:
-            sides[side][part] = timings[side].figures(1 if part == "latency" else bench.plan.local_batch)
-        if "peer" in sides:
-            ratios[part] = ratio(timings["peer"], timings["ours"])
-    peak = matmul_flops(session)
-    per_image = utilisation.forward_flops(bench.training.model, session.size)
-    pipelines, pipeline_ratios = bench.input_pipelines()
-    whole_loop = loop.measure(session)
-    for side, figures in sides.items():
+    began, data, bench = time.perf_counter(), session.config.data.name, parts.Bench(session)
+    images = bench.plan.local_batch
+    steps = {part: bench.measure(part) for part in STEPS}
+    peak, per_image = parts.matmul_flops(session), utilisation.forward_flops(bench.model, session.size)
+    workers, inputs = bench.input_pipelines() if data in ("folder", "digits") else (0, {})
+    whole_loop = parts.measure_loop(session)
+    sides: dict[str, dict[str, Any]] = {}
+    for side in bench.sides:
+        entry = {part: figures(steps[part][side], 1 if part == "latency" else images) for part in STEPS}
         for part, passes in (("train", 3), ("eval", 1)):
-            rate = figures[part]["images_per_sec"]
-            figures[part]["matmul_fraction"] = round(rate * passes * per_image / peak, 4)
-        if side in pipelines:
-            figures["input"] = pipelines[side]
-        figures["peak_memory_bytes"] = peak_memory(session, side)
-    ratios |= pipeline_ratios
+            rate = entry[part]["images_per_sec"]
+            entry[part]["matmul_fraction"] = round(rate * passes * per_image / peak, 4)
+        pipelines = {split: figures(r[side], parts.TIMED * images) for split, r in inputs.items() if side in r}
+        if pipelines:
+            entry["input"] = {"workers": workers, **pipelines}
+        elif side == "ours":
+            entry["input"] = {"skipped": f"config.data.name is {data!r}: nothing is decoded"}
+        sides[side] = entry | {"peak_memory_bytes": parts.peak_memory(session, side)}
+    timings = steps | {f"input {split}": rounds for split, rounds in inputs.items()}
+    ratios = {part: ratio(rounds["peer"], rounds["ours"]) for part, rounds in timings.items() if "peer" in rounds}
     if "peer" in sides:
         ratios["memory"] = {"median": round(sides["ours"]["peak_memory_bytes"] / sides["peer"]["peak_memory_bytes"], 4)}
     return {
-        **result_header(session),
-        "matmul_flops": round(peak),
-        **sides["ours"],
-        "loop": whole_loop,
-        "peer": sides.get("peer"),
+        **parts.result_header(session), "matmul_flops": round(peak),
+        **sides["ours"], "loop": whole_loop, "peer": sides.get("peer"),
         "ratios": {name: value["median"] for name, value in ratios.items()},
         "ratio_quartiles": {name: value.get("quartiles") for name, value in ratios.items()},
-        "first_step_seconds": first_step_seconds(session),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+        "first_step_seconds": parts.first_step_seconds(session), "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
@@ -82,19 +76,19 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']} {height}x{width} batch {result['batch']}, {result['precision']}",
         f"{result['device']}, compile {result['compile']}, matrix product {result['matmul_flops'] / 1e9:.0f} GFLOP/s",
     ]
-    for side, figures in (("ours", result), ("peer", result["peer"])):
-        if figures is None:
+    for side, entry in (("ours", result), ("peer", result["peer"])):
+        if entry is None:
             continue
         for part in STEPS:
-            f = figures[part]
+            f = entry[part]
             share = f"  {100 * f['matmul_fraction']:.1f} % of the matrix rate" if "matmul_fraction" in f else ""
             mark = f"  ({f['disturbed_rounds']} disturbed)" if f["disturbed_rounds"] else ""
             rows.append(f"{side:5} {part:8} {f['images_per_sec']:10.1f} images/s {f['ms']:10.1f} ms{share}{mark}")
         for split in ("train", "val"):
-            if split in figures.get("input", {}):
-                rate = figures["input"][split]["images_per_sec"]
+            if split in entry.get("input", {}):
+                rate = entry["input"][split]["images_per_sec"]
                 rows.append(f"{side:5} input {split:5} {rate:7.1f} images/s")
-        rows.append(f"{side:5} memory   {figures['peak_memory_bytes'] / 1e9:10.2f} GB at the peak of a training step")
+        rows.append(f"{side:5} memory   {entry['peak_memory_bytes'] / 1e9:10.2f} GB at the peak of a training step")
     f = result["loop"]
     mark = "  (disturbed)" if f["disturbed"] else ""
     waiting = f"{100 * f['waiting']:.1f} % of the time waiting for data, {f['workers']} loader processes"

@@ -6,21 +6,22 @@ that point only. Mixing is off, because it pairs samples and a batch of 1 has no
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.bench.parts import Bench, result_header
-from pcpvt.bench.subprocess import OutOfMemory, images_per_sec, run_in_subprocess
+from pcpvt.bench.parts import Bench, OutOfMemory, images_per_sec, result_header, run_in_subprocess
+from pcpvt.bench.timing import figures
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
-from pcpvt.report import run as report
 from pcpvt.report.charts import Series, chart
-from pcpvt.report.page import render_charts
+from pcpvt.report.run import FILE, render
 from pcpvt.runtime import records
+from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
@@ -29,6 +30,13 @@ SIZES = (224, 256, 320, 384, 448, 512)
 PROCESSES = (1, 2, 4)
 PARTS = {"train": "training", "eval": "evaluation"}
 UNMIXED = {"mixup": 0.0, "cutmix": 0.0, "accumulate": 0}
+CHARTS = (  # title, points, horizontal and vertical quantity (see `quantities`)
+    ("Images/s against batch", "batch", "batch", "images/s"),
+    ("Images/s against processes", "processes", "processes", "images/s"),
+    ("Peak memory of training in GB against batch", "batch", "batch", "GB"),
+    ("Peak memory of training in GB against thousand pixels", "size", "thousand pixels", "GB"),
+    ("ms per image against thousand pixels", "size", "thousand pixels", "ms per image"),
+)
 
 Point = dict[str, Any]
 
@@ -38,23 +46,27 @@ def run(session: Session, console: Console) -> int:
     began, config = time.perf_counter(), session.config
     rows = [f"{config.model.name}, {session.policy}, {session.device.describe()}, compile {config.compile}"]
     console.say(rows[0])
-
-    def print_row(point: Point) -> Point:
-        rows.append(row(point))
-        console.say(rows[-1])
-        return point
-
-    sides = sizes(config.image_size)
-    scaling = {
-        "batch": [print_row(measure(config, {"batch_size": batch})) for batch in BATCHES],
-        "size": [print_row(measure(config, {"image_size": side, "image_width": side})) for side in sides],
-        "processes": [print_row(measure_processes(session, n)) for n in PROCESSES if has_devices(session, n)],
+    counts = []  # on a CPU, processes share its cores
+    for count in PROCESSES:
+        with contextlib.suppress(UserError):
+            session.device.require(count)
+            counts.append(count)
+    subjects = {
+        "batch": (measure(config, {"batch_size": batch}) for batch in BATCHES),
+        "size": (measure(config, {"image_size": n, "image_width": n}) for n in sizes(config.image_size)),
+        "processes": (measure_processes(session, n) for n in counts),
     }
+    scaling: dict[str, list[Point]] = {name: [] for name in subjects}
+    for name, points in subjects.items():
+        for point in points:  # is measured here
+            scaling[name].append(point)
+            rows.append(row(point))
+            console.say(rows[-1])
     result = {**result_header(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
     records.write_json(session.workdir / "result.json", result)
     text = page(f"{config.model.name}: how cost grows", scaling, "\n".join(rows))
-    write_atomically(session.workdir / report.FILE, lambda temporary: temporary.write_text(text))
-    console.say(f"written to {session.workdir}: result.json, {report.FILE}")
+    write_atomically(session.workdir / FILE, lambda temporary: temporary.write_text(text))
+    console.say(f"written to {session.workdir}: result.json, {FILE}")
     return 0
 
 
@@ -70,10 +82,7 @@ def measure(config: ConfigDict, changes: dict[str, int]) -> Point:
     """Our training and evaluation steps with `changes` of the config, and the peak memory of training."""
     changed = ConfigDict(config)
     changed.update(UNMIXED | changes)
-    point: Point = {
-        "batch": changed.batch_size,
-        "image_size": [changed.image_size, changed.image_width or changed.image_size],
-    }
+    point: Point = {"batch": changed.batch_size, "image_size": list(sessions.image_size(changed))}
     try:
         return point | run_in_subprocess(_measure_steps, changed)
     except OutOfMemory:
@@ -84,18 +93,8 @@ def _measure_steps(session: Session) -> Point:
     bench = Bench(session)
     train = bench.measure("train")["ours"]
     memory = session.device.memory_stats()[0]  # before the evaluation, which has no micro-batches
-    evaluation = bench.measure("eval")["ours"]
-    images = bench.plan.batch
-    return {"train": train.figures(images), "eval": evaluation.figures(images), "peak_memory_bytes": memory}
-
-
-def has_devices(session: Session, count: int) -> bool:
-    """Whether this host has devices for `count` processes; on a CPU, processes share its cores."""
-    try:
-        session.device.require(count)
-    except UserError:
-        return False
-    return True
+    steps = {"train": train, "eval": bench.measure("eval")["ours"]}
+    return {part: figures(rounds, bench.plan.batch) for part, rounds in steps.items()} | {"peak_memory_bytes": memory}
 
 
 def measure_processes(session: Session, count: int) -> Point:
@@ -130,40 +129,27 @@ def row(point: Point) -> str:
 
 def page(title: str, scaling: dict[str, list[Point]], table: str) -> str:
     """The report: speed and memory against batch, pixels and processes, and the table."""
-    batch, size, processes = scaling["batch"], scaling["size"], scaling["processes"]
-    pixels = "thousand pixels"
-    costs = curves(size, pixels, "ms per image")
-    costs += [Series(f"{s.name}, in proportion", proportional(s.points), s.color, True) for s in costs if s.points]
-    charts = (
-        ("Images/s against batch", "batch", curves(batch, "batch", "images/s")),
-        ("Images/s against processes", "processes", curves(processes, "processes", "images/s")[:1]),
-        ("Peak memory of training in GB against batch", "batch", curves(batch, "batch", "GB")[:1]),
-        ("Peak memory of training in GB against thousand pixels", pixels, curves(size, pixels, "GB")[:1]),
-        ("ms per image against thousand pixels", "thousand pixels", costs),
-    )
-    return render_charts(title, [chart(name, series, x=x, zero=True) for name, x, series in charts], table)
-
-
-def curves(points: Sequence[Point], x: str, y: str) -> list[Series]:
-    """One curve for each of PARTS, through the points that have it; `x` and `y` are names of `quantities`."""
-    series = []
-    for color, (part, name) in enumerate(PARTS.items()):
-        values = [quantities(point, part) for point in points if part in point]
-        series.append(Series(name, [(v[x], v[y]) for v in values], color))
-    return series
+    charts = []
+    for name, points, x, y in CHARTS:
+        series = []
+        for color, part in enumerate(["train"] if y == "GB" else PARTS):
+            values = [quantities(point, part) for point in scaling[points] if part in point]
+            series.append(Series(PARTS[part], [(v[x], v[y]) for v in values], color))
+        if y == "ms per image":
+            costs = [s for s in series if s.points]
+            series += [Series(f"{s.name}, in proportion", proportional(s.points), s.color, True) for s in costs]
+        charts.append(chart(name, series, x=x, zero=True))
+    return render(title, charts, table=table)
 
 
 def quantities(point: Point, part: str) -> dict[str, float]:
-    """What the charts show of one part of a point; an axis has room for thousands of pixels, not for pixels."""
+    """What CHARTS show of one part of a point; an axis has room for thousands of pixels, not for pixels."""
     height, width = point["image_size"]
     return {
-        "batch": point["batch"],
-        "processes": point.get("processes", 1),
-        "thousand pixels": height * width / 1000,
-        "images/s": point[part]["images_per_sec"],
-        "ms per image": point[part]["ms"] / point["batch"],
+        "batch": point["batch"], "processes": point.get("processes", 1), "thousand pixels": height * width / 1000,
+        "images/s": point[part]["images_per_sec"], "ms per image": point[part]["ms"] / point["batch"],
         "GB": point.get("peak_memory_bytes", 0) / 1e9,
-    }
+    }  # fmt: skip
 
 
 def proportional(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

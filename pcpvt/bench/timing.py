@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,81 +12,73 @@ import numpy as np
 
 from pcpvt.devices.base import Device, cores
 
-QUARTILES = (25, 50, 75)  # percentiles
 OTHERS = 0.05  # a round is disturbed when other processes use more than this share of the host's cores
 
 
-class Timings(NamedTuple):
-    """Seconds of one subject by round, and whether another process disturbed that round."""
+class Round(NamedTuple):
+    """One measurement: seconds of a call, or the ratio of two such."""
 
-    seconds: list[float]
-    disturbed: list[bool]
-
-    def add(self, seconds: float, disturbed: bool) -> float:
-        """Appends a round; returns its seconds."""
-        self.seconds.append(seconds)
-        self.disturbed.append(disturbed)
-        return seconds
-
-    def figures(self, images: int) -> dict[str, Any]:
-        """Median and interquartile range of the undisturbed rounds (of all, if none was), in images/s and ms."""
-        clean = _clean(self.seconds, self.disturbed)
-        low, median, high = np.percentile(clean, QUARTILES).tolist()
-        return {
-            "images_per_sec": round(images / median, 3),
-            "ms": round(median * 1e3, 3),
-            "ms_quartiles": [round(low * 1e3, 3), round(high * 1e3, 3)],
-            "rounds": len(clean),
-            "disturbed_rounds": sum(self.disturbed),
-        }
+    value: float
+    disturbed: bool  # by another process
 
 
-def _clean(values: list[float], disturbed: list[bool]) -> list[float]:
-    """The values of the undisturbed rounds, or of all rounds if none was undisturbed."""
-    return [value for value, bad in zip(values, disturbed, strict=True) if not bad] or values
-
-
-def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timings]:
-    """Times every subject once per round, in turn, after two untimed calls of each (which may compile)."""
-    for subject in subjects.values():
-        subject()
-        subject()
-    timings = {name: Timings([], []) for name in subjects}
-    for _ in range(rounds):
-        for name, subject in subjects.items():
-            timings[name].add(*once(device, subject))
-    return timings
-
-
-def once(device: Device, subject: Callable[[], object]) -> tuple[float, bool]:
-    """Seconds of one call, and whether other processes used more than OTHERS of the cores during it."""
-    busy, own = _ticks()
+def once(device: Device, subject: Callable[[], object]) -> Round:
+    """Times one call."""
+    before = _ticks_of_others()
     device.synchronize()
     began = time.perf_counter()
     subject()
     device.synchronize()
     seconds = time.perf_counter() - began
-    busy, own = _ticks()[0] - busy, _ticks()[1] - own
-    others = (busy - own) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
-    return seconds, seconds > 0.1 and others > OTHERS  # a tick is 10 ms, too coarse for calls below 0.1 s
+    others = (_ticks_of_others() - before) / os.sysconf("SC_CLK_TCK") / max(seconds, 1e-9) / cores()
+    return Round(seconds, seconds > 0.1 and others > OTHERS)  # a tick is 10 ms, too coarse for calls below 0.1 s
 
 
-def ratio(peer: Timings, ours: Timings) -> dict[str, Any]:
-    """Our speed over the peer's, by rounds undisturbed on both sides (by all, if there is none): median, quartiles."""
-    pairs = [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
-    disturbed = [a or b for a, b in zip(peer.disturbed, ours.disturbed, strict=True)]
-    low, median, high = np.percentile(_clean(pairs, disturbed), QUARTILES).tolist()
-    return {"median": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
+def interleave(device: Device, subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Round]]:
+    """Times every subject once per round, in turn, after two untimed calls of each (which may compile)."""
+    for subject in subjects.values():
+        subject()
+        subject()
+    timings: dict[str, list[Round]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            timings[name].append(once(device, subject))
+    return timings
 
 
-def _ticks() -> tuple[int, int]:
-    """(busy ticks of all cores, ticks of this process and its living descendants); zeros where /proc is missing."""
+def _clean_quartiles(rounds: Sequence[Round]) -> tuple[int, list[float]]:
+    """Number and quartiles (three) of the undisturbed rounds; of all rounds if none was undisturbed."""
+    clean = [value for value, disturbed in rounds if not disturbed] or [value for value, _ in rounds]
+    return len(clean), np.percentile(clean, (25, 50, 75)).tolist()
+
+
+def figures(rounds: Sequence[Round], images: int) -> dict[str, Any]:
+    """Median and interquartile range of calls that process `images` each, in images/s and ms."""
+    count, (low, median, high) = _clean_quartiles(rounds)
+    return {
+        "images_per_sec": round(images / median, 3),
+        "ms": round(median * 1e3, 3),
+        "ms_quartiles": [round(low * 1e3, 3), round(high * 1e3, 3)],
+        "rounds": count,
+        "disturbed_rounds": sum(disturbed for _, disturbed in rounds),
+    }
+
+
+def ratio(peer: Sequence[Round], ours: Sequence[Round]) -> dict[str, Any]:
+    """Our speed over the peer's by pairs of rounds, which are undisturbed if both are: median, quartiles."""
+    pairs = [Round(p.value / o.value, p.disturbed or o.disturbed) for p, o in zip(peer, ours, strict=True)]
+    low, median, high = (round(value, 4) for value in _clean_quartiles(pairs)[1])
+    return {"median": median, "quartiles": [low, high]}
+
+
+def _ticks_of_others() -> int:
+    """Busy ticks of all cores less those of this process and its living descendants; 0 where /proc is missing."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
         user, nice, system, _, _, irq, soft = map(int, fields[:7])
-        return user + nice + system + irq + soft, _tree_ticks(os.getpid())
+        return user + nice + system + irq + soft - _tree_ticks(os.getpid())
     except OSError:
-        return 0, 0
+        return 0
 
 
 def _tree_ticks(pid: int) -> int:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pcpvt.errors import UserError
 from pcpvt.functional import mixing
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt
@@ -33,48 +34,39 @@ FOR, AGAINST = (226, 64, 24), (32, 104, 224)  # RGB
 
 
 def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Attributes the logit of a class to the positions of a map.
+    """Attributes the logits of the classes `labels`, int64 `[b]`, to the positions of a map.
 
-    Args:
-        params: float32 or float64.
-        images: uint8 `[b, H, W, 3]`.
-        labels: int64 `[b]`, the class whose logit is attributed.
-
-    Returns:
-        The attribution `[b, h, w]`, and the difference `[b]` of the image's logit to that of its mean colour, which
-        each attribution sums to up to the error of the numerical integral.
+    The params are float32 or float64, the images uint8 `[b, H, W, 3]`. Returns the attribution `[b, h, w]`, and the
+    difference `[b]` of the image's logit to that of its mean colour, which each attribution sums to up to the error of
+    the numerical integral.
     """
     params = {name: value.detach() for name, value in params.items()}
     dtype = next(iter(params.values())).dtype
     target = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD).to(dtype)
     plain = target.mean((1, 2), keepdim=True).expand_as(target)
-    total, previous, logits = None, None, []
+    total, previous, logits = torch.zeros(()), None, []
     for step in range(STEPS + 1):
         # The steps are denser near the plain image, where normalisation makes the network steepest.
         x = torch.lerp(plain, target, (step / STEPS) ** 2).requires_grad_()
         outputs, named = pcpvt.intermediates(model, params, x)
         logit = outputs.gather(1, labels[:, None])[:, 0]
         # The deepest stage whose map is at least 8x8; for a tiny image, the first.
-        stage = max((s for s in range(4) if min(named[f"stages.{s}"].shape[1:3]) >= 8), default=0)
-        activation = named[f"stages.{stage}"]
+        maps = [named[f"stages.{stage}"] for stage in range(4)]
+        activation = next((m for m in reversed(maps) if min(m.shape[1:3]) >= 8), maps[0])
         (gradient,) = torch.autograd.grad(logit.sum(), activation)
         activation = activation.detach()
         if previous is not None:
             # The trapezoid rule: the gradient between two steps is the mean of both.
-            part = ((gradient + previous[1]) / 2 * (activation - previous[0])).sum(-1)
-            total = part if total is None else total + part
+            total = total + ((gradient + previous[1]) / 2 * (activation - previous[0])).sum(-1)
         previous = activation, gradient
         logits.append(logit.detach())
-    assert total is not None
     return total, logits[-1] - logits[0]
 
 
 def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
     """The image, and beside it a grey copy that is red where a position speaks for the class and blue where against.
 
-    Args:
-        image: uint8 `[H, W, 3]`.
-        heat: float `[h, w]`; its largest magnitude gets the full colour.
+    The image is uint8 `[H, W, 3]`, the heat float `[h, w]`; its largest magnitude gets the full colour.
     """
     scale = max(1.0, SIDE / min(image.shape[:2]))
     height, width = (round(side * scale) for side in image.shape[:2])
@@ -92,10 +84,16 @@ def draw(image: np.ndarray, heat: np.ndarray) -> Image.Image:
 
 
 def write(folder: Path, names: list[str], model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> None:
-    """Writes one PNG per image, `<folder>/<name>.png`; the other arguments as in `attribute`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(images), BATCH):
-        part = slice(start, start + BATCH)
-        heats, _ = attribute(model, params, images[part], labels[part])
-        for name, image, heat in zip(names[part], images[part].cpu().numpy(), heats.cpu().numpy(), strict=True):
-            draw(image, heat).save(folder / f"{name}.png")
+    """Writes one PNG per image, `<folder>/<name>.png`, or raises UserError; the other arguments as in `attribute`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(images), BATCH):
+            part = slice(start, start + BATCH)
+            heats, _ = attribute(model, params, images[part], labels[part])
+            for name, image, heat in zip(names[part], images[part].cpu().numpy(), heats.cpu().numpy(), strict=True):
+                draw(image, heat).save(folder / f"{name}.png")
+    except OSError as error:
+        raise UserError(
+            f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose "
+            "another --workdir, or leave out config.predict.explain"
+        ) from None

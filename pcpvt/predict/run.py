@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import json
 import os
 import sys
 import time
@@ -17,11 +19,10 @@ from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
-from pcpvt.data.loader import EvalBatches, Loader
-from pcpvt.data.sources import EXTENSIONS
+from pcpvt.data.loader import EvalBatches
+from pcpvt.data.sources import EXTENSIONS, Folder
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
-from pcpvt.predict.output import FORMATS, Result, best
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -29,32 +30,18 @@ from pcpvt.runtime.session import Session
 TOP = 5
 FEW = 64  # up to this many images, starting loader processes takes longer than reading
 
+Ranked = list[tuple[str, int, float]]  # (class, index, probability), the most probable first
 
-class Files:
-    """Image files as a `data.sources.Dataset` without labels."""
 
-    in_memory = False
+class Files(Folder):
+    """Image files without labels, as a dataset."""
 
-    def __init__(self, paths: list[str]):
-        self.paths = paths
-        self.classes: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, int]:
-        return self.paths[index], 0
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
+    def __init__(self, paths: list[str]):  # instead of a search below a root
+        self.classes, self.samples = [], [(path, 0) for path in paths]
 
 
 def find(pattern: str) -> list[str]:
-    """The files that `config.predict.images` names: one file, all images below a folder, or a pattern with `*`; sorted.
-
-    Raises:
-        UserError: when there are none.
-    """
+    """The sorted files of `config.predict.images`, a file, a folder of images or a pattern; UserError if none."""
     if not pattern:
         raise UserError("config.predict.images: not set: give a file, a folder or a pattern like 'photos/*.jpg'")
     pattern = os.path.expanduser(pattern)
@@ -71,35 +58,30 @@ def find(pattern: str) -> list[str]:
 
 
 def run(session: Session) -> int:
-    """Classifies the files; unreadable ones are named in warnings and skipped. Returns the exit code.
-
-    Raises:
-        UserError: when no file can be read.
-    """
+    """Classifies the files, and warns of unreadable ones; returns the exit code. UserError when none can be read."""
     config = session.config
     if not session.world.is_main:  # under torchrun, one process does everything
         return 0
     console = Console(stream=sys.stderr)
     began = time.perf_counter()
-    source = Files(find(config.predict.images))
+    paths = find(config.predict.images)
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
         console.say(f"note: {note}")
-    console.say(f"files: {len(source)}; weights: {loaded.path} ({loaded.which})")
-    readable = 0
-
-    def results() -> Iterator[Result]:
-        nonlocal readable
-        for path, probabilities in classify(session, loaded, source, console):
-            readable += 1
-            yield path, best(probabilities, TOP)
+    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which})")
+    classes, readable = class_names(loaded), 0
+    header, write_image = FORMATS[config.predict.format]
 
     def write(out: TextIO) -> None:
-        FORMATS[config.predict.format](out, class_names(loaded), results())
+        nonlocal readable
+        out.write(header)
+        for path, probabilities in classify(session, loaded, paths, console):
+            write_image(out, path, best(probabilities, classes))
+            readable += 1
         out.flush()
         if not readable:  # raised here so that no file is written
             raise UserError(
-                f"config.predict.images: none of the {len(source)} files can be read: see the warnings above"
+                f"config.predict.images: none of the {len(paths)} files can be read: see the warnings above"
             )
 
     try:
@@ -108,7 +90,7 @@ def run(session: Session) -> int:
         silence(sys.stdout)
         console.say("the reader closed the output; the rest was not written")
         return 0
-    skipped = f", {len(source) - readable} unreadable and skipped" if readable < len(source) else ""
+    skipped = f", {len(paths) - readable} unreadable and skipped" if readable < len(paths) else ""
     where = f"; written to {config.predict.output}" if config.predict.output else ""
     console.say(f"{readable} images{skipped} in {duration(time.perf_counter() - began)}{where}")
     if config.predict.explain:
@@ -116,40 +98,30 @@ def run(session: Session) -> int:
     return 0
 
 
-def classify(session: Session, loaded: LoadedModel, source: Files, console: Console) -> Iterator[tuple[str, Tensor]]:
+def classify(session: Session, loaded: LoadedModel, paths: list[str], console: Console) -> Iterator[tuple[str, Tensor]]:
     """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
     config, device = session.config, session.device
-    size = min(eval_batch(config), len(source))
-    batches = EvalBatches(source, session.size, config.eval.crop, size, 0, 1, on_error="skip")
-    workers = sessions.workers(session, source) if len(source) > FEW else 0
-    loader = Loader(batches, range(len(batches)), workers, start=device.worker_start, pin=device.pins_memory)
+    size = min(eval_batch(config), len(paths))
+    batches = EvalBatches(Files(paths), session.size, config.eval.crop, size, 0, 1, on_error="skip")
+    loader = sessions.open_loader(session, batches, range(len(batches)), None if len(paths) > FEW else 0)
     predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
-    names, folder = unique_names(source.paths), session.workdir / "explain"
+    names, folder = unique_names(paths), session.workdir / "explain"
     for batch in device.prefetch(loader):
         valid = batch["valid"]
         probabilities = predict(weights, batch["image"]).softmax(-1)[valid]
         ids, readable = batch["id"].cpu(), valid.cpu()
         for index in ids[(ids >= 0) & ~readable].tolist():
-            console.warn(_reason(source.paths[index], session.size))
+            console.warn(_reason(paths[index], session.size))
         indices = ids[readable].tolist()
         if config.predict.explain and indices:
             named, labels = [names[i] for i in indices], probabilities.argmax(-1)
-            try:
-                attribution.write(folder, named, loaded.model, exact, batch["image"][valid], labels)
-            except OSError as error:
-                raise UserError(
-                    f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose "
-                    "another --workdir, or leave out config.predict.explain"
-                ) from None
-        yield from zip([source.paths[i] for i in indices], probabilities.cpu(), strict=True)
+            attribution.write(folder, named, loaded.model, exact, batch["image"][valid], labels)
+        yield from zip([paths[i] for i in indices], probabilities.cpu(), strict=True)
 
 
 def unique_names(paths: list[str]) -> list[str]:
-    """File names of the heat maps: the paths below their common folder with `__` for `/`, numbered where they collide.
-
-    `a/x/1.png` and `a/y/1.png` become `x__1.png` and `y__1.png`.
-    """
+    """File names of the heat maps: paths below their common folder, `x/1.png` as `x__1.png`, numbered on collision."""
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names: dict[str, None] = {}  # in order
     for path in paths:
@@ -171,13 +143,39 @@ def _reason(path: str, size: tuple[int, int]) -> str:
     return f"{path}: could not be read a moment ago"
 
 
-def write_output(path: str, write: Callable[[TextIO], object]) -> None:
-    """Calls `write` with standard output (for an empty path) or with a file that appears complete or not at all.
+def best(probabilities: Tensor, classes: list[str]) -> Ranked:
+    """The TOP most probable of `[classes]`; all of them when there are fewer."""
+    values, indices = probabilities.float().sort(descending=True, stable=True)  # of equal ones, lower index first
+    return [(classes[i], i, p) for i, p in zip(indices[:TOP].tolist(), values[:TOP].tolist(), strict=True)]
 
-    Raises:
-        UserError: when it cannot be written.
-        BrokenPipeError: when the reader of the output has closed it, as `head` does.
-    """
+
+def write_table(out: TextIO, path: str, ranked: Ranked) -> None:
+    """The path on one line, and below it a line per class."""
+    out.write(f"{path}\n")
+    out.writelines(f"  {100 * probability:7.3f} %  {name}\n" for name, _, probability in ranked)
+
+
+def write_json_line(out: TextIO, path: str, ranked: Ranked) -> None:
+    """`{"image": path, "predictions": [{"class": name, "index": i, "probability": p}, ...]}`."""
+    predictions = [{"class": name, "index": i, "probability": round(p, 6)} for name, i, p in ranked]
+    out.write(json.dumps({"image": path, "predictions": predictions}) + "\n")
+
+
+def write_csv(out: TextIO, path: str, ranked: Ranked) -> None:
+    """A line per class."""
+    rows = ((path, rank, name, i, f"{p:.6f}") for rank, (name, i, p) in enumerate(ranked, 1))
+    csv.writer(out, lineterminator="\n").writerows(rows)
+
+
+FORMATS: dict[str, tuple[str, Callable[[TextIO, str, Ranked], None]]] = {  # to the header, and what writes an image
+    "table": ("", write_table),
+    "jsonl": ("", write_json_line),
+    "csv": ("image,rank,class,index,probability\n", write_csv),
+}
+
+
+def write_output(path: str, write: Callable[[TextIO], object]) -> None:
+    """Calls `write` with standard output (empty path) or a file that appears whole or not at all; or UserError."""
 
     def write_file(file: str | Path) -> None:
         with open(file, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
@@ -190,7 +188,7 @@ def write_output(path: str, write: Callable[[TextIO], object]) -> None:
             write_file(path)
         else:
             write_atomically(Path(path), write_file)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         raise
     except OSError as error:
         if not path:

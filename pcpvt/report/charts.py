@@ -20,31 +20,30 @@ class Series(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Maps the values low..high to 0..1."""
+    """Maps the values low..high to the positions start..end in the SVG; the default is vertical."""
 
     low: float
     high: float
     log: bool = False
+    start: float = BOTTOM
+    end: float = TOP
 
-    def __call__(self, value: float) -> float:
+    def place(self, value: float) -> tuple[float, str]:
+        """The position of a value, and the value as text."""
+        share = (value - self.low) / (self.high - self.low)
         if self.log:
-            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+        return round(self.start + share * (self.end - self.start), 1), short(value)
 
 
 def chart(
     title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False
 ) -> dict[str, Any]:
-    """What `charts.html` draws; empty when no series has points.
+    """What `charts.html` draws of the series that have points; empty when none has.
 
-    Args:
-        x: what the horizontal axis, which starts at 0, counts.
-        zero: the vertical axis starts at 0.
-        log: logarithmic; None: when the largest value is over 20 times the median.
-
-    Returns:
-        `title`, `x`; `x_ticks` and `y_ticks`, each (position in the SVG, text); `curves`, the series as dicts whose
-        points are (position of x, x as text, position of y, y as text).
+    The horizontal axis counts `x` and starts at 0, the vertical one does with `zero`. It is logarithmic with `log`, or
+    for None when the largest value is over 20 times the median. Ticks are as `Axis.place` gives them; the points of
+    `curves`, the series as dicts, are (position of x, x as text, position of y, y as text).
     """
     series = [s for s in series if s.points]
     if not series:
@@ -53,26 +52,15 @@ def chart(
     low, high, first, last = min(ys), max(ys), min(0.0, *xs), max(xs)
     if log is None:
         log = high > 20 * sorted(ys)[len(ys) // 2]
-    x_axis = Axis(first, last if last > first else 1.0)
+    x_axis = Axis(first, last if last > first else 1.0, False, LEFT, RIGHT)
     y_axis = scale(low, high, zero=zero, log=log and low > 0)
-
-    def place_x(value: float) -> tuple[float, str]:
-        return round(LEFT + x_axis(value) * (RIGHT - LEFT), 1), short(value)
-
-    def place_y(value: float) -> tuple[float, str]:
-        return round(BOTTOM - y_axis(value) * (BOTTOM - TOP), 1), short(value)
-
-    return {
-        "title": title,
-        "x": x,
-        "x_ticks": list(map(place_x, ticks(x_axis, 6))),
-        "y_ticks": list(map(place_y, ticks(y_axis, 5))),
-        "curves": [s._asdict() | {"points": [place_x(x) + place_y(y) for x, y in s.points]} for s in series],
-    }
+    curves = [s._asdict() | {"points": [x_axis.place(x) + y_axis.place(y) for x, y in s.points]} for s in series]
+    x_ticks, y_ticks = (list(map(axis.place, ticks(axis, count))) for axis, count in ((x_axis, 6), (y_axis, 5)))
+    return {"title": title, "x": x, "x_ticks": x_ticks, "y_ticks": y_ticks, "curves": curves}
 
 
 def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> Axis:
-    """An axis that contains low..high and has some room."""
+    """A vertical axis that contains low..high and has some room."""
     if log:
         return Axis(low / 1.1, high * 1.1, True)
     if zero:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config.plan import make_plan
-from pcpvt.report import charts, page
+from pcpvt.report.charts import Series, chart
+from pcpvt.report.run import render
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
@@ -26,26 +27,19 @@ def run(session: Session) -> int:
 
     def rows(count: int) -> list[tuple[float, int, float]]:
         """(epoch, step, learning rate) of at most `count` steps, evenly spread from the first to the last."""
-        return [(step * plan.batch / plan.examples, step, plan.schedule(step)) for step in spread(plan.steps, count)]
+        count = min(plan.steps, count)
+        steps = [round(i * (plan.steps - 1) / max(count - 1, 1)) for i in range(count)]
+        return [(step * plan.batch / plan.examples, step, plan.schedule(step)) for step in steps]
 
-    console.say(
-        f"{config.schedule}: {plan.steps} steps of batch {plan.batch} = {plan.epochs:.4g} epochs; peak {plan.lr:.4g}"
-    )
-    console.say(f"{'epoch':>9} {'step':>9}  lr")
+    amount = f"{plan.steps} steps of batch {plan.batch} = {plan.epochs:.4g} epochs"
+    console.say(f"{config.schedule}: {amount}; peak {plan.lr:.4g}\n{'epoch':>9} {'step':>9}  lr")
     for epoch, step, lr in rows(ROWS):
         console.say(f"{epoch:9.2f} {step:9d}  {lr:.4e}")
     points = rows(POINTS)
     table = "step,epoch,lr\n" + "".join(f"{step},{epoch:.6f},{lr:.10e}\n" for epoch, step, lr in points)
-    curve = charts.Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
-    chart = charts.chart("Learning rate, by epoch", [curve], zero=True)
-    text = page.render_charts(f"{config.model.name}: learning rate", [chart])
+    curve = Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
+    text = render(f"{config.model.name}: learning rate", [chart("Learning rate, by epoch", [curve], zero=True)])
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
     write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")
     return 0
-
-
-def spread(steps: int, count: int) -> list[int]:
-    """At most `count` of the steps, evenly spread from the first to the last."""
-    count = min(steps, count)
-    return [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
