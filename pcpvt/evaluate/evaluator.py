@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pcpvt.checkpoints.load import LoadedModel
 from pcpvt.config import stored
 from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader
@@ -96,13 +95,6 @@ def evaluate(
         assert int(total["seen"]) + unreadable == len(split.dataset), (total["seen"], unreadable, len(split.dataset))
         summaries.append(metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {}))
     return summaries
-
-
-def trained_epochs(loaded: LoadedModel) -> float | None:
-    """The epochs that the weights were trained for, where the file says so."""
-    meta = loaded.meta
-    batch, examples = meta.get("config", {}).get("batch_size"), meta.get("examples")
-    return meta["step"] * batch / examples if batch and examples else None
 
 
 def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:

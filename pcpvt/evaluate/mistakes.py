@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from pcpvt.data.decode import DecodeError
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
 from pcpvt.runtime import records
-from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
+
+Warn = Callable[[str], None]
 
 MISTAKES = 24  # shown in the report
 THUMBNAIL = 96  # pixels of the shorter side: 24 JPEGs of this size take some 80 kB
@@ -68,27 +70,11 @@ class PredictionLog:
         }  # fmt: skip
 
 
-def try_write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int, console: Console) -> None:
-    """`write`, with a warning instead of an error: training continues without the file."""
-    try:
-        write(session, predictions, dataset, step)
-    except OSError as error:
-        console.warn(
-            f"{session.workdir / records.DETAILS}: not written ({error.strerror or error}); the report will lack it"
-        )
-
-
 def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float) -> dict[str, Any]:
-    """What the report shows of a table, as JSON values.
+    """What the report shows of a `PredictionLog.table`, as JSON values.
 
-    Args:
-        table: see `PredictionLog.table`.
-        dataset: the data that were evaluated.
-        size, crop: the evaluation's (height, width) and its part of the resized short side, for the pictures.
-
-    Returns:
-        `classes`; `images` and `right` per class; `confusions`, [label, predicted, count] without the right ones, most
-        frequent first; `mistakes`, the most confident ones, with pictures.
+    `classes`; `images` and `right` per class; `confusions`, [label, predicted, count] without the right ones, most
+    frequent first; `mistakes`, the most confident ones, with pictures of `size` and `crop` as in the evaluation.
     """
     seen = table["seen"]
     label, predicted = table["label"][seen], table["predicted"][seen]
@@ -120,19 +106,19 @@ def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, i
     }  # fmt: skip
 
 
-def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int | None) -> None:
-    """Write `details.json` on the main process; all processes must call this after the same evaluation.
+def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int, warn: Warn) -> None:
+    """Write `details.json` on the main process, or warn: training continues without it. All processes must call this.
 
     Args:
         step: of the checkpoint that was evaluated.
-
-    Raises:
-        OSError: on the main process, when the file cannot be written.
     """
-    table = predictions.table()
+    table, path = predictions.table(), session.workdir / records.DETAILS
     if session.world.is_main:
-        summary = summarize(table, dataset, session.size, session.config.eval.crop)
-        records.write_json(session.workdir / records.DETAILS, {"step": step, **summary})
+        try:
+            summary = summarize(table, dataset, session.size, session.config.eval.crop)
+            records.write_json(path, {"step": step, **summary})
+        except OSError as error:
+            warn(f"{path}: not written ({error.strerror or error}); the report will lack it")
 
 
 def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:

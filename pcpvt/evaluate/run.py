@@ -7,7 +7,7 @@ import time
 from pcpvt.checkpoints.load import check_labels, load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
-from pcpvt.evaluate.evaluator import evaluate, open_split, report, trained_epochs, write_result
+from pcpvt.evaluate.evaluator import evaluate, open_split, report, write_result
 from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -33,6 +33,12 @@ def run(session: Session) -> int:
     summaries = evaluate(session, split, lambda batch: [eval_step(params, batch)])
     assert summaries is not None  # nothing stops it
     console.say(report(summaries[0]))
-    result = {"epochs": trained_epochs(loaded), "checkpoint": loaded.path, "weights": loaded.which}
+    meta = loaded.meta  # of our own checkpoints; empty for other files
+    batch, examples = meta.get("config", {}).get("batch_size"), meta.get("examples")
+    result = {
+        "epochs": meta["step"] * batch / examples if batch and examples else None,
+        "checkpoint": loaded.path,
+        "weights": loaded.which,
+    }
     write_result(session, loaded.model, {**summaries[0], **result}, time.perf_counter() - began)
     return 0

@@ -60,13 +60,7 @@ class Console:
             self._shown = ""
 
     def _show_warning(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
+        self, message: object, category: type, filename: str, lineno: int, *_: object, **__: object
     ) -> None:
         self.warn(f"{category.__name__}: {message} ({filename}:{lineno})")
 

@@ -180,6 +180,6 @@ def _evaluate(
     history = history._replace(metrics=metrics, records=history.records + 1)
     if history.best is None or metrics["acc1"] >= history.best["acc1"]:
         history = history._replace(best={**metrics, "step": step})
-        mistakes.try_write(session, predictions, data, step, setup.console)
+        mistakes.write(session, predictions, data, step, setup.console.warn)
     saver.add_evaluation(state, history)
     return history, False
