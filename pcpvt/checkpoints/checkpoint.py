@@ -45,12 +45,8 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Hex BLAKE2b over the canonical JSON of `meta` (without `digest`) and all tensors in order of their names."""
-    return _digest(meta, sorted(tensors.items()))
-
-
-def _digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex BLAKE2b over the canonical JSON of `meta` (without `digest`) and the tensors, in order of their names."""
     total = hashlib.blake2b(digest_size=16)
     total.update(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for name, value in tensors:
@@ -80,7 +76,7 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path
 def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
     """Writes a checkpoint file, which is read back before it gets its name; returns its digest. See `save`."""
     meta = {"format": FORMAT, **meta}
-    meta["digest"] = digest(meta, tensors)
+    meta["digest"] = digest(meta, sorted(tensors.items()))
 
     def write(temporary: Path) -> None:
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
@@ -146,7 +142,7 @@ def _read(path: Path, *, keep_tensors: bool) -> tuple[dict[str, Any], dict[str, 
     meta = _header(path)
     try:
         tensors = dict(tensorfile.tensors(path)) if keep_tensors else {}
-        checksum = _digest(meta, tensors.items() if keep_tensors else tensorfile.tensors(path))
+        checksum = digest(meta, tensors.items() if keep_tensors else tensorfile.tensors(path))
     except Exception as error:  # hostile bytes raise almost anything
         raise CheckpointError(f"{path}: damaged ({error}): use another checkpoint") from None
     if checksum != meta.get("digest"):
@@ -215,15 +211,20 @@ def by_score(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(ranked, reverse=True)]
 
 
-def prune(folder: Path, keep_checkpoints: int, latest: int, whole: Callable[[Path], bool] = is_whole) -> None:
+def prune(folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path, bool]) -> None:
     """Removes whole checkpoints up to step `latest` but the newest `keep_checkpoints` and the best, and leftover files.
 
     Damaged checkpoints are not counted and stay for the user to look at; those after `latest` were found damaged when
     the run was resumed. So the last good checkpoint always stays.
+
+    Args:
+        verified: whether each file is whole, as far as it is known; the others are verified and added.
     """
-    found = [path for step, path in steps(folder).items() if step <= latest and whole(path)]
-    kept = {*found[-keep_checkpoints:], *[path for path in by_score(folder) if path in found][:1]}
-    for path in found:
-        if path not in kept:
+    earlier = [path for step, path in steps(folder).items() if step <= latest]
+    verified |= {path: is_whole(path) for path in earlier if path not in verified}
+    found = [path for path in earlier if verified[path]]
+    best = [path for path in by_score(folder) if path in found][:1]
+    for path in found[:-keep_checkpoints]:
+        if path not in best:
             path.unlink(missing_ok=True)
     remove_leftovers(folder)

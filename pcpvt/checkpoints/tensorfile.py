@@ -48,19 +48,16 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with path.open("rb") as file:
         header = _header(file)
         header.pop("__metadata__", None)
-        start = end = file.tell()
-        layout = {}  # name: dtype, shape, position in the file
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, position = DTYPES[entry["dtype"]], entry["shape"], end
-            end += math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [position - start, end - start]:
+        start, size = file.tell(), 0
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+            begin, size = size, size + math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            if entry["data_offsets"] != [begin, size]:
                 raise ValueError("its tensors do not have the sizes of their shapes, or leave gaps")
-            layout[name] = dtype, shape, position
-        if end != os.fstat(file.fileno()).st_size:  # so no tensor is larger than the file
+        if start + size != os.fstat(file.fileno()).st_size:  # so no tensor is larger than the file
             raise ValueError("its tensors do not fill it: it is cut short, or not as its header says")
-        for name, (dtype, shape, position) in sorted(layout.items()):
-            value = torch.empty(shape, dtype=dtype)
-            file.seek(position)
+        for name, entry in sorted(header.items()):
+            value = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            file.seek(start + entry["data_offsets"][0])
             if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != value.nbytes:
                 raise ValueError("it was cut short while it was read")
             yield name, value

@@ -43,7 +43,7 @@ _IGNORED = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray"),
 )
-_ALLOWED: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
+_ALLOWED = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
 
 
 def load(path: Path) -> Any:
@@ -57,46 +57,61 @@ def load(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(16)
     zipped = start.startswith(_ZIP_START)
-    if zipped:
-        _check_zip(path)
-    elif tarfile.is_tarfile(path):
-        raise UserError(
-            f"{path}: a tar archive (torch before 0.1.10 wrote such files too): unpack it and name the file "
-            "inside, or save it again with a later torch"
-        )
-    elif not start.startswith(_PICKLE_START):
-        raise UserError(
-            f"{path}: neither a PyTorch nor a safetensors file (it begins with {start!r}): download it "
-            "again, and check that the file itself came, not a web page or a git-lfs pointer"
-        )
+    if fault := _zip_fault(path) if zipped else _legacy_fault(path, start):
+        raise UserError(f"{path}: {fault}")
     try:
         with _LOCK, _only_our_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those that matter are raised below, as one line
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # hostile bytes raise almost anything: struct.error, IndexError, KeyError, ...
-        raise _refusal(path, error) from None
+        raise UserError(f"{path}: {_refusal(str(error) or type(error).__name__)}") from None
 
 
-def _check_zip(path: Path) -> None:
-    """Refuses TorchScript, compressed records (when mapped, packed bytes would pass for numbers) and damage.
+def _zip_fault(path: Path) -> str:
+    """Says if a zip is TorchScript, compressed (when mapped, packed bytes would pass for numbers), or damaged.
 
     torch itself does not compare the checksums of the records.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            script = any(name.endswith("/constants.pkl") for name in archive.namelist())  # torch's own criterion
-            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
-            damaged = None if script or packed else archive.testzip()
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # torch's own criterion
+                return "a TorchScript archive: save the model's state_dict() instead"
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                return "a compressed zip, which torch.save does not write: unpack it and name the file inside"
+            damaged = archive.testzip()
     except Exception as error:
-        raise UserError(f"{path}: a damaged or incomplete file ({one_line(error)}): get it again") from None
-    if script:
-        raise UserError(f"{path}: a TorchScript archive: save the model's state_dict() instead")
-    if packed:
-        raise UserError(
-            f"{path}: a compressed zip, which torch.save does not write: unpack it and name the file inside"
+        return f"a damaged or incomplete file ({one_line(error)}): get it again"
+    return "" if damaged is None else f"damaged: the checksum of record {one_line(damaged)} is wrong: get it again"
+
+
+def _legacy_fault(path: Path, start: bytes) -> str:
+    """Says if a file that is no zip cannot be one of the old format either."""
+    if tarfile.is_tarfile(path):
+        return (
+            "a tar archive (torch before 0.1.10 wrote such files too): unpack it and name the file inside, or save it "
+            "again with a later torch"
         )
-    if damaged is not None:
-        raise UserError(f"{path}: damaged: the checksum of record {one_line(damaged)} is wrong: get it again")
+    if not start.startswith(_PICKLE_START):
+        return (
+            f"neither a PyTorch nor a safetensors file (it begins with {start!r}): download it again, and check that "
+            "the file itself came, not a web page or a git-lfs pointer"
+        )
+    return ""
+
+
+def _refusal(error: str) -> str:
+    """What torch's error says about the file, and the remedy."""
+    if refused := re.search(r"GLOBAL ([\w.]+)", error):
+        return (
+            f"refused, because reading it would run {refused[1][:120]}, and nothing in a weights file is run: if you "
+            "trust the file, load it where it was made and save only its tensors: "
+            "torch.save({'model': model.state_dict()}, path)"
+        )
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", error)
+    return (
+        f"cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, incomplete or not "
+        "written by torch.save: get it again, or save it again with torch.save(model.state_dict(), path)"
+    )
 
 
 @contextlib.contextmanager
@@ -110,19 +125,3 @@ def _only_our_names() -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
-
-
-def _refusal(path: Path, error: Exception) -> UserError:
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if refused:
-        return UserError(
-            f"{path}: refused, because reading it would run {refused[1][:120]}, and nothing in a weights "
-            "file is run: if you trust the file, load it where it was made and save only its tensors: "
-            "torch.save({'model': model.state_dict()}, path)"
-        )
-    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return UserError(
-        f"{path}: cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, "
-        "incomplete or not written by torch.save: get it again, or save it again with "
-        "torch.save(model.state_dict(), path)"
-    )

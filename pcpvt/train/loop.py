@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals
 from pcpvt.errors import UserError
@@ -22,8 +23,7 @@ from pcpvt.runtime.console import Console
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
 from pcpvt.train.history import History, Rate
-from pcpvt.train.saving import RunSaver
-from pcpvt.train.setup import TrainSetup
+from pcpvt.train.setup import TrainSetup, checkpoint_meta
 from pcpvt.train.writers import Writer
 
 Pending = list[tuple[int, dict[str, Tensor]]]  # (steps done, the step's metrics), still on the device
@@ -31,7 +31,7 @@ MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 
 
 def train(
-    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver, console: Console
+    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver, console: Console
 ) -> tuple[TrainState, History]:
     """Train from `state` to the end of the plan, until a signal asks to stop, or until the run has diverged.
 
@@ -100,18 +100,19 @@ def train(
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:
-                saver.save(state, history)
+                saver.save(state, checkpoint_meta(setup, history))
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver, rate, console)
     except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
-        saver.save(state, _read_metrics(history, pending, config.max_skipped, writers))
+        history = _read_metrics(history, pending, config.max_skipped, writers)
+        saver.save(state, checkpoint_meta(setup, history))
         saver.finish()
         raise
     history = _read_metrics(history, pending, config.max_skipped, writers)
     if history.diverged(config.max_skipped):
         saver.finish()
     else:
-        saver.save(state, history)
+        saver.save(state, checkpoint_meta(setup, history))
         saver.finish_last(step)
     return state, history
 
@@ -162,7 +163,7 @@ def _evaluate(
     state: TrainState,
     history: History,
     writers: Sequence[Writer],
-    saver: RunSaver,
+    saver: Saver,
     rate: Rate,
     console: Console,
 ) -> tuple[History, bool]:
@@ -184,5 +185,5 @@ def _evaluate(
     if history.best is None or metrics["acc1"] >= history.best["acc1"]:
         history = history._replace(best={**metrics, "step": step})
         mistakes.try_write(session, predictions, split.dataset, step, console)
-    saver.add_evaluation(state, history)
+    saver.add_evaluation(state, checkpoint_meta(setup, history))
     return history, False

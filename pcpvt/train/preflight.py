@@ -16,6 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.writer import copy_to_host
 from pcpvt.config import fields, stored
 from pcpvt.config.plan import Plan
 from pcpvt.errors import UserError
@@ -24,7 +25,7 @@ from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
-from pcpvt.train.setup import TrainSetup, copy_to_host
+from pcpvt.train.setup import TrainSetup
 
 Say = Callable[[str], None]
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.writer import Saver
 from pcpvt.distributed import collectives, signals
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
@@ -18,7 +19,6 @@ from pcpvt.runtime.session import Session
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.divergence import divergence_error
 from pcpvt.train.history import History
-from pcpvt.train.saving import RunSaver
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
 
@@ -39,7 +39,10 @@ def run(session: Session) -> int:
         outputs, history = writers.open_writers(session, plan, history, step, console)
         for writer in outputs:
             stack.callback(writer.close)
-        saver = RunSaver(setup, step, outputs, console.warn)
+        saver = Saver(
+            session.checkpoints, session.config.keep, console.warn, before=[writer.sync for writer in outputs],
+            saved=step, last_good=setup.resumed_from, writes=session.world.is_main,
+        )  # fmt: skip
         stack.callback(saver.finish)
         state, history = loop.train(setup, state, history, outputs, saver, console)
         if history.diverged(session.config.max_skipped):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -125,6 +124,11 @@ def prepare(session: Session, console: Console) -> tuple[TrainSetup, state.Train
 def elapsed(setup: TrainSetup, history: History) -> float:
     """Seconds of the run so far, over all its parts."""
     return history.clock.elapsed + time.perf_counter() - setup.began
+
+
+def checkpoint_meta(setup: TrainSetup, history: History) -> dict[str, Any]:
+    """The JSON of a checkpoint, without the step."""
+    return {**setup.meta, **history.to_meta(elapsed(setup, history))}
 
 
 def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
@@ -273,8 +277,3 @@ def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> 
     params = session.kernels.to_train_layout({name: value.to(device) for name, value in params.items()})
     scale = precision.loss_scale(session.policy).init(device)
     return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
-
-
-def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the host that later steps do not touch."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}
