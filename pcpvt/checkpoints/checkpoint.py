@@ -92,10 +92,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a file's header says that it is a checkpoint of pcpvt; False when it is missing or cannot be parsed."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return KEY in tensorfile.metadata(Path(path))
-    except (OSError, ValueError, RecursionError):
-        return False
+    return False
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -193,11 +192,10 @@ def steps(folder: Path) -> dict[int, Path]:
 
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint verifies."""
-    try:
+    with contextlib.suppress(CheckpointError):
         _read(path, keep_tensors=False)
-    except CheckpointError:
-        return False
-    return True
+        return True
+    return False
 
 
 def by_score(folder: Path) -> list[Path]:

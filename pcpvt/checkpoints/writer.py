@@ -67,9 +67,9 @@ class Saver:
 
     def finish(self) -> None:
         """Waits for the job in progress; a failure is a warning."""
-        if error := self._wait():
+        if reason := self._wait():
             self.saved = None
-            self.warn(f"checkpoint not written ({_reason(error)}); training goes on with the earlier ones")
+            self.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
 
     def finish_last(self, step: int) -> None:
         """Waits for the checkpoint after which no other follows.
@@ -77,10 +77,10 @@ class Saver:
         Raises:
             UserError: when it was not written.
         """
-        if error := self._wait():
+        if reason := self._wait():
             raise UserError(
-                f"{self.folder}: the checkpoint of step {step} was not written ({_reason(error)}); the last good one "
-                f"is {self.last_good or 'none'}: free space, and start the same command again"
+                f"{self.folder}: the checkpoint of step {step} was not written ({reason}); the last good one is "
+                f"{self.last_good or 'none'}: free space, and start the same command again"
             )
 
     def _start(self, step: int, write: Callable[[], None]) -> None:
@@ -92,16 +92,13 @@ class Saver:
 
         self._job = self._thread.submit(job)
 
-    def _wait(self) -> BaseException | None:
-        """Waits for the job in progress; returns its error once."""
+    def _wait(self) -> str:
+        """Waits for the job in progress; returns the reason of its failure once, or an empty string."""
         job, self._job = self._job, None
-        return job.exception() if job else None
+        error = job.exception() if job else None
+        return getattr(error, "strerror", None) or str(error) or repr(error) if error else ""
 
 
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the host that later steps do not touch."""
     return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)

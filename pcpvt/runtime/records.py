@@ -17,7 +17,7 @@ from pcpvt.errors import UserError
 DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
 
 
-def open_workdir(path: Path) -> Path:
+def open_workdir(path: Path) -> None:
     """Creates the workdir and checks that files can be written there.
 
     Raises:
@@ -30,7 +30,6 @@ def open_workdir(path: Path) -> Path:
         raise UserError(
             f"--workdir: {path} cannot be written ({error.strerror}): choose another with --workdir=DIR"
         ) from None
-    return path
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
