@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.atomic import remove_leftovers, write_atomically
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.errors import UserError
@@ -133,7 +133,7 @@ def test_step_is_saved_once_and_only_by_the_main_process(tmp_path, monkeypatch, 
         assert len(saved) == writes and steps() == [5] * writes
         saver.add_evaluation(train_state(5), meta(5, 7.0))
         saver.finish()
-        assert len(saved) == writes and bool(manifest.load(tmp_path)) == writes
+        assert len(saved) == writes and bool(checkpoint.read_manifest(tmp_path)) == writes
 
 
 def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, steps):
@@ -247,7 +247,7 @@ def test_damaged_checkpoints_are_neither_counted_nor_pruned(tmp_path, steps):
 
 def test_note_applies_only_to_the_file_with_its_digest(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
     assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0} == checkpoint.read_meta(path)["metrics"]
     assert checkpoint.read(path).meta["records"] == 4
     other = {**tensors(3), "params/w": torch.ones(4, 5)}
@@ -257,7 +257,7 @@ def test_note_applies_only_to_the_file_with_its_digest(tmp_path):
 
 def test_rewritten_checkpoint_keeps_its_notes_only_if_its_content_is_the_same(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
     save(tmp_path, 3)
     assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0}  # the same content
     checkpoint.save(tmp_path, {**tensors(3), "params/w": torch.ones(4, 5)}, meta(3))
@@ -268,7 +268,7 @@ def test_note_is_written_only_after_its_records_are_durable(tmp_path):
     noted = []
 
     def sync():
-        noted.append("metrics" in manifest.load(tmp_path).get(checkpoint.name_of(3), {}))
+        noted.append("metrics" in checkpoint.read_manifest(tmp_path).get(checkpoint.name_of(3), {}))
         if len(noted) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -277,26 +277,26 @@ def test_note_is_written_only_after_its_records_are_durable(tmp_path):
     saver.save(train_state(3), meta(3))
     saver.add_evaluation(train_state(3), meta(3, 7.0))
     saver.finish()
-    assert len(warnings) == 1 and "metrics" not in manifest.load(tmp_path)[checkpoint.name_of(3)]
+    assert len(warnings) == 1 and "metrics" not in checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]
     saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail, before=[sync], saved=3)
     saver.add_evaluation(train_state(3), {"metrics": {"acc1": 7.0}, "best": None, "records": 0})
     saver.finish()
     assert noted == [False, False, False]
-    assert manifest.load(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}
+    assert checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"checkpoints": 3, "checksum": "x"}', "[" * 100_000])
 def test_damaged_manifest_counts_as_empty(tmp_path, text):
     path = save(tmp_path, 3)
-    (tmp_path / manifest.FILE).write_text(text)
-    assert manifest.load(tmp_path) == {} and checkpoint.read(path).meta["metrics"] is None
-    manifest.put(tmp_path, path.name, digest="x")
-    assert list(manifest.load(tmp_path)) == [path.name]
+    (tmp_path / checkpoint.MANIFEST).write_text(text)
+    assert checkpoint.read_manifest(tmp_path) == {} and checkpoint.read(path).meta["metrics"] is None
+    checkpoint.note(tmp_path, path.name, digest="x")
+    assert list(checkpoint.read_manifest(tmp_path)) == [path.name]
 
 
 def test_changed_number_in_the_manifest_is_noticed(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0})
-    file = tmp_path / manifest.FILE
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0})
+    file = tmp_path / checkpoint.MANIFEST
     file.write_text(file.read_text().replace('"acc1": 7.0', '"acc1": 9.0'))
     assert checkpoint.read(path).meta["metrics"] is None

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pcpvt import rng
 from pcpvt.checkpoints import checkpoint
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params
 from pcpvt.config import recipes
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init

@@ -6,7 +6,7 @@ import pytest
 import torch
 from foreign import assert_same, leaves
 
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params
 from pcpvt.errors import UserError
 
 

@@ -11,7 +11,7 @@ from foreign import assert_same, leaves, refused
 
 from pcpvt import torchvision_compat  # noqa: F401
 from pcpvt.checkpoints import foreign
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params
 from pcpvt.errors import UserError
 
 

@@ -22,12 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import manifest, tensorfile
+from pcpvt.checkpoints import tensorfile
 from pcpvt.checkpoints.atomic import remove_leftovers, sync, write_atomically
 from pcpvt.errors import UserError
 
 KEY = "pcpvt"
 FORMAT = 1
+MANIFEST = "manifest.json"
+NOTES = ("metrics", "best", "records")  # in the manifest: results of an evaluation later than the checkpoint
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -69,7 +71,7 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path
     path = folder / name_of(meta["step"])
     checksum = write_tensors(path, tensors, meta)
     written = time.strftime("%Y-%m-%d %H:%M:%S")
-    manifest.put(folder, path.name, digest=checksum, bytes=path.stat().st_size, written=written)
+    note(folder, path.name, digest=checksum, bytes=path.stat().st_size, written=written)
     return path
 
 
@@ -177,9 +179,47 @@ def _wrong_fields(meta: dict[str, Any]) -> list[str]:
 
 
 def _with_notes(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The JSON with the manifest's notes on the file, which are ignored if any is of a wrong type."""
-    noted = {**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}
+    """The JSON with the manifest's notes on the file with this digest, ignored if any is of a wrong type."""
+    entry = read_manifest(path.parent).get(path.name, {})
+    if entry.get("digest") != meta.get("digest"):
+        return meta
+    noted = {**meta, **{name: entry[name] for name in NOTES if name in entry}}
     return meta if _wrong_fields(noted) else noted
+
+
+def note(folder: Path, name: str, **fields: Any) -> None:
+    """Adds fields to a checkpoint's entry in the manifest; a new digest resets it. Drops entries of removed files.
+
+    A checkpoint is written before its evaluation, which may be killed; the result is noted here afterwards. A note
+    belongs to the file with the same digest and to no other.
+
+    Raises:
+        OSError: when it cannot be written; the former manifest then stays.
+    """
+    entries = {known: entry for known, entry in read_manifest(folder).items() if (folder / known).exists()}
+    entry = entries.get(name, {})
+    if fields.get("digest", entry.get("digest")) != entry.get("digest"):
+        entry = {}  # it describes another file
+    entries[name] = {**entry, **fields}
+    text = json.dumps({"checkpoints": entries, "checksum": _checksum(entries)}, indent=1) + "\n"
+    write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name to entry; empty when there is no manifest or it is damaged.
+
+    Every checkpoint can be verified without the manifest, and only an evaluation has to be repeated.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        value = json.loads((folder / MANIFEST).read_text())
+        entries = value["checkpoints"]
+        if value["checksum"] == _checksum(entries) and isinstance(entries, dict):
+            return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+    return {}
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def steps(folder: Path) -> dict[int, Path]:

@@ -43,7 +43,7 @@ _IGNORED = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray"),
 )
-_ALLOWED = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
+_ALLOWED: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
 
 
 def load(path: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints import checkpoint
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.functional.state import TrainState
@@ -60,8 +60,8 @@ class Saver:
         step = int(state.step)
         self.finish()
         if self.saved == step:
-            notes = {name: meta[name] for name in manifest.NOTES}
-            self._start(step, lambda: manifest.put(self.folder, checkpoint.name_of(step), **notes))
+            notes = {name: meta[name] for name in checkpoint.NOTES}
+            self._start(step, lambda: checkpoint.note(self.folder, checkpoint.name_of(step), **notes))
         else:  # it could not be written before the evaluation: try again
             self.save(state, meta)
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints.load import read_weights
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan
 from pcpvt.data import augment, loader, sources
