@@ -60,12 +60,8 @@ def digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Writes one checkpoint and adds it to the manifest.
 
-    Args:
-        tensors: on the host; nothing may change them while this runs.
-        meta: must hold `step`.
-
-    Raises:
-        OSError: as the file system gives it; earlier checkpoints are unharmed and no temporary file stays.
+    Nothing may change the tensors, which are on the host, while this runs; `meta` must hold `step`. Raises OSError as
+    the file system gives it: earlier checkpoints are then unharmed and no temporary file stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(meta["step"])
@@ -100,20 +96,12 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint with the manifest's notes; the tensors are not read.
-
-    Raises:
-        CheckpointError: when the file is not a checkpoint of pcpvt.
-    """
+    """The JSON of a checkpoint with the manifest's notes; the tensors are not read. Raises CheckpointError."""
     return _with_notes(_header(path), path)
 
 
 def read(path: Path) -> Checkpoint:
-    """A whole checkpoint, verified.
-
-    Raises:
-        CheckpointError: when any part of it is damaged.
-    """
+    """A whole checkpoint, verified; raises CheckpointError when any part of it is damaged."""
     meta, tensors = _read(path, keep_tensors=True)
     return Checkpoint(path, _with_notes(meta, path), tensors)
 
@@ -191,10 +179,8 @@ def note(folder: Path, name: str, **fields: Any) -> None:
     """Adds fields to a checkpoint's entry in the manifest; a new digest resets it. Drops entries of removed files.
 
     A checkpoint is written before its evaluation, which may be killed; the result is noted here afterwards. A note
-    belongs to the file with the same digest and to no other.
-
-    Raises:
-        OSError: when it cannot be written; the former manifest then stays.
+    belongs to the file with the same digest and to no other. Raises OSError when the manifest cannot be written; the
+    former one then stays.
     """
     entries = {known: entry for known, entry in read_manifest(folder).items() if (folder / known).exists()}
     entry = entries.get(name, {})

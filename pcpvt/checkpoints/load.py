@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.checkpoints import checkpoint, foreign
+from pcpvt.checkpoints.checkpoint import CheckpointError
 from pcpvt.config import stored
 from pcpvt.errors import UserError, one_line, warn
 from pcpvt.models import pcpvt
@@ -26,7 +27,7 @@ from pcpvt.models import pcpvt
 OWN = ("params", "ema")  # in an ensemble: the raw and the averaged weights of the checkpoint that eval would take alone
 _FAMILY = {spec.depths: name for name, spec in pcpvt.SPECS.items()}  # blocks per stage: model
 _HEAD = ("head.weight", "head.bias")
-_MAX_LISTED = 10
+Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
 class LoadedModel(NamedTuple):
@@ -63,7 +64,7 @@ def load_model(
     head = weights.params.get("head.weight")
     outputs = num_classes or (head.shape[0] if head is not None and head.ndim == 2 else 1000)
     built = pcpvt.build(name, outputs, pad)
-    params, notes = match_params(weights.params, pcpvt.shapes(built), head="exact", path=path)
+    params, notes = match_params(weights.params, pcpvt.shapes(built), path=path, exact=True)
     return LoadedModel(path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *notes])
 
 
@@ -91,21 +92,16 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
     for path in dict.fromkeys([*checkpoint.by_score(folder), *reversed(checkpoint.steps(folder).values())]):
         try:
             return checkpoint.read(path)
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             warn(f"{error}; trying the next best")
-    raise checkpoint.CheckpointError(
-        f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE"
-    )
+    raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
 
 
 def check_labels(loaded: LoadedModel, classes: Sequence[str], num_classes: int | None = None) -> None:
-    """Checks that the data's labels match the model's outputs.
+    """Checks that the data's labels match the model's outputs; raises UserError when they do not.
 
     Where the file names its classes, the data's must be the same, in the same order. Elsewhere their number must be the
     number of outputs, or smaller if `num_classes` confirms the number of outputs: the data's are then the first ones.
-
-    Raises:
-        UserError: when they do not match.
     """
     outputs = loaded.model.num_classes
     if loaded.classes is not None and list(loaded.classes) != list(classes):
@@ -157,56 +153,48 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
 
 
 def match_params(
-    weights: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor | torch.Size],
-    *,
-    head: str = "replace",
-    fresh: Collection[str] = (),
-    path: object,
+    weights: pcpvt.Params, shapes: Shapes, *, path: object, exact: bool = False, fresh: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in the order of `expected`, and notes for the log.
+    """The weights in the order of the model's `shapes`, and notes for the log.
 
     16-bit weights are widened to float32, which is exact; float64 stays.
 
     Args:
-        expected: the model's parameters, or their shapes.
-        head: "replace" leaves the head out when its class count differs or the file has none, so that the caller
-            keeps a fresh one; "exact" wants every parameter.
-        fresh: names to leave out, whatever the file has.
         path: for errors.
+        exact: every parameter is wanted; otherwise the head is left out when its class count differs or the file has
+            none, so that the caller keeps a fresh one.
+        fresh: names to leave out, whatever the file has.
 
     Raises:
         UserError: lists at most ten missing, unexpected and misshapen parameters and says what to do.
     """
-    shapes = {name: tuple(value.shape if isinstance(value, Tensor) else value) for name, value in expected.items()}
     notes, skipped = [], set(fresh)
-    if head == "replace" and not skipped.issuperset(_HEAD):
+    if not exact and not skipped.issuperset(_HEAD):
         note, replaced = _compare_heads(weights, shapes)
         notes.append(note)
         skipped.update(_HEAD if replaced else ())
-    missing = [f"missing {name}" for name in shapes if name not in weights and name not in skipped]
+    wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
+    present = [(name, shape, weights[name]) for name, shape in wanted.items() if name in weights]
+    missing = [f"missing {name}" for name in wanted if name not in weights]
     unexpected = [f"unexpected {one_line(name)}" for name in weights if name not in shapes and name not in skipped]
     unfit = [
-        f"{name} is {_described(weights[name])}, not {shape}"
-        for name, shape in shapes.items()
-        if name in weights and name not in skipped
-        and not (weights[name].shape == shape and weights[name].is_floating_point())
-    ]  # fmt: skip
+        f"{name} is {_described(value)}, not {tuple(shape)}"
+        for name, shape, value in present
+        if value.shape != shape or not value.is_floating_point()
+    ]
     # One of each kind in turn: five hundred missing parameters must not hide the one of the wrong shape.
     faults = [fault for turn in itertools.zip_longest(missing, unexpected, unfit) for fault in turn if fault]
     if faults:
-        more = f"; ... and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
-        listed = "; ".join(faults[:_MAX_LISTED])
-        raise UserError(f"{path}: does not fit the model: {listed}{more}: {_remedy(weights, shapes, head)}")
-    kept = {name: weights[name] for name in shapes if name not in skipped}
+        more = f"; ... and {len(faults) - foreign.MAX_LISTED} more" if len(faults) > foreign.MAX_LISTED else ""
+        listed = "; ".join(faults[: foreign.MAX_LISTED])
+        raise UserError(f"{path}: does not fit the model: {listed}{more}: {_remedy(weights, shapes, exact)}")
     wide = (torch.float32, torch.float64)
-    narrow = sorted({_dtype(value) for value in kept.values() if value.dtype not in wide})
-    if narrow:
+    if narrow := sorted({_dtype(value) for *_, value in present if value.dtype not in wide}):
         notes.append(f"weights: converted from {', '.join(narrow)} to float32")
-    return {n: value if value.dtype in wide else value.float() for n, value in kept.items()}, notes
+    return {name: value if value.dtype in wide else value.float() for name, _, value in present}, notes
 
 
-def _compare_heads(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, bool]:
+def _compare_heads(weights: pcpvt.Params, shapes: Shapes) -> tuple[str, bool]:
     """The log's line about the head, and whether it is left out; `match_params` finds any other fault of it."""
     theirs, ours = weights.get("head.weight"), shapes.get("head.weight")
     if ours is None:
@@ -233,14 +221,14 @@ def _depths(names: Iterable[str]) -> tuple[int, ...]:
     return tuple(stages.count(stage) for stage in sorted(set(stages)))
 
 
-def _remedy(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], head: str) -> str:
+def _remedy(weights: pcpvt.Params, shapes: Shapes, exact: bool) -> str:
     theirs, ours = _depths(weights), _depths(shapes)
     if theirs != ours and theirs in _FAMILY:
         return f"looks like {_FAMILY[theirs]}: use --config.model.name={_FAMILY[theirs]}"
     if theirs and theirs != ours:
         return f"the file has {theirs} blocks per stage, the model {ours}: use the config it was trained with"
     weight, ours_weight = weights.get("head.weight"), shapes.get("head.weight", ())
-    if head == "exact" and weight is not None and weight.ndim == 2 and weight.shape[:1] != ours_weight[:1]:
+    if exact and weight is not None and weight.ndim == 2 and weight.shape[:1] != ours_weight[:1]:
         classes = weight.shape[0]
         return f"the file has {classes} classes: set config.num_classes={classes}, or fine-tune from it"
     return "use the config it was trained with, or give a Twins-PCPVT file"

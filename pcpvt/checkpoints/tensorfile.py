@@ -27,16 +27,9 @@ MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The `__metadata__` of a file; its tensors are not read.
-
-    Raises:
-        OSError, ValueError, RecursionError: when it cannot be read, or is of another format.
-    """
+    """The `__metadata__` of a file; raises OSError, ValueError or RecursionError if it is damaged or no safetensors."""
     with path.open("rb") as file:
-        value = _header(file).get("__metadata__", {})
-    if not isinstance(value, dict):
-        raise ValueError("its metadata are no object")
-    return value
+        return _header(file).get("__metadata__", {})
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +62,6 @@ def _header(file: BinaryIO) -> dict[str, Any]:
     if not 2 <= length <= min(MAX_HEADER, os.fstat(file.fileno()).st_size):
         raise ValueError("its length is not that of a header")
     header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("its header, or the metadata in it, is no JSON object")
     return header

@@ -33,8 +33,7 @@ class Ignored:
     def __init__(self, *args: object) -> None:
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
+    __setstate__ = __init__
 
 
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
@@ -116,9 +115,8 @@ def _only_our_names() -> Iterator[None]:
     """Allows `_ALLOWED` only, and restores afterwards what the process had allowed before."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(_ALLOWED)
     try:
-        yield
+        with torch.serialization.safe_globals(_ALLOWED):
+            yield
     finally:
-        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)

@@ -29,17 +29,11 @@ class Saver:
     last_good: Path | None = None  # the newest whole checkpoint; at first the one that is resumed
     writes: bool = True  # False on all processes but the main one: nothing is done there
     _verified: dict[Path, bool] = field(default_factory=dict, init=False)  # see `checkpoint.prune`
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _job: Future[None] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts to write the state, after the job before has ended, unless it already has this step.
-
-        Args:
-            meta: the JSON of the checkpoint, without the step.
-        """
+        """Starts to write the state with its JSON, unless it already has this step; waits for the job before."""
         step = int(state.step)
         if not self.writes or self.saved == step:
             return
@@ -72,11 +66,7 @@ class Saver:
             self.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
 
     def finish_last(self, step: int) -> None:
-        """Waits for the checkpoint after which no other follows.
-
-        Raises:
-            UserError: when it was not written.
-        """
+        """Waits for the checkpoint after which no other follows; raises UserError when it was not written."""
         if reason := self._wait():
             raise UserError(
                 f"{self.folder}: the checkpoint of step {step} was not written ({reason}); the last good one is "

@@ -18,11 +18,7 @@ DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
 
 
 def open_workdir(path: Path) -> None:
-    """Creates the workdir and checks that files can be written there.
-
-    Raises:
-        UserError: when they cannot.
-    """
+    """Creates the workdir; raises UserError when files cannot be written there."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -70,11 +66,7 @@ class MetricsFile:
             return self._flush()
 
     def sync(self) -> None:
-        """Makes all records durable.
-
-        Raises:
-            OSError: when a record could not be written.
-        """
+        """Makes all records durable; raises OSError when one could not be written."""
         with self._lock:
             if error := self._flush():
                 raise error

@@ -239,7 +239,7 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
+        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
         notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
         theirs = weights.classes
