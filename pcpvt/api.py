@@ -81,10 +81,8 @@ def classify(
 ) -> list[list[tuple[str, float]]]:
     """The `top` most probable classes of each of the uint8 images `[b, h, w, 3]`, with their probabilities."""
     values, indices = logits(model, params, images).softmax(-1).topk(min(top, model.num_classes))
-    return [
-        [(classes[i], p) for i, p in zip(*row, strict=True)]
-        for row in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
+    rows = zip(indices.tolist(), values.tolist(), strict=True)
+    return [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]
 
 
 def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:

@@ -49,9 +49,8 @@ def put(text: str, stream: TextIO) -> None:
 
 def silence(stream: TextIO) -> None:
     """Redirects a stream to /dev/null, with what its buffer holds: the flush at exit would fail again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 def printable(text: str) -> str:

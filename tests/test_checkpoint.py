@@ -13,19 +13,25 @@ import pytest
 import safetensors.torch
 import torch
 
-from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.atomic import remove_leftovers, write_atomically
 from pcpvt.checkpoints.writer import Saver
+from pcpvt.errors import UserError
 from pcpvt.functional import state
 from pcpvt.runtime.console import Console
-from pcpvt.train import resume, setup
+from pcpvt.train import resume
+
+
+def train_state(step: int) -> state.TrainState:
+    return state.TrainState(
+        step=torch.tensor(step), params={"w": torch.full((4, 5), float(step)), "empty": torch.zeros(0, 3)}, ema={},
+        opt={"mu": {"w": torch.zeros(4, 5).half()}}, scale={"good": torch.tensor(3, dtype=torch.int32)},
+        skipped=torch.tensor(0, dtype=torch.int32),
+    )  # fmt: skip
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {
-        "step": torch.tensor(step), "params/w": torch.full((4, 5), float(step)), "opt/mu/w": torch.zeros(4, 5).half(),
-        "scale/good": torch.tensor(3, dtype=torch.int32), "params/empty": torch.zeros(0, 3),
-    }  # fmt: skip
+    return state.flatten(train_state(step))
 
 
 def meta(step: int, acc1: float | None = None) -> dict:
@@ -77,19 +83,21 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
         if 10 in found:  # its note is not lost
             assert checkpoint.read_meta(found[10])["metrics"]["acc1"] == 10
         # The restarted run saves again and leaves the same files as an uninterrupted one.
-        saver = Saver(folder, keep_checkpoints=1)
-        saver.save(tensors(20), meta(20))
-        saver.note(20, metrics={"acc1": 20.0}, best=None, records=2)
-        assert saver.wait() is None
+        saver = Saver(folder, keep_checkpoints=1, warn=pytest.fail)
+        saver.save(train_state(20), meta(20))
+        saver.add_evaluation(train_state(20), {"metrics": {"acc1": 20.0}, "best": None, "records": 2})
+        saver.finish()
         assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "step-00000020.safetensors"]
         assert checkpoint.read(checkpoint.steps(folder)[20]).meta["metrics"] == {"acc1": 20.0}
     assert renamed
 
 
 def test_failed_save_is_reported_once_and_leaves_earlier_checkpoints(tmp_path, monkeypatch, steps):
-    saver = Saver(tmp_path, keep_checkpoints=1)
-    saver.save(tensors(1), meta(1))
-    assert saver.wait() is None
+    warnings = []
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=warnings.append)
+    saver.save(train_state(1), meta(1))
+    saver.finish()
+    assert warnings == []
 
     def full(_, path, __):
         path.write_bytes(b"part")
@@ -97,13 +105,35 @@ def test_failed_save_is_reported_once_and_leaves_earlier_checkpoints(tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
-        assert saver.save(tensors(2), meta(2)) is None
-        error = saver.save(tensors(3), meta(3))
-        assert isinstance(error, OSError) and error.errno == errno.ENOSPC
-        assert isinstance(saver.wait(), OSError)
-        assert saver.wait() is None
+        saver.save(train_state(2), meta(2))
+        assert warnings == []
+        saver.save(train_state(3), meta(3))
+        assert len(warnings) == 1 and "No space left on device" in warnings[0]
+        saver.finish()
+        saver.finish()
+        assert len(warnings) == 2
+        saver.save(train_state(3), meta(3))  # tried again
+        with pytest.raises(UserError, match=r"step 3 was not written \(No space left.*step-00000001.safetensors: free"):
+            saver.finish_last(3)
+        saver.finish_last(3)
+        assert len(warnings) == 2
     assert steps() == [1] and saver.last_good == checkpoint.steps(tmp_path)[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-00000001.safetensors"]
+
+
+def test_step_is_saved_once_and_only_by_the_main_process(tmp_path, monkeypatch, steps):
+    saved = []
+    original = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args: saved.append(args) or original(*args))
+    for writes in (False, True):
+        saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail, saved=4, writes=writes)
+        for step in (4, 5, 5):
+            saver.save(train_state(step), meta(step))
+            saver.finish_last(step)
+        assert len(saved) == writes and steps() == [5] * writes
+        saver.add_evaluation(train_state(5), meta(5, 7.0))
+        saver.finish()
+        assert len(saved) == writes and bool(checkpoint.read_manifest(tmp_path)) == writes
 
 
 def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, steps):
@@ -130,12 +160,12 @@ def test_saving_does_not_block_steps_and_is_not_changed_by_them(tmp_path, monkey
         return original(*args)
 
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
-    saver = Saver(tmp_path, keep_checkpoints=1)
-    saver.save(setup.copy_to_host(state.flatten(first)), meta(0))  # returns before anything is written
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail)
+    saver.save(first, meta(0))  # returns before anything is written
     assert writing.wait(30) and not checkpoint.steps(tmp_path)
     first.params["w"].zero_()  # the next step reuses the memory
     go.set()
-    assert saver.wait() is None
+    saver.finish()
     assert checkpoint.read(checkpoint.steps(tmp_path)[0]).tensors["params/w"].eq(1).all()
 
 
@@ -197,7 +227,7 @@ def test_checkpoint_without_the_fields_of_training_is_not_resumed(tmp_path):
 def test_pruning_keeps_the_best_and_the_newest(tmp_path, steps):
     for step, acc1 in ((1, 10.0), (2, 30.0), (3, None), (4, 20.0), (5, 20.0)):
         save(tmp_path, step, acc1)
-        checkpoint.prune(tmp_path, 2, step)
+        checkpoint.prune(tmp_path, 2, step, {})
     assert steps() == [2, 4, 5]
     assert [path.name[12:13] for path in checkpoint.by_score(tmp_path)] == ["2", "5", "4"]
 
@@ -205,19 +235,19 @@ def test_pruning_keeps_the_best_and_the_newest(tmp_path, steps):
 def test_damaged_checkpoints_are_neither_counted_nor_pruned(tmp_path, steps):
     save(tmp_path, 10, 50.0)
     damage(save(tmp_path, 20, 90.0))  # newer and better, by its header
-    checkpoint.prune(tmp_path, 1, 20)
+    checkpoint.prune(tmp_path, 1, 20, {})
     assert steps() == [10, 20]
     save(tmp_path, 15, 40.0)  # the run resumed from 10
-    checkpoint.prune(tmp_path, 1, 15)
+    checkpoint.prune(tmp_path, 1, 15, {})
     assert steps() == [10, 15, 20]
     save(tmp_path, 20, 60.0)
-    checkpoint.prune(tmp_path, 1, 20)
+    checkpoint.prune(tmp_path, 1, 20, {})
     assert steps() == [20]
 
 
 def test_note_applies_only_to_the_file_with_its_digest(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0}, records=4)
     assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0} == checkpoint.read_meta(path)["metrics"]
     assert checkpoint.read(path).meta["records"] == 4
     other = {**tensors(3), "params/w": torch.ones(4, 5)}
@@ -227,7 +257,7 @@ def test_note_applies_only_to_the_file_with_its_digest(tmp_path):
 
 def test_rewritten_checkpoint_keeps_its_notes_only_if_its_content_is_the_same(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0}, best={"acc1": 7.0})
     save(tmp_path, 3)
     assert checkpoint.read(path).meta["metrics"] == {"acc1": 7.0}  # the same content
     checkpoint.save(tmp_path, {**tensors(3), "params/w": torch.ones(4, 5)}, meta(3))
@@ -238,31 +268,35 @@ def test_note_is_written_only_after_its_records_are_durable(tmp_path):
     noted = []
 
     def sync():
-        noted.append("metrics" in manifest.load(tmp_path).get(checkpoint.name_of(3), {}))
+        noted.append("metrics" in checkpoint.read_manifest(tmp_path).get(checkpoint.name_of(3), {}))
         if len(noted) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    saver = Saver(tmp_path, keep_checkpoints=1, before=sync)
-    saver.save(tensors(3), meta(3))
-    saver.note(3, metrics={"acc1": 7.0})
-    assert saver.wait().errno == errno.ENOSPC and "metrics" not in manifest.load(tmp_path)[checkpoint.name_of(3)]
-    saver.note(3, metrics={"acc1": 7.0})
-    assert saver.wait() is None and noted == [False, False, False]
-    assert manifest.load(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}
+    warnings = []
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=warnings.append, before=[sync])
+    saver.save(train_state(3), meta(3))
+    saver.add_evaluation(train_state(3), meta(3, 7.0))
+    saver.finish()
+    assert len(warnings) == 1 and "metrics" not in checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail, before=[sync], saved=3)
+    saver.add_evaluation(train_state(3), {"metrics": {"acc1": 7.0}, "best": None, "records": 0})
+    saver.finish()
+    assert noted == [False, False, False]
+    assert checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"checkpoints": 3, "checksum": "x"}', "[" * 100_000])
 def test_damaged_manifest_counts_as_empty(tmp_path, text):
     path = save(tmp_path, 3)
-    (tmp_path / manifest.FILE).write_text(text)
-    assert manifest.load(tmp_path) == {} and checkpoint.read(path).meta["metrics"] is None
-    manifest.put(tmp_path, path.name, digest="x")
-    assert list(manifest.load(tmp_path)) == [path.name]
+    (tmp_path / checkpoint.MANIFEST).write_text(text)
+    assert checkpoint.read_manifest(tmp_path) == {} and checkpoint.read(path).meta["metrics"] is None
+    checkpoint.note(tmp_path, path.name, digest="x")
+    assert list(checkpoint.read_manifest(tmp_path)) == [path.name]
 
 
 def test_changed_number_in_the_manifest_is_noticed(tmp_path):
     path = save(tmp_path, 3)
-    manifest.put(tmp_path, path.name, metrics={"acc1": 7.0})
-    file = tmp_path / manifest.FILE
+    checkpoint.note(tmp_path, path.name, metrics={"acc1": 7.0})
+    file = tmp_path / checkpoint.MANIFEST
     file.write_text(file.read_text().replace('"acc1": 7.0', '"acc1": 9.0'))
     assert checkpoint.read(path).meta["metrics"] is None

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pcpvt import rng
 from pcpvt.checkpoints import checkpoint
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params
 from pcpvt.config import recipes
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
@@ -139,10 +139,9 @@ def test_fresh_leaves_start_as_a_new_runs_and_the_others_come_over(pcpvt, digits
 
 
 def test_fresh_leaves_need_not_fit_and_need_not_exist():
-    expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
-    fitted, _ = match_params(
-        {"a": torch.ones(2), "b": torch.ones(9)}, expected, head="exact", fresh={"b", "c"}, path="x"
-    )
+    shapes = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1])}
+    weights = {"a": torch.ones(2), "b": torch.ones(9)}
+    fitted, _ = match_params(weights, shapes, path="x", exact=True, fresh={"b", "c"})
     assert list(fitted) == ["a"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.checkpoint import CheckpointError
 from pcpvt.config import resolve, stored
 from pcpvt.config.fields import base
@@ -117,7 +117,7 @@ def test_fields_of_a_wrong_type_are_refused_despite_a_valid_checksum(written, tm
     """A stranger can compute checksums, so the types of all values in the JSON are checked, down to the config."""
     path = tmp_path / "x.safetensors"
     meta = {"format": checkpoint.FORMAT, **META, field: value}
-    meta["digest"] = checkpoint.digest(meta, TENSORS)
+    meta["digest"] = checkpoint.digest(meta, sorted(TENSORS.items()))
     path.write_bytes(save(TENSORS, {checkpoint.KEY: json.dumps(meta)}))
     session = type("S", (), {"checkpoints": tmp_path, "config": base(), "workdir": tmp_path})
     target = path
@@ -176,12 +176,12 @@ def test_tensors_of_another_run_are_refused_by_name(name, kind):
 def test_manifest_of_any_content_does_not_prevent_reading(written, value):
     path, data = written
     path.write_bytes(data)
-    file = path.parent / manifest.FILE
-    for content in (value, {"checkpoints": value, "checksum": manifest._checksum(value)}):
+    file = path.parent / checkpoint.MANIFEST
+    for content in (value, {"checkpoints": value, "checksum": checkpoint._checksum(value)}):
         file.write_text(json.dumps(content))
         assert checkpoint.read(path).meta["metrics"] == METRICS
     entry = {path.name: {"digest": checkpoint.read(path).meta["digest"], "metrics": value, "best": value}}
-    file.write_text(json.dumps({"checkpoints": entry, "checksum": manifest._checksum(entry)}))
+    file.write_text(json.dumps({"checkpoints": entry, "checksum": checkpoint._checksum(entry)}))
     try:
         found = checkpoint.read(path).meta["metrics"]
         assert found is None or "acc1" in found

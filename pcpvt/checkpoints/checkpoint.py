@@ -22,12 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import manifest, tensorfile
+from pcpvt.checkpoints import tensorfile
 from pcpvt.checkpoints.atomic import remove_leftovers, sync, write_atomically
 from pcpvt.errors import UserError
 
 KEY = "pcpvt"
 FORMAT = 1
+MANIFEST = "manifest.json"
+NOTES = ("metrics", "best", "records")  # in the manifest: results of an evaluation later than the checkpoint
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -45,12 +47,8 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Hex BLAKE2b over the canonical JSON of `meta` (without `digest`) and all tensors in order of their names."""
-    return _digest(meta, sorted(tensors.items()))
-
-
-def _digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex BLAKE2b over the canonical JSON of `meta` (without `digest`) and the tensors, in order of their names."""
     total = hashlib.blake2b(digest_size=16)
     total.update(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for name, value in tensors:
@@ -62,25 +60,21 @@ def _digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Writes one checkpoint and adds it to the manifest.
 
-    Args:
-        tensors: on the host; nothing may change them while this runs.
-        meta: must hold `step`.
-
-    Raises:
-        OSError: as the file system gives it; earlier checkpoints are unharmed and no temporary file stays.
+    Nothing may change the tensors, which are on the host, while this runs; `meta` must hold `step`. Raises OSError as
+    the file system gives it: earlier checkpoints are then unharmed and no temporary file stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(meta["step"])
     checksum = write_tensors(path, tensors, meta)
     written = time.strftime("%Y-%m-%d %H:%M:%S")
-    manifest.put(folder, path.name, digest=checksum, bytes=path.stat().st_size, written=written)
+    note(folder, path.name, digest=checksum, bytes=path.stat().st_size, written=written)
     return path
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
     """Writes a checkpoint file, which is read back before it gets its name; returns its digest. See `save`."""
     meta = {"format": FORMAT, **meta}
-    meta["digest"] = digest(meta, tensors)
+    meta["digest"] = digest(meta, sorted(tensors.items()))
 
     def write(temporary: Path) -> None:
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
@@ -96,27 +90,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a file's header says that it is a checkpoint of pcpvt; False when it is missing or cannot be parsed."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return KEY in tensorfile.metadata(Path(path))
-    except (OSError, ValueError, RecursionError):
-        return False
+    return False
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint with the manifest's notes; the tensors are not read.
-
-    Raises:
-        CheckpointError: when the file is not a checkpoint of pcpvt.
-    """
+    """The JSON of a checkpoint with the manifest's notes; the tensors are not read. Raises CheckpointError."""
     return _with_notes(_header(path), path)
 
 
 def read(path: Path) -> Checkpoint:
-    """A whole checkpoint, verified.
-
-    Raises:
-        CheckpointError: when any part of it is damaged.
-    """
+    """A whole checkpoint, verified; raises CheckpointError when any part of it is damaged."""
     meta, tensors = _read(path, keep_tensors=True)
     return Checkpoint(path, _with_notes(meta, path), tensors)
 
@@ -146,7 +131,7 @@ def _read(path: Path, *, keep_tensors: bool) -> tuple[dict[str, Any], dict[str, 
     meta = _header(path)
     try:
         tensors = dict(tensorfile.tensors(path)) if keep_tensors else {}
-        checksum = _digest(meta, tensors.items() if keep_tensors else tensorfile.tensors(path))
+        checksum = digest(meta, tensors.items() if keep_tensors else tensorfile.tensors(path))
     except Exception as error:  # hostile bytes raise almost anything
         raise CheckpointError(f"{path}: damaged ({error}): use another checkpoint") from None
     if checksum != meta.get("digest"):
@@ -182,9 +167,45 @@ def _wrong_fields(meta: dict[str, Any]) -> list[str]:
 
 
 def _with_notes(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The JSON with the manifest's notes on the file, which are ignored if any is of a wrong type."""
-    noted = {**meta, **manifest.notes(path.parent, path.name, meta.get("digest"))}
+    """The JSON with the manifest's notes on the file with this digest, ignored if any is of a wrong type."""
+    entry = read_manifest(path.parent).get(path.name, {})
+    if entry.get("digest") != meta.get("digest"):
+        return meta
+    noted = {**meta, **{name: entry[name] for name in NOTES if name in entry}}
     return meta if _wrong_fields(noted) else noted
+
+
+def note(folder: Path, name: str, **fields: Any) -> None:
+    """Adds fields to a checkpoint's entry in the manifest; a new digest resets it. Drops entries of removed files.
+
+    A checkpoint is written before its evaluation, which may be killed; the result is noted here afterwards. A note
+    belongs to the file with the same digest and to no other. Raises OSError when the manifest cannot be written; the
+    former one then stays.
+    """
+    entries = {known: entry for known, entry in read_manifest(folder).items() if (folder / known).exists()}
+    entry = entries.get(name, {})
+    if fields.get("digest", entry.get("digest")) != entry.get("digest"):
+        entry = {}  # it describes another file
+    entries[name] = {**entry, **fields}
+    text = json.dumps({"checkpoints": entries, "checksum": _checksum(entries)}, indent=1) + "\n"
+    write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name to entry; empty when there is no manifest or it is damaged.
+
+    Every checkpoint can be verified without the manifest, and only an evaluation has to be repeated.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        value = json.loads((folder / MANIFEST).read_text())
+        entries = value["checkpoints"]
+        if value["checksum"] == _checksum(entries) and isinstance(entries, dict):
+            return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+    return {}
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -197,11 +218,10 @@ def steps(folder: Path) -> dict[int, Path]:
 
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint verifies."""
-    try:
+    with contextlib.suppress(CheckpointError):
         _read(path, keep_tensors=False)
-    except CheckpointError:
-        return False
-    return True
+        return True
+    return False
 
 
 def by_score(folder: Path) -> list[Path]:
@@ -215,15 +235,20 @@ def by_score(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(ranked, reverse=True)]
 
 
-def prune(folder: Path, keep_checkpoints: int, latest: int, whole: Callable[[Path], bool] = is_whole) -> None:
+def prune(folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path, bool]) -> None:
     """Removes whole checkpoints up to step `latest` but the newest `keep_checkpoints` and the best, and leftover files.
 
     Damaged checkpoints are not counted and stay for the user to look at; those after `latest` were found damaged when
     the run was resumed. So the last good checkpoint always stays.
+
+    Args:
+        verified: whether each file is whole, as far as it is known; the others are verified and added.
     """
-    found = [path for step, path in steps(folder).items() if step <= latest and whole(path)]
-    kept = {*found[-keep_checkpoints:], *[path for path in by_score(folder) if path in found][:1]}
-    for path in found:
-        if path not in kept:
+    earlier = [path for step, path in steps(folder).items() if step <= latest]
+    verified |= {path: is_whole(path) for path in earlier if path not in verified}
+    found = [path for path in earlier if verified[path]]
+    best = [path for path in by_score(folder) if path in found][:1]
+    for path in found[:-keep_checkpoints]:
+        if path not in best:
             path.unlink(missing_ok=True)
     remove_leftovers(folder)

@@ -30,7 +30,7 @@ _EMA = ("model_ema", "state_dict_ema", "ema")
 _PREFIXES = frozenset({"module", "_orig_mod", "model"})
 DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
 _MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
-_MAX_LISTED = 10
+MAX_LISTED = 10  # entries in an error
 
 
 class Weights(NamedTuple):
@@ -103,7 +103,7 @@ def _from_timm(name: str, which: str) -> Weights:
             f"{name}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
             "network, or download the file elsewhere and give its path"
         ) from None
-    return Weights(_clean(model.state_dict(), name), "params", None, [], {})
+    return _weights(name, model.state_dict(), "params")
 
 
 def _from_safetensors(path: Path, which: str) -> Weights:
@@ -119,7 +119,7 @@ def _from_safetensors(path: Path, which: str) -> Weights:
         description = json.loads(metadata.get(DESCRIPTION, "{}"))
     except (ValueError, TypeError, RecursionError):
         description = {}
-    return Weights(_clean(state, path), which, _class_names(description), [], {})
+    return _weights(path, state, which, description)
 
 
 def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> Weights:
@@ -132,8 +132,7 @@ def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> Weigh
         raise _absent(path, which, groups)
     prefix = f"{which}/"
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    notes = [_ema_note(path, "ema")] if which == "params" and "ema" in groups else []
-    return Weights(_clean(state, path), which, _class_names(meta), notes, meta)
+    return _weights(path, state, which, meta, ema="ema" if "ema" in groups else "")._replace(meta=meta)
 
 
 def _from_torch(path: Path, which: str) -> Weights:
@@ -152,25 +151,23 @@ def _from_torch(path: Path, which: str) -> Weights:
         tree = _plain(tree[name], path)
     if which == "ema" and not ema_found:
         raise _absent(path, which, ["params"] if tree is top else [str(name) for name in top])
-    notes = [_ema_note(path, ema_found)] if ema_found and which == "params" else []
-    return Weights(_clean(tree, path), which, _class_names(top), notes, {})
+    return _weights(path, tree, which, top, ema=ema_found)
 
 
-def _class_names(fields: object) -> list[str] | None:
+def _weights(path: object, state: Mapping[Any, Any], which: str, fields: object = None, ema: str = "") -> Weights:
+    """Checked weights; `fields` may name their classes, and `ema` is the entry with EMA weights, if there is one."""
     names = fields.get("classes") if isinstance(fields, dict) else None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _ema_note(path: Path, entry: str) -> str:
-    return f"{path}: also holds EMA weights ({entry}), which were not asked for"
+    classes = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    notes = [f"{path}: also holds EMA weights ({ema}), which were not asked for"] if ema and which == "params" else []
+    return Weights(_clean(state, path), which, classes, notes, {})
 
 
 def _absent(path: Path, which: str, holds: Iterable[str]) -> UserError:
     what, other = ("EMA weights", "params") if which == "ema" else ("params", "ema")
     listed = [one_line(name) for name in sorted(holds)]
-    more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
+    more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
     return UserError(
-        f"{path}: holds no {what}, only {', '.join(listed[:_MAX_LISTED]) or 'nothing'}{more}: "
+        f"{path}: holds no {what}, only {', '.join(listed[:MAX_LISTED]) or 'nothing'}{more}: "
         f"use config.weights={other}, or give another file"
     )
 

@@ -1,25 +1,33 @@
 """Loads the weights that a command works on: `config.checkpoint`, or the best checkpoint of the workdir.
 
 `--mode=eval`, `predict`, `export` and the Python API all use these functions, so that one file means the same to each.
-The member names of `config.eval.ensemble` are parsed here too.
+Weights are matched to their model by names and shapes; an error lists the differences and says what to do. The member
+names of `config.eval.ensemble` are parsed here too.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 
 from pcpvt.checkpoints import checkpoint, foreign
-from pcpvt.checkpoints.match import FAMILY, depths, match_params
+from pcpvt.checkpoints.checkpoint import CheckpointError
 from pcpvt.config import stored
-from pcpvt.errors import UserError, warn
+from pcpvt.errors import UserError, one_line, warn
 from pcpvt.models import pcpvt
 
 OWN = ("params", "ema")  # in an ensemble: the raw and the averaged weights of the checkpoint that eval would take alone
+_FAMILY = {spec.depths: name for name, spec in pcpvt.SPECS.items()}  # blocks per stage: model
+_HEAD = ("head.weight", "head.bias")
+Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
 class LoadedModel(NamedTuple):
@@ -50,13 +58,13 @@ def load_model(
         UserError: one line, when the file is missing, damaged, or of another model.
     """
     path, weights = read_weights(path, which)
-    name = model or FAMILY.get(depths(weights.params), "")
+    name = model or _FAMILY.get(_depths(weights.params), "")
     if not name:
-        raise UserError(f"{path}: the model cannot be told from {depths(weights.params)} blocks per stage: name it")
+        raise UserError(f"{path}: the model cannot be told from {_depths(weights.params)} blocks per stage: name it")
     head = weights.params.get("head.weight")
     outputs = num_classes or (head.shape[0] if head is not None and head.ndim == 2 else 1000)
     built = pcpvt.build(name, outputs, pad)
-    params, notes = match_params(weights.params, pcpvt.shapes(built), head="exact", path=path)
+    params, notes = match_params(weights.params, pcpvt.shapes(built), path=path, exact=True)
     return LoadedModel(path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *notes])
 
 
@@ -84,21 +92,16 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
     for path in dict.fromkeys([*checkpoint.by_score(folder), *reversed(checkpoint.steps(folder).values())]):
         try:
             return checkpoint.read(path)
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             warn(f"{error}; trying the next best")
-    raise checkpoint.CheckpointError(
-        f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE"
-    )
+    raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
 
 
 def check_labels(loaded: LoadedModel, classes: Sequence[str], num_classes: int | None = None) -> None:
-    """Checks that the data's labels match the model's outputs.
+    """Checks that the data's labels match the model's outputs; raises UserError when they do not.
 
     Where the file names its classes, the data's must be the same, in the same order. Elsewhere their number must be the
     number of outputs, or smaller if `num_classes` confirms the number of outputs: the data's are then the first ones.
-
-    Raises:
-        UserError: when they do not match.
     """
     outputs = loaded.model.num_classes
     if loaded.classes is not None and list(loaded.classes) != list(classes):
@@ -139,10 +142,7 @@ def member_names(text: str) -> list[str]:
 def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[dict[str, Any] | None, str]:
     """The config that weights were trained with, nested, and the file it comes from; None for weights without one.
 
-    Args:
-        path: `config.checkpoint`, or empty.
-        members: of an ensemble; without `path`, the first file among them decides.
-        workdir: where the config is when no file is named.
+    Without `path` (`config.checkpoint`) the first file among the members of an ensemble decides, else the workdir.
     """
     file = os.path.expanduser(path or next((name for name in members if name not in OWN), ""))
     if not file or Path(file).is_dir():
@@ -150,3 +150,85 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
         return stored.read_config(where), str(where)
     config = checkpoint.read_meta(Path(file)).get("config") if checkpoint.is_checkpoint(file) else None
     return None if config is None else stored.nested(config), file
+
+
+def match_params(
+    weights: pcpvt.Params, shapes: Shapes, *, path: object, exact: bool = False, fresh: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in the order of the model's `shapes`, and notes for the log.
+
+    16-bit weights are widened to float32, which is exact; float64 stays.
+
+    Args:
+        path: for errors.
+        exact: every parameter is wanted; otherwise the head is left out when its class count differs or the file has
+            none, so that the caller keeps a fresh one.
+        fresh: names to leave out, whatever the file has.
+
+    Raises:
+        UserError: lists at most ten missing, unexpected and misshapen parameters and says what to do.
+    """
+    notes, skipped = [], set(fresh)
+    if not exact and not skipped.issuperset(_HEAD):
+        note, replaced = _compare_heads(weights, shapes)
+        notes.append(note)
+        skipped.update(_HEAD if replaced else ())
+    wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
+    present = [(name, shape, weights[name]) for name, shape in wanted.items() if name in weights]
+    missing = [f"missing {name}" for name in wanted if name not in weights]
+    unexpected = [f"unexpected {one_line(name)}" for name in weights if name not in shapes and name not in skipped]
+    unfit = [
+        f"{name} is {_described(value)}, not {tuple(shape)}"
+        for name, shape, value in present
+        if value.shape != shape or not value.is_floating_point()
+    ]
+    # One of each kind in turn: five hundred missing parameters must not hide the one of the wrong shape.
+    faults = [fault for turn in itertools.zip_longest(missing, unexpected, unfit) for fault in turn if fault]
+    if faults:
+        more = f"; ... and {len(faults) - foreign.MAX_LISTED} more" if len(faults) > foreign.MAX_LISTED else ""
+        listed = "; ".join(faults[: foreign.MAX_LISTED])
+        raise UserError(f"{path}: does not fit the model: {listed}{more}: {_remedy(weights, shapes, exact)}")
+    wide = (torch.float32, torch.float64)
+    if narrow := sorted({_dtype(value) for *_, value in present if value.dtype not in wide}):
+        notes.append(f"weights: converted from {', '.join(narrow)} to float32")
+    return {name: value if value.dtype in wide else value.float() for name, _, value in present}, notes
+
+
+def _compare_heads(weights: pcpvt.Params, shapes: Shapes) -> tuple[str, bool]:
+    """The log's line about the head, and whether it is left out; `match_params` finds any other fault of it."""
+    theirs, ours = weights.get("head.weight"), shapes.get("head.weight")
+    if ours is None:
+        return "head: the model has none", True
+    if not any(name in weights for name in _HEAD):
+        return f"head: the file has none: a fresh one for {ours[0]} classes", True
+    if theirs is not None and theirs.shape[1:] == ours[1:] and theirs.shape[:1] != ours[:1]:
+        return f"head: {theirs.shape[0]} classes in the file, {ours[0]} here: replaced by a fresh one", True
+    return f"head: kept, {ours[0]} classes in the file and here", False
+
+
+def _described(value: Tensor) -> str:
+    return str(tuple(value.shape)) + ("" if value.is_floating_point() else f" {_dtype(value)}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _depths(names: Iterable[str]) -> tuple[int, ...]:
+    """Blocks per stage, from names `blocks.{stage}.{block}.`"""
+    blocks = {match.groups() for name in names if (match := re.match(r"blocks\.(\d)\.(\d{1,3})\.", name))}
+    stages = [stage for stage, _ in blocks]
+    return tuple(stages.count(stage) for stage in sorted(set(stages)))
+
+
+def _remedy(weights: pcpvt.Params, shapes: Shapes, exact: bool) -> str:
+    theirs, ours = _depths(weights), _depths(shapes)
+    if theirs != ours and theirs in _FAMILY:
+        return f"looks like {_FAMILY[theirs]}: use --config.model.name={_FAMILY[theirs]}"
+    if theirs and theirs != ours:
+        return f"the file has {theirs} blocks per stage, the model {ours}: use the config it was trained with"
+    weight, ours_weight = weights.get("head.weight"), shapes.get("head.weight", ())
+    if exact and weight is not None and weight.ndim == 2 and weight.shape[:1] != ours_weight[:1]:
+        classes = weight.shape[0]
+        return f"the file has {classes} classes: set config.num_classes={classes}, or fine-tune from it"
+    return "use the config it was trained with, or give a Twins-PCPVT file"

@@ -27,16 +27,9 @@ MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The `__metadata__` of a file; its tensors are not read.
-
-    Raises:
-        OSError, ValueError, RecursionError: when it cannot be read, or is of another format.
-    """
+    """The `__metadata__` of a file; raises OSError, ValueError or RecursionError if it is damaged or no safetensors."""
     with path.open("rb") as file:
-        value = _header(file).get("__metadata__", {})
-    if not isinstance(value, dict):
-        raise ValueError("its metadata are no object")
-    return value
+        return _header(file).get("__metadata__", {})
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -48,19 +41,16 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with path.open("rb") as file:
         header = _header(file)
         header.pop("__metadata__", None)
-        start = end = file.tell()
-        layout = {}  # name: dtype, shape, position in the file
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, position = DTYPES[entry["dtype"]], entry["shape"], end
-            end += math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [position - start, end - start]:
+        start, size = file.tell(), 0
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+            begin, size = size, size + math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            if entry["data_offsets"] != [begin, size]:
                 raise ValueError("its tensors do not have the sizes of their shapes, or leave gaps")
-            layout[name] = dtype, shape, position
-        if end != os.fstat(file.fileno()).st_size:  # so no tensor is larger than the file
+        if start + size != os.fstat(file.fileno()).st_size:  # so no tensor is larger than the file
             raise ValueError("its tensors do not fill it: it is cut short, or not as its header says")
-        for name, (dtype, shape, position) in sorted(layout.items()):
-            value = torch.empty(shape, dtype=dtype)
-            file.seek(position)
+        for name, entry in sorted(header.items()):
+            value = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            file.seek(start + entry["data_offsets"][0])
             if file.readinto(value.reshape(-1).view(torch.uint8).numpy().data) != value.nbytes:
                 raise ValueError("it was cut short while it was read")
             yield name, value
@@ -72,6 +62,6 @@ def _header(file: BinaryIO) -> dict[str, Any]:
     if not 2 <= length <= min(MAX_HEADER, os.fstat(file.fileno()).st_size):
         raise ValueError("its length is not that of a header")
     header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("its header, or the metadata in it, is no JSON object")
     return header

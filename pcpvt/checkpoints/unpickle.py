@@ -33,8 +33,7 @@ class Ignored:
     def __init__(self, *args: object) -> None:
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
+    __setstate__ = __init__
 
 
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
@@ -56,47 +55,59 @@ def load(path: Path) -> Any:
     """
     with path.open("rb") as file:
         start = file.read(16)
-    zipped = start.startswith(_ZIP_START)
-    if zipped:
-        _check_zip(path)
-    elif tarfile.is_tarfile(path):
-        raise UserError(
-            f"{path}: a tar archive (torch before 0.1.10 wrote such files too): unpack it and name the file "
-            "inside, or save it again with a later torch"
-        )
-    elif not start.startswith(_PICKLE_START):
-        raise UserError(
-            f"{path}: neither a PyTorch nor a safetensors file (it begins with {start!r}): download it "
-            "again, and check that the file itself came, not a web page or a git-lfs pointer"
-        )
+    if fault := _fault(path, start):
+        raise UserError(f"{path}: {fault}")
     try:
         with _LOCK, _only_our_names(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those that matter are raised below, as one line
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=start.startswith(_ZIP_START))
     except Exception as error:  # hostile bytes raise almost anything: struct.error, IndexError, KeyError, ...
-        raise _refusal(path, error) from None
+        raise UserError(f"{path}: {_refusal(error)}") from None
 
 
-def _check_zip(path: Path) -> None:
-    """Refuses TorchScript, compressed records (when mapped, packed bytes would pass for numbers) and damage.
+def _fault(path: Path, start: bytes) -> str:
+    """Why torch.save did not write a file, or not as it is now, and the remedy; empty when nothing is found.
 
+    A zip is refused if it is TorchScript, compressed (when mapped, packed bytes would pass for numbers) or damaged:
     torch itself does not compare the checksums of the records.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            script = any(name.endswith("/constants.pkl") for name in archive.namelist())  # torch's own criterion
-            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
-            damaged = None if script or packed else archive.testzip()
-    except Exception as error:
-        raise UserError(f"{path}: a damaged or incomplete file ({one_line(error)}): get it again") from None
-    if script:
-        raise UserError(f"{path}: a TorchScript archive: save the model's state_dict() instead")
-    if packed:
-        raise UserError(
-            f"{path}: a compressed zip, which torch.save does not write: unpack it and name the file inside"
+    if start.startswith(_ZIP_START):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # torch's own criterion
+                    return "a TorchScript archive: save the model's state_dict() instead"
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    return "a compressed zip, which torch.save does not write: unpack it and name the file inside"
+                damaged = archive.testzip()
+        except Exception as error:
+            return f"a damaged or incomplete file ({one_line(error)}): get it again"
+        return "" if damaged is None else f"damaged: the checksum of record {one_line(damaged)} is wrong: get it again"
+    if tarfile.is_tarfile(path):
+        return (
+            "a tar archive (torch before 0.1.10 wrote such files too): unpack it and name the file inside, or save it "
+            "again with a later torch"
         )
-    if damaged is not None:
-        raise UserError(f"{path}: damaged: the checksum of record {one_line(damaged)} is wrong: get it again")
+    if start.startswith(_PICKLE_START):
+        return ""
+    return (
+        f"neither a PyTorch nor a safetensors file (it begins with {start!r}): download it again, and check that the "
+        "file itself came, not a web page or a git-lfs pointer"
+    )
+
+
+def _refusal(error: Exception) -> str:
+    """What torch's error says about the file, and the remedy."""
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"refused, because reading it would run {refused[1][:120]}, and nothing in a weights file is run: if you "
+            "trust the file, load it where it was made and save only its tensors: "
+            "torch.save({'model': model.state_dict()}, path)"
+        )
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return (
+        f"cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, incomplete or not "
+        "written by torch.save: get it again, or save it again with torch.save(model.state_dict(), path)"
+    )
 
 
 @contextlib.contextmanager
@@ -104,25 +115,8 @@ def _only_our_names() -> Iterator[None]:
     """Allows `_ALLOWED` only, and restores afterwards what the process had allowed before."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(_ALLOWED)
     try:
-        yield
+        with torch.serialization.safe_globals(_ALLOWED):
+            yield
     finally:
-        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
-
-
-def _refusal(path: Path, error: Exception) -> UserError:
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if refused:
-        return UserError(
-            f"{path}: refused, because reading it would run {refused[1][:120]}, and nothing in a weights "
-            "file is run: if you trust the file, load it where it was made and save only its tensors: "
-            "torch.save({'model': model.state_dict()}, path)"
-        )
-    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return UserError(
-        f"{path}: cannot be read as a PyTorch file ({one_line(reason[1] if reason else error)}): damaged, "
-        "incomplete or not written by torch.save: get it again, or save it again with "
-        "torch.save(model.state_dict(), path)"
-    )

@@ -1,69 +1,94 @@
-"""Writes checkpoints in a background thread, one job at a time, while training continues."""
+"""Writes the checkpoints of a training run in a background thread, one at a time, while training continues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, manifest
+from pcpvt.checkpoints import checkpoint
+from pcpvt.errors import UserError
+from pcpvt.functional import state as states
+from pcpvt.functional.state import TrainState
 
 
+@dataclass
 class Saver:
-    """`save` and `note` start a job; `wait` returns when it is done, with its error, if any.
+    """Writes the checkpoints of one run. A failure is a warning, and the same step may be saved again."""
 
-    A job starts after the one before it has ended, so that at most two copies of the state exist.
+    folder: Path
+    keep_checkpoints: int  # the newest ones, beside the best one
+    warn: Callable[[str], None]  # called with one line when a checkpoint was not written and training goes on
+    before: Sequence[Callable[[], None]] = ()  # called before each write, to make durable the records that it counts
+    saved: int | None = None  # step whose checkpoint is written or being written; at first the step of the start
+    last_good: Path | None = None  # the newest whole checkpoint; at first the one that is resumed
+    writes: bool = True  # False on all processes but the main one: nothing is done there
+    _verified: dict[Path, bool] = field(default_factory=dict, init=False)  # see `checkpoint.prune`
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
+    _job: Future[None] | None = field(default=None, init=False)
 
-    Args:
-        folder: of the checkpoints.
-        keep_checkpoints: newest checkpoints to keep beside the best one.
-        before: called before each checkpoint or note is written; it makes durable what those refer to.
-    """
-
-    def __init__(self, folder: Path, keep_checkpoints: int, before: Callable[[], None] = lambda: None):
-        self.folder, self.keep_checkpoints, self.before = folder, keep_checkpoints, before
-        self.last_good: Path | None = None
-        self._whole: dict[Path, bool] = {}  # results of verification: each file is verified once
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._job: Future[Exception | None] | None = None
-
-    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Exception | None:
-        """Starts writing host tensors, which must not change any more; returns the error of the job before, if any."""
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts to write the state with its JSON, unless it already has this step; waits for the job before."""
+        step = int(state.step)
+        if not self.writes or self.saved == step:
+            return
+        self.finish()
+        tensors = copy_to_host(states.flatten(state))
 
         def write() -> None:
-            self.last_good = checkpoint.save(self.folder, tensors, meta)
-            self._whole[self.last_good] = True
+            self.last_good = checkpoint.save(self.folder, tensors, {"step": step, **meta})
+            self._verified[self.last_good] = True
 
-        return self._start(meta["step"], write)
+        self._start(step, write)
+        self.saved = step
 
-    def note(self, step: int, **notes: Any) -> Exception | None:
-        """Adds later results to a step's checkpoint; returns the error of the job before, if any."""
-        return self._start(step, lambda: manifest.put(self.folder, checkpoint.name_of(step), **notes))
+    def add_evaluation(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Adds an evaluation's results to a checkpoint that may still be being written; see `save`."""
+        if not self.writes:
+            return
+        step = int(state.step)
+        self.finish()
+        if self.saved == step:
+            notes = {name: meta[name] for name in checkpoint.NOTES}
+            self._start(step, lambda: checkpoint.note(self.folder, checkpoint.name_of(step), **notes))
+        else:  # it could not be written before the evaluation: try again
+            self.save(state, meta)
 
-    def wait(self) -> Exception | None:
-        """Waits for the job in progress; returns its error once."""
-        error = self._job.result() if self._job else None
-        self._job = None
-        return error
+    def finish(self) -> None:
+        """Waits for the job in progress; a failure is a warning."""
+        if reason := self._wait():
+            self.saved = None
+            self.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
 
-    def _start(self, step: int, write: Callable[[], None]) -> Exception | None:
-        error = self.wait()
-        self._job = self._thread.submit(self._run, step, write)
-        return error
+    def finish_last(self, step: int) -> None:
+        """Waits for the checkpoint after which no other follows; raises UserError when it was not written."""
+        if reason := self._wait():
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} was not written ({reason}); the last good one is "
+                f"{self.last_good or 'none'}: free space, and start the same command again"
+            )
 
-    def _run(self, step: int, write: Callable[[], None]) -> Exception | None:
-        try:
-            self.before()
+    def _start(self, step: int, write: Callable[[], None]) -> None:
+        def job() -> None:
+            for action in self.before:
+                action()
             write()
-            checkpoint.prune(self.folder, self.keep_checkpoints, step, self._is_whole)
-        except Exception as error:  # returned by the next call: a full disk must not end a run that computes well
-            return error
-        return None
+            checkpoint.prune(self.folder, self.keep_checkpoints, step, self._verified)
 
-    def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole:
-            self._whole[path] = checkpoint.is_whole(path)
-        return self._whole[path]
+        self._job = self._thread.submit(job)
+
+    def _wait(self) -> str:
+        """Waits for the job in progress; returns the reason of its failure once, or an empty string."""
+        job, self._job = self._job, None
+        error = job.exception() if job else None
+        return getattr(error, "strerror", None) or str(error) or repr(error) if error else ""
+
+
+def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the host that later steps do not touch."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}

@@ -31,19 +31,18 @@ def held(workdir: Path) -> Iterator[str]:
         UserError: when another run holds it, naming its host and process.
     """
     handle = os.open(workdir / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
+    with os.fdopen(handle, "r+b", buffering=0):
         holder = _holder(handle)
         if not _acquire(handle, holder):
             who = _named(_holder(handle))  # read again: the holder may have recorded itself only now
             raise UserError(f"--workdir: {workdir} is in use by {who}: stop it, or choose another folder")
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        _write(handle, json.dumps(own))
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(own).encode(), 0)
         try:
             yield f"{_named(holder)} ended without finishing; its lock is taken over" if holder else ""
         finally:
-            _write(handle, "")
-    finally:
-        os.close(handle)
+            os.ftruncate(handle, 0)
 
 
 def _acquire(handle: int, holder: dict) -> bool:
@@ -56,11 +55,6 @@ def _acquire(handle: int, holder: dict) -> bool:
             raise
         return not holder or _is_gone(holder)
     return True
-
-
-def _write(handle: int, text: str) -> None:
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, text.encode(), 0)
 
 
 def _holder(handle: int) -> dict:
@@ -79,11 +73,9 @@ def _named(holder: dict) -> str:
 
 
 def _is_gone(holder: dict) -> bool:
-    if holder.get("host") == socket.gethostname():
-        try:
-            os.kill(holder["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):
-            pass  # another user's process
+    """Whether the process ran on this host and no longer exists."""
+    try:
+        os.kill(holder["pid"], 0)
+    except (OSError, OverflowError) as error:  # PermissionError: another user's process
+        return isinstance(error, ProcessLookupError) and holder.get("host") == socket.gethostname()
     return False

@@ -17,12 +17,8 @@ from pcpvt.errors import UserError
 DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
 
 
-def open_workdir(path: Path) -> Path:
-    """Creates the workdir and checks that files can be written there.
-
-    Raises:
-        UserError: when they cannot.
-    """
+def open_workdir(path: Path) -> None:
+    """Creates the workdir; raises UserError when files cannot be written there."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -30,7 +26,6 @@ def open_workdir(path: Path) -> Path:
         raise UserError(
             f"--workdir: {path} cannot be written ({error.strerror}): choose another with --workdir=DIR"
         ) from None
-    return path
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -71,11 +66,7 @@ class MetricsFile:
             return self._flush()
 
     def sync(self) -> None:
-        """Makes all records durable.
-
-        Raises:
-            OSError: when a record could not be written.
-        """
+        """Makes all records durable; raises OSError when one could not be written."""
         with self._lock:
             if error := self._flush():
                 raise error

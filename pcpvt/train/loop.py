@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals
 from pcpvt.errors import UserError
@@ -21,8 +22,7 @@ from pcpvt.functional.state import TrainState
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
 from pcpvt.train.history import History, Rate, Window
-from pcpvt.train.saving import RunSaver
-from pcpvt.train.setup import TrainSetup
+from pcpvt.train.setup import TrainSetup, checkpoint_meta
 from pcpvt.train.writers import Writer
 
 Pending = list[tuple[int, dict[str, Tensor]]]  # (steps done, the step's metrics), still on the device
@@ -30,7 +30,7 @@ MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 
 
 def train(
-    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver
+    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[TrainState, History]:
     """Train from `state` to the end of the plan, until a signal asks to stop, or until the run has diverged.
 
@@ -100,18 +100,19 @@ def train(
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:
-                saver.save(state, history)
+                saver.save(state, checkpoint_meta(setup, history))
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver)
     except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
-        saver.save(state, _read_metrics(history, pending, config.max_skipped, writers))
+        history = _read_metrics(history, pending, config.max_skipped, writers)
+        saver.save(state, checkpoint_meta(setup, history))
         saver.finish()
         raise
     history = _read_metrics(history, pending, config.max_skipped, writers)
     if history.diverged(config.max_skipped):
         saver.finish()
     else:
-        saver.save(state, history)
+        saver.save(state, checkpoint_meta(setup, history))
         saver.finish_last(step)
     return state, history
 
@@ -162,7 +163,7 @@ def _count_replaced(setup: TrainSetup, unreadable: UnreadableLog, batch: Batch, 
 
 
 def _evaluate(
-    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: RunSaver
+    setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[History, bool]:
     """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation."""
     session, data, step = setup.session, setup.split.dataset, int(state.step)
@@ -181,5 +182,5 @@ def _evaluate(
     if history.best is None or metrics["acc1"] >= history.best["acc1"]:
         history = history._replace(best={**metrics, "step": step})
         mistakes.write(session, predictions, data, step, setup.console.warn)
-    saver.add_evaluation(state, history)
+    saver.add_evaluation(state, checkpoint_meta(setup, history))
     return history, False

@@ -12,13 +12,14 @@ import textwrap
 import time
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.writer import copy_to_host
 from pcpvt.config import fields, stored
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.runtime.console import duration
-from pcpvt.train.setup import TrainSetup, copy_to_host
+from pcpvt.train.setup import TrainSetup
 
 EVALUATION = 1 / 3  # of a training step's time per image: no backward pass (an estimate)
 WIDTH = 118

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.checkpoints.writer import Saver
 from pcpvt.data import order
 from pcpvt.distributed import collectives, signals
 from pcpvt.errors import UserError
@@ -20,7 +21,6 @@ from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.history import History
-from pcpvt.train.saving import RunSaver
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
 LISTED = 8  # sample ids in the message about a run that diverged; `nonfinite.json` has them all
@@ -42,7 +42,10 @@ def run(session: Session) -> int:
         outputs, history = writers.open_writers(session, plan, history, step, setup.console)
         for writer in outputs:
             stack.callback(writer.close)
-        saver = RunSaver(setup, step, outputs, setup.console.warn)
+        saver = Saver(
+            session.checkpoints, session.config.keep, setup.console.warn, before=[writer.sync for writer in outputs],
+            saved=step, last_good=setup.resumed_from, writes=session.world.is_main,
+        )  # fmt: skip
         stack.callback(saver.finish)
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):

@@ -12,8 +12,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints.load import read_weights
-from pcpvt.checkpoints.match import match_params
+from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan
 from pcpvt.data import augment, loader, sources
@@ -114,6 +113,11 @@ def elapsed(setup: TrainSetup, history: History) -> float:
     return history.clock.elapsed + time.perf_counter() - setup.began
 
 
+def checkpoint_meta(setup: TrainSetup, history: History) -> dict[str, Any]:
+    """The JSON of a checkpoint, without the step."""
+    return {**setup.meta, **history.to_meta(elapsed(setup, history))}
+
+
 def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
     """The plan of a run on this session's device, whose memory bounds the micro-batch."""
     micro_batch = session.device.micro_batch(session.size, session.policy.compute, model.branches // 2)
@@ -190,7 +194,7 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), head="replace", fresh=fresh, path=path)
+        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
         notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
         theirs = weights.classes
@@ -227,8 +231,3 @@ def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> 
     params = session.kernels.to_train_layout({name: value.to(device) for name, value in params.items()})
     scale = precision.loss_scale(session.policy).init(device)
     return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
-
-
-def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the host that later steps do not touch."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}

@@ -17,25 +17,23 @@ import safetensors.torch
 import torch
 
 from pcpvt.checkpoints.writer import Saver
+from pcpvt.functional.state import TrainState
 
 METRICS = {"acc1": 10.0, "acc5": 50.0, "loss": 1.0, "seen": 4}
 
 
-def meta(step: int) -> dict:
-    return {"step": step, "config": {}, "classes": ["a"], "metrics": None, "best": None, "records": 1}
-
-
-def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {"step": torch.tensor(step), "params/w": torch.full((5000,), float(step))}
+META = {"config": {}, "classes": ["a"], "metrics": None, "best": None, "records": 1}
 
 
 def save(folder: Path, step: int) -> None:
-    saver = Saver(folder, keep_checkpoints=1)
-    assert saver.save(tensors(step), meta(step)) is None
-    assert saver.note(step, metrics={**METRICS, "acc1": float(step)}, best=METRICS, records=2) is None
-    error = saver.wait()
-    if error is not None:
-        raise error
+    def fail(message: str) -> None:
+        raise OSError(message)
+
+    state = TrainState(torch.tensor(step), {"w": torch.full((5000,), float(step))}, {}, {}, {}, torch.tensor(0))
+    saver = Saver(folder, keep_checkpoints=1, warn=fail)
+    saver.save(state, META)
+    saver.add_evaluation(state, {**META, "metrics": {**METRICS, "acc1": float(step)}, "best": METRICS, "records": 2})
+    saver.finish()
 
 
 def kill_at(n: int) -> None:
