@@ -15,14 +15,11 @@ from npu_standin import on_npu
 pytestmark = pytest.mark.skipif(npu_standin.available() is not None, reason=str(npu_standin.available()))
 
 
-def under(devices: int = 2, soc: str = "Ascend910B2") -> list[str]:
-    """The command that starts another with NPUs, and with the faults of `miniature`."""
+def environment(devices: int = 2, soc: str = "Ascend910B2") -> dict[str, str]:
+    """The variables of a program that has NPUs, and the faults of `miniature`."""
     made = npu_standin.environment(devices, soc)
     made["PYTHONPATH"] = os.pathsep.join([str(npu_standin.SITE), str(miniature.FAULTS)])
-    return [
-        "env",
-        *(f"{name}={value}" for name, value in made.items() if "NPU_STANDIN" in name or name == "PYTHONPATH"),
-    ]
+    return {name: value for name, value in made.items() if "NPU_STANDIN" in name or name == "PYTHONPATH"}
 
 
 def words(workdir: Path, arg: str, **fields: object) -> list[str]:
@@ -30,7 +27,7 @@ def words(workdir: Path, arg: str, **fields: object) -> list[str]:
 
 
 def run(workdir: Path, arg: str, *faults: dict, devices: int = 2, soc: str = "Ascend910B2", **fields: object):
-    return miniature.run(words(workdir, arg, **fields), *faults, under=under(devices, soc))
+    return miniature.run(words(workdir, arg, **fields), *faults, env=environment(devices, soc))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -49,7 +46,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_is_evaluated(tmp_path):
     assert run(parts, "npu1", {"at": "step", "n": 5, "do": "SIGTERM"}, precision="bfloat16").code == 75
     assert run(parts, "npu1", precision="bfloat16").code == 0
     miniature.assert_same_run(parts, whole)
-    ended = miniature.run([*words(parts, "npu2"), "--mode=eval", "--config.precision=bfloat16"], under=under())
+    ended = miniature.run([*words(parts, "npu2"), "--mode=eval", "--config.precision=bfloat16"], env=environment())
     assert ended.code == 0, ended.err
     trained, evaluated = (json.loads((parts / name).read_text()) for name in ("result.json", "result-eval.json"))
     assert evaluated["acc1"] == trained["acc1"]

@@ -25,7 +25,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 
 
 def test_during_the_imports(tmp_path):
-    process = miniature.start(miniature.words(tmp_path))
+    process = miniature.start(miniature.words(tmp_path), cold=True)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     ended = miniature.end(process)
