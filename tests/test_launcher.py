@@ -7,13 +7,12 @@ import queue
 import subprocess
 import sys
 import threading
-import time
-import uuid
 from pathlib import Path
 
 import miniature
 import pytest
 import torch
+from miniature import run
 
 from pcpvt import devices
 from pcpvt.config import cli
@@ -22,28 +21,6 @@ from pcpvt.errors import PeerError, UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LONG = {"steps": 5000, "eval_every": "0", "save_every": "0", "log_every": "1 step"}
-
-
-def run(command: list[str], *faults: dict) -> miniature.Ended:
-    """Like `miniature.run`; no process with this run's mark may be left, whatever session it went to."""
-    mark = f"PCPVT_TEST_MARK={uuid.uuid4()}"
-    ended = miniature.run(command, *faults, under=["env", mark])
-    deadline = time.monotonic() + 5
-    while left := marked(mark):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-    return ended
-
-
-def marked(mark: str) -> list[str]:
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_killed_rank_is_named_and_nothing_is_left(tmp_path):
@@ -77,7 +54,7 @@ def test_an_error_of_all_ranks_is_said_once(tmp_path):
 
 def test_a_rank_that_hangs_is_named_within_the_timeout(tmp_path):
     """It does not even take signals. Torchelastic would kill it 30 s later; here it wakes up, to be quicker."""
-    stuck = {"at": "inside step", "n": 3, "do": "hold:12", "rank": 1}
+    stuck = {"at": "inside step", "n": 3, "do": "hold:8", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
     assert ended.code == signals.PEER_LOST == PeerError.exit_code
     assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
@@ -92,7 +69,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
 def test_a_run_of_several_processes_leaves_nothing_in_the_folder_for_temporary_files(tmp_path):
     (tmp_path / "tmp").mkdir()
     words = miniature.words(tmp_path / "run", "cpu2", steps=2, eval_every="0")
-    ended = miniature.run(words, under=["env", f"TMPDIR={tmp_path / 'tmp'}"])
+    ended = run(words, env={"TMPDIR": str(tmp_path / "tmp")})
     assert ended.code == 0 and list((tmp_path / "tmp").iterdir()) == [], ended.err
 
 

@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class Process:
         socket.send_fds(_server(*npu.items()), [request], [write for _, write in pipes])
         for _, write in pipes:
             os.close(write)
-        self.stdout, self.stderr, self._report = (open(read, errors="backslashreplace") for read, _ in pipes)
+        self.stdout, self.stderr, self._report = (os.fdopen(read, errors="backslashreplace") for read, _ in pipes)
         self.argv, self.returncode = argv, None
         self.pid = int(self._report.readline())
 
@@ -98,10 +99,11 @@ def run(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) 
 
 @functools.cache
 def _server(*variables: tuple[str, str]) -> socket.socket:
-    """Starts the server with these variables in its environment, once; it ends when this end of the socket is closed."""
+    """Starts a server with these variables in its environment, once; it ends when this end of the socket is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     root = Path(__file__).parent.parent
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(variables)}  # with more, OpenBLAS starts threads when it is imported
+    # With more than one thread, OpenBLAS would start them when it is imported.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **dict(variables)}
     command = [sys.executable, __file__, str(theirs.fileno())]
     server = subprocess.Popen(command, cwd=root, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
@@ -157,11 +159,12 @@ def _prepare(request: dict, out: int, err: int, report: int) -> list[str]:
         os.dup2(file, number)
         os.close(file)
     os.close(report)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    tempfile.tempdir = None
     torch.set_num_threads(int(request["env"]["OMP_NUM_THREADS"]))
     paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [request["cwd"], *(path for path in paths if path and path not in sys.path)]
