@@ -192,7 +192,7 @@ def test_a_backend_that_was_named_stops_the_run_in_one_line():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fails", ["forward", "backward"])
+@pytest.mark.parametrize("fails", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_blocks_that_cannot_be_compiled_run_in_eager_mode_with_one_warning(fails, capsys):
     from torch._dynamo.backends.common import aot_autograd
 

@@ -64,7 +64,12 @@ def place(trained, tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("line", [c for c in commands(README) if c.startswith("python -m pcpvt.main")])
+def marked(line: str):
+    """The bench measures the full size, 20 s long; test_bench.py measures the miniature."""
+    return pytest.param(line, marks=pytest.mark.slow) if "--mode=bench" in line else line
+
+
+@pytest.mark.parametrize("line", [marked(c) for c in commands(README) if c.startswith("python -m pcpvt.main")])
 def test_every_command_of_the_readme_runs(line, place, trained):
     """On this machine: the miniature for the model, CPU for the device, a few steps for epochs."""
     best = sorted((trained / "checkpoints").glob("step-*.safetensors"))[-1]

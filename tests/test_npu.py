@@ -30,7 +30,7 @@ def run(workdir: Path, arg: str, *faults: dict, devices: int = 2, soc: str = "As
     return miniature.run(words(workdir, arg, **fields), *faults, env=environment(devices, soc))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_equals_the_cpus_to_the_bit(count, tmp_path):
     """Training with EMA, evaluation, records and checkpoints of the whole binary, by the operators that both have."""
     reference = miniature.run(words(tmp_path / "cpu", f"cpu{count}", ema=0.9, kernels="plain"))
@@ -53,6 +53,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_is_evaluated(tmp_path):
     assert evaluated["loss"] == pytest.approx(trained["loss"], rel=1e-6)  # summed over two processes
 
 
+@pytest.mark.slow  # as on CPUs: test_launcher.py
 def test_a_killed_rank_gives_its_exit_code(tmp_path):
     ended = run(tmp_path, "npu2", {"at": "step", "n": 3, "do": "SIGKILL", "rank": 1}, steps=5000)
     assert ended.code == 137 and "rank 1 was killed by SIGKILL" in ended.err and "Traceback" not in ended.err

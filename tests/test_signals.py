@@ -95,7 +95,9 @@ def test_grace_bounds_the_wait_for_a_step(tmp_path):
     assert 1.5 < time.monotonic() - began < 8 and saved(tmp_path) == [4]
 
 
-@pytest.mark.parametrize("whom", ["launcher", "group"])  # to one rank: see test_resume.py
+@pytest.mark.parametrize(
+    "whom", [pytest.param("launcher", marks=pytest.mark.slow), "group"]
+)  # to one rank: see test_resume.py
 def test_processes_agree_on_the_step_to_stop_at(whom, tmp_path):
     words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0", log_every="1 step")
     process = miniature.start(words)
