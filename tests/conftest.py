@@ -1,4 +1,4 @@
-"""Shared by all tests: a few threads, the miniature model, the binary as a user calls it, and tamed libraries."""
+"""Shared by all tests: one thread, the miniature model, the binary as a user calls it, and tamed libraries."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two threads are hardly faster at miniature size, and wait in busy loops: 10 times the time where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def pcpvt(tmp_path):
-    """Runs `python -m pcpvt.main` with the given words; returns the finished process (text output)."""
+    """Runs `python -m pcpvt.main` with the given words; returns the finished process (text output).
 
-    def call(*words: str, timeout: float = 300, check: bool = True, env: dict | None = None, cwd: Path = ROOT):
-        done = subprocess.run(
-            [sys.executable, "-m", "pcpvt.main", *words],
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    It is forked from a server of `warm`; with `cold`, or with variables of its own, by a new interpreter.
+    """
+
+    def call(
+        *words: str, timeout: float = 300, check: bool = True, env: dict | None = None, cwd: Path = ROOT, cold=False
+    ):
+        if cold or env:
+            done = subprocess.run(
+                [sys.executable, "-m", "pcpvt.main", *words],
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        else:
+            done = warm.run(["-m", "pcpvt.main", *words], os.environ, cwd, timeout)
         assert not check or done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -53,7 +63,7 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     words = ["--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.epochs=3"]
     words += ["--config.lr=3e-3", "--config.log_every=10 steps", "--config.precision=float32", f"--workdir={workdir}"]
-    subprocess.run([sys.executable, "-m", "pcpvt.main", *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    warm.run(["-m", "pcpvt.main", *words], os.environ, ROOT, timeout=300).check_returncode()
     return workdir
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import warm
 from PIL import Image
 
 from pcpvt.checkpoints import checkpoint
@@ -56,20 +57,29 @@ def words(workdir: Path, arg: str = "cpu", **fields: object) -> list[str]:
     ]
 
 
-def start(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> subprocess.Popen:
-    """Starts the binary in a session of its own; see `faults/sitecustomize.py`. `under` is a command that starts it."""
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), MARK: uuid.uuid4().hex}
-    process = subprocess.Popen(
-        [*under, sys.executable, "-m", "pcpvt.main", *command],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_hear_hangups,
-    )
-    process.mark = env[MARK]
+def start(
+    command: Sequence[str], *faults: dict, under: Sequence[str] = (), env: dict | None = None, cold: bool = False
+) -> subprocess.Popen | warm.Process:
+    """Starts the binary in a session of its own; see `faults/sitecustomize.py`. `env` holds further variables.
+
+    It is forked from a server of `warm`; with `cold`, or with a command `under` which it runs, by a new interpreter.
+    """
+    mark = uuid.uuid4().hex
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), MARK: mark, **(env or {})}
+    if under or cold:
+        process = subprocess.Popen(
+            [*under, sys.executable, "-m", "pcpvt.main", *command],
+            cwd=ROOT,
+            env={**os.environ, **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_hear_hangups,
+        )
+    else:
+        process = warm.Process(["-m", "pcpvt.main", *command], {**os.environ, **own}, ROOT)
+    process.mark = mark
     return process
 
 
@@ -77,7 +87,7 @@ def _hear_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand their deafness on
 
 
-def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
+def end(process: subprocess.Popen | warm.Process, timeout: float = 120) -> Ended:
     """Waits for a run; fails when any process of it outlives it, and ends that."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -89,25 +99,32 @@ def end(process: subprocess.Popen, timeout: float = 120) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def run(command: Sequence[str], *faults: dict, under: Sequence[str] = ()) -> Ended:
-    return end(start(command, *faults, under=under))
+def run(
+    command: Sequence[str], *faults: dict, under: Sequence[str] = (), env: dict | None = None, cold: bool = False
+) -> Ended:
+    return end(start(command, *faults, under=under, env=env, cold=cold))
 
 
-def members(process: subprocess.Popen, patience: float = 10.0) -> dict[int, str]:
-    """Processes that a run started, at any depth, in any session, and that do not end within `patience` seconds."""
+def members(process: subprocess.Popen | warm.Process, patience: float = 10.0) -> dict[int, str]:
+    """Processes of a run, at any depth, in any session, that do not end within `patience` seconds.
+
+    They have its mark in their environment, or, forked from it without a new program, are in its session.
+    """
     deadline, mark = time.monotonic() + patience, f"{MARK}={process.mark}"
     while True:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # somebody else's, or ended
-                if mark in (folder / "environ").read_text(errors="replace").split("\0"):
+                marked = mark in (folder / "environ").read_text(errors="replace").split("\0")
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if marked or (int(session) == process.pid and state != "Z"):
                     found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")[:100]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
 
 
-def await_line(process: subprocess.Popen, text: str) -> str:
+def await_line(process: subprocess.Popen | warm.Process, text: str) -> str:
     """Reads the output until a line that holds `text`; returns what was read."""
     read = ""
     for line in process.stdout:

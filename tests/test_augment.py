@@ -171,7 +171,7 @@ def test_erasing_has_timms_distribution(theirs_seeded):
     "options",
     [
         {"auto_augment": POLICY, "color_jitter": None},
-        {"color_jitter": 0.3, "scale": (0.35, 1.0), "ratio": (0.9, 1.1)},
+        pytest.param({"color_jitter": 0.3, "scale": (0.35, 1.0), "ratio": (0.9, 1.1)}, marks=pytest.mark.slow),
     ],
 )
 def test_training_images_have_the_statistics_of_timms_transform(options, timm_posterize, theirs_seeded):

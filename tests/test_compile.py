@@ -202,7 +202,7 @@ def test_failure_of_a_named_backend_is_a_one_line_error():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fails", ["forward", "backward"])
+@pytest.mark.parametrize("fails", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_blocks_fall_back_to_eager_with_one_warning(fails, blocks, capsys):
     from torch._dynamo.backends.common import aot_autograd
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 from pcpvt.data import sources
@@ -65,7 +64,12 @@ def place(trained, tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("line", [c for c in commands(README) if c.startswith("python -m pcpvt.main")])
+def marked(line: str):
+    """The bench measures the full size, 20 s long; test_bench.py measures the miniature."""
+    return pytest.param(line, marks=pytest.mark.slow) if "--mode=bench" in line else line
+
+
+@pytest.mark.parametrize("line", [marked(c) for c in commands(README) if c.startswith("python -m pcpvt.main")])
 def test_every_command_of_the_readme_runs(line, place, trained):
     """With changes for this machine: the miniature model, the CPU, and a few steps."""
     best = sorted((trained / "checkpoints").glob("step-*.safetensors"))[-1]
@@ -80,12 +84,12 @@ def test_every_command_of_the_readme_runs(line, place, trained):
         words += ["--config.model.name=pcpvt_nano", "--config.steps=2", f"--workdir={place / 'train'}-{len(line)}"]
     if mode == "export":
         words += [f"--config.export.output={place / 'exported.safetensors'}"]
-    done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True, timeout=300)
+    done = warm.run(words, os.environ, place, timeout=300)
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_every_python_example_of_the_readme_runs(number, place):
     code = blocks(README, "python")[number]
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300)
+    done = warm.run(["-c", code], os.environ, place, timeout=300)
     assert done.returncode == 0, done.stderr

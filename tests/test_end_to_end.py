@@ -34,7 +34,7 @@ def metrics(workdir):
 
 def test_training_leaves_the_promised_files_and_evaluation_gives_the_same_figures(pcpvt, nano, tmp_path):
     workdir = tmp_path / "run"
-    done = pcpvt(*nano)
+    done = pcpvt(*nano, cold=True)
     result = json.loads((workdir / "result.json").read_text())
     for name in [
         "mode",

@@ -197,7 +197,10 @@ def test_float64_weights_are_evaluated_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(
     ("precision", "ways"),
-    [("float32", [("cpu", 64), ("cpu", 7), ("cpu2", 64)]), ("auto", [("cpu", 64), ("cpu", 7), ("cpu3", 10)])],
+    [
+        ("float32", [("cpu", 64), ("cpu", 7), ("cpu2", 64)]),
+        pytest.param("auto", [("cpu", 64), ("cpu", 7), ("cpu3", 10)], marks=pytest.mark.slow),
+    ],
 )
 def test_evaluation_is_exact_at_any_world_and_batch_size(pcpvt, trained, tmp_path, precision, ways):
     """The counts are the same integers and every image is seen once; losses differ by float32 sums in another order.

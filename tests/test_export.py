@@ -171,7 +171,7 @@ def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, monkeypatch):
     assert list((tmp_path / "export").iterdir()) == []
 
 
-@pytest.mark.parametrize("form", ["timm", "pt2"])
+@pytest.mark.parametrize("form", ["timm", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_full_disk_is_a_one_line_error(form, tmp_path):
     torch.save(params(), tmp_path / "weights.pth")
     words = [f"--config.checkpoint={tmp_path / 'weights.pth'}", f"--config.export.format={form}"]

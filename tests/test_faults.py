@@ -155,7 +155,9 @@ def test_unexpected_error_of_the_system_is_one_line(tmp_path):
     assert ended.code == 2 and "config.json" in ended.error
 
 
-@pytest.mark.parametrize("shell", ['exec "$@" > /dev/full', '"$@" | head -n 3; exit ${PIPESTATUS[0]}'])
+@pytest.mark.parametrize(
+    "shell", [pytest.param('exec "$@" > /dev/full', marks=pytest.mark.slow), '"$@" | head -n 3; exit ${PIPESTATUS[0]}']
+)
 def test_training_outlives_the_reader_of_its_output(shell, tmp_path):
     ended = miniature.run(miniature.words(tmp_path), under=["bash", "-c", shell, "bash"])
     assert ended.code == 0, ended.err

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 
 from pcpvt import rng
@@ -52,22 +53,12 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """The checkpoint of a short run on the digits, made by the binary."""
-    import subprocess
-    import sys
-
     run = tmp_path_factory.mktemp("digits")
     words = (
         "--config.model.name=pcpvt_nano --config.steps=40 --config.batch_size=32 --config.lr=2e-3 --config.eval_every=0"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pcpvt.main",
-        "--config=configs/pcpvt_s.py:cpu",
-        f"--workdir={run}",
-        *words.split(),
-    ]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=120)
+    command = ["-m", "pcpvt.main", "--config=configs/pcpvt_s.py:cpu", f"--workdir={run}", *words.split()]
+    warm.run(command, os.environ, Path(__file__).parents[1], timeout=120).check_returncode()
     return run
 
 

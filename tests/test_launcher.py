@@ -7,13 +7,12 @@ import queue
 import subprocess
 import sys
 import threading
-import time
-import uuid
 from pathlib import Path
 
 import miniature
 import pytest
 import torch
+from miniature import run
 
 from pcpvt import devices
 from pcpvt.distributed import launch, signals
@@ -21,29 +20,6 @@ from pcpvt.errors import PeerError, UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LONG = {"steps": 5000, "eval_every": "0", "save_every": "0", "log_every": "1 step"}
-
-
-def run(command: list[str], *faults: dict) -> miniature.Ended:
-    """Like `miniature.run`; also asserts that no process with this run's mark is left, in any session."""
-    mark = f"PCPVT_TEST_MARK={uuid.uuid4()}"
-    ended = miniature.run(command, *faults, under=["env", mark])
-    deadline = time.monotonic() + 5
-    while left := commands_with(mark):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-    return ended
-
-
-def commands_with(mark: str) -> list[str]:
-    """Command lines of the processes whose environment contains `mark`."""
-    commands = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                commands.append((environ.parent / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return commands
 
 
 def test_killed_rank_is_named_and_no_process_is_left(tmp_path):
@@ -76,8 +52,8 @@ def test_error_of_all_ranks_is_printed_once(tmp_path):
 
 
 def test_rank_that_hangs_is_named_within_the_timeout(tmp_path):
-    """The rank does not handle signals either. It wakes after 12 s, because torchelastic kills it only after 30 s."""
-    stuck = {"at": "inside step", "n": 3, "do": "hold:12", "rank": 1}
+    """The rank does not handle signals either. It wakes after 8 s, because torchelastic kills it only after 30 s."""
+    stuck = {"at": "inside step", "n": 3, "do": "hold:8", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
     assert ended.code == signals.PEER_LOST == PeerError.exit_code
     assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
@@ -92,7 +68,7 @@ def test_rank_that_never_joins_is_named(tmp_path):
 def test_run_of_several_processes_leaves_no_temporary_files(tmp_path):
     (tmp_path / "tmp").mkdir()
     words = miniature.words(tmp_path / "run", "cpu2", steps=2, eval_every="0")
-    ended = miniature.run(words, under=["env", f"TMPDIR={tmp_path / 'tmp'}"])
+    ended = run(words, env={"TMPDIR": str(tmp_path / "tmp")})
     assert ended.code == 0 and list((tmp_path / "tmp").iterdir()) == [], ended.err
 
 

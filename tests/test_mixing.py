@@ -43,7 +43,13 @@ def timm_lambdas(spec: mixing.MixSpec, draws: int, batch: int, size: int) -> tup
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize(
-    "case", [(0.8, 1.0, 1.0, 0.5), (0.2, 1.0, 0.7, 0.3), (0.8, 0.0, 1.0, 0.5), (0.0, 1.0, 0.5, 0.5)]
+    "case",
+    [
+        pytest.param((0.8, 1.0, 1.0, 0.5), marks=pytest.mark.slow),
+        (0.2, 1.0, 0.7, 0.3),
+        (0.8, 0.0, 1.0, 0.5),
+        (0.0, 1.0, 0.5, 0.5),
+    ],
 )
 def test_draws_have_timms_distributions(mode, case):
     spec = mixing.MixSpec(*case, mode)

@@ -11,6 +11,8 @@ from torch.func import functional_call
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
 
+SIZES = ["pcpvt_s", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pcpvt_b", "pcpvt_l"))]
+
 
 @pytest.mark.parametrize(("name", "count"), [("pcpvt_s", 24_106_216), ("pcpvt_b", 43_828_456), ("pcpvt_l", 60_989_672)])
 def test_names_shapes_and_counts_equal_timms(name, count):
@@ -22,8 +24,8 @@ def test_names_shapes_and_counts_equal_timms(name, count):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
-@pytest.mark.parametrize("size", [224, 64])
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", [224, pytest.param(64, marks=pytest.mark.slow)])
 def test_float32_logits_equal_timms_to_1e_5(name, size):
     theirs = timm_model(name).eval()
     x = images(2, size, size, 3)
@@ -35,7 +37,7 @@ def test_float32_logits_equal_timms_to_1e_5(name, size):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+@pytest.mark.parametrize("name", SIZES)
 def test_float64_logits_and_gradients_equal_timms_to_1e_10(name):
     theirs = timm_model(name, num_classes=10).double().eval()
     x, y = images(2, 64, 64, 3, dtype=torch.float64), torch.tensor([3, 7])
@@ -52,7 +54,7 @@ def test_float64_logits_and_gradients_equal_timms_to_1e_10(name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+@pytest.mark.parametrize("name", SIZES)
 def test_float32_gradients_equal_timms_to_1e_4_relative(name):
     theirs = timm_model(name, num_classes=10).eval()
     x, y = images(2, 64, 64, 3), torch.tensor([3, 7])
@@ -94,7 +96,7 @@ def test_functional_call_takes_any_parameters_and_leaves_the_module_empty():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["pcpvt_s", "pcpvt_b", "pcpvt_l"])
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_features_equal_timms_intermediates_at_four_strides(name, dtype, tolerance):
     theirs = timm_model(name).to(dtype).eval()

@@ -15,11 +15,11 @@ from npu_standin import on_npu
 pytestmark = pytest.mark.skipif(npu_standin.available() is not None, reason=str(npu_standin.available()))
 
 
-def under(devices: int = 2, soc: str = "Ascend910B2") -> list[str]:
-    """The prefix of a command that gives it stand-in NPUs and the faults of `miniature`."""
-    env = npu_standin.environment(devices, soc)
-    env["PYTHONPATH"] = os.pathsep.join([str(npu_standin.SITE), str(miniature.FAULTS)])
-    return ["env", *(f"{name}={value}" for name, value in env.items() if "NPU_STANDIN" in name or name == "PYTHONPATH")]
+def environment(devices: int = 2, soc: str = "Ascend910B2") -> dict[str, str]:
+    """The variables of a program that has NPUs, and the faults of `miniature`."""
+    made = npu_standin.environment(devices, soc)
+    made["PYTHONPATH"] = os.pathsep.join([str(npu_standin.SITE), str(miniature.FAULTS)])
+    return {name: value for name, value in made.items() if "NPU_STANDIN" in name or name == "PYTHONPATH"}
 
 
 def words(workdir: Path, arg: str, **fields: object) -> list[str]:
@@ -27,10 +27,10 @@ def words(workdir: Path, arg: str, **fields: object) -> list[str]:
 
 
 def run(workdir: Path, arg: str, *faults: dict, devices: int = 2, soc: str = "Ascend910B2", **fields: object):
-    return miniature.run(words(workdir, arg, **fields), *faults, under=under(devices, soc))
+    return miniature.run(words(workdir, arg, **fields), *faults, env=environment(devices, soc))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_equals_the_cpus_bit_for_bit(count, tmp_path):
     """Training with EMA, evaluation, records and checkpoints of the whole program, with the plain kernels on both."""
     reference = miniature.run(words(tmp_path / "cpu", f"cpu{count}", ema=0.9, kernels="plain"))
@@ -46,13 +46,14 @@ def test_resumed_run_ends_bit_identical_and_is_evaluated(tmp_path):
     assert run(parts, "npu1", {"at": "step", "n": 5, "do": "SIGTERM"}, precision="bfloat16").code == 75
     assert run(parts, "npu1", precision="bfloat16").code == 0
     miniature.assert_same_run(parts, whole)
-    ended = miniature.run([*words(parts, "npu2"), "--mode=eval", "--config.precision=bfloat16"], under=under())
+    ended = miniature.run([*words(parts, "npu2"), "--mode=eval", "--config.precision=bfloat16"], env=environment())
     assert ended.code == 0, ended.err
     trained, evaluated = (json.loads((parts / name).read_text()) for name in ("result.json", "result-eval.json"))
     assert evaluated["acc1"] == trained["acc1"]
     assert evaluated["loss"] == pytest.approx(trained["loss"], rel=1e-6)  # summed over two processes
 
 
+@pytest.mark.slow  # as on CPUs: test_launcher.py
 def test_killed_rank_determines_the_exit_code(tmp_path):
     ended = run(tmp_path, "npu2", {"at": "step", "n": 3, "do": "SIGKILL", "rank": 1}, steps=5000)
     assert ended.code == 137 and "rank 1 was killed by SIGKILL" in ended.err and "Traceback" not in ended.err

@@ -181,6 +181,7 @@ def test_streams_events_and_pinned_memory_work():
     assert torch.equal(x.cpu(), host) and start.elapsed_time(end) >= 0
 
 
+@pytest.mark.slow  # a training step so compiled: test_npu.py
 @on_npu()
 def test_compiled_equals_eager_and_inductor_is_refused():
     params, image, label = example(torch.float32)

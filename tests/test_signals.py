@@ -27,7 +27,7 @@ def test_signal_before_the_first_step_saves_nothing(tmp_path):
 
 
 def test_signal_during_the_imports(tmp_path):
-    process = miniature.start(miniature.words(tmp_path))
+    process = miniature.start(miniature.words(tmp_path), cold=True)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     ended = miniature.end(process)
@@ -97,7 +97,9 @@ def test_run_ends_after_the_grace_period_without_a_step(tmp_path):
     assert 1.5 < time.monotonic() - began < 8 and saved(tmp_path) == [4]
 
 
-@pytest.mark.parametrize("target", ["launcher", "group"])  # test_resume.py has a signal to one rank
+@pytest.mark.parametrize(
+    "target", [pytest.param("launcher", marks=pytest.mark.slow), "group"]
+)  # to one rank: see test_resume.py
 def test_processes_agree_on_the_step_to_stop_at(target, tmp_path):
     words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0", log_every="1 step")
     process = miniature.start(words)

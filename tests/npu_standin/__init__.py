@@ -2,7 +2,7 @@
 
     subprocess.run([sys.executable, "-m", "pcpvt.main", ...], env=npu_standin.environment(devices=2))
     PYTHONPATH=tests python -m npu_standin -m pcpvt.main --config=configs/pcpvt_s.py:npu2   (the same from a shell)
-    @npu_standin.on_npu(devices=1)                                                          (for one test function)
+    @npu_standin.on_npu(devices=2)                                                          (for one test function)
 
 `import torch` loads it like the real torch_npu, through the entry point of `site/torch_npu-*.dist-info` on PYTHONPATH.
 It therefore exists in every child process too, whether torchelastic, spawn or a shell started it, and the program under
@@ -22,10 +22,10 @@ torch.save of npu tensors.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import warm
 
 from npu_standin import build
 
@@ -50,7 +50,7 @@ def environment(devices: int = 2, soc: str = "Ascend910B2") -> dict[str, str]:
     }
 
 
-def on_npu(devices: int = 1, soc: str = "Ascend910B2", timeout: float = 120.0) -> Callable:
+def on_npu(devices: int = 2, soc: str = "Ascend910B2", timeout: float = 120.0) -> Callable:
     """Decorator for a pytest function without arguments: its body runs in a new process that has NPUs."""
 
     def decorate(body: Callable[[], None]) -> Callable[[], None]:
@@ -61,9 +61,7 @@ def on_npu(devices: int = 1, soc: str = "Ascend910B2", timeout: float = 120.0) -
                 pytest.skip(reason)
             folder, module = os.path.dirname(body.__code__.co_filename), body.__module__
             code = f"import sys; sys.path.insert(0, {folder!r}); import {module}; {module}.{body.__name__}.body()"
-            command = [sys.executable, "-c", code]
-            env = environment(devices, soc)
-            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+            ended = warm.run(["-c", code], environment(devices, soc), Path.cwd(), timeout)
             assert ended.returncode == 0, f"exit {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
 
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
