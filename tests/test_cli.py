@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -229,7 +230,8 @@ def test_an_implied_recipe_is_noted_on_standard_output_unless_predictions_go_the
             print("the mode's own output")
             return 0
 
-    monkeypatch.setattr(main.importlib, "import_module", lambda name: Mode)
+    import_module, of_mode = importlib.import_module, f"pcpvt.{main.MODES[mode]}"
+    monkeypatch.setattr(importlib, "import_module", lambda name: Mode if name == of_mode else import_module(name))
     (tmp_path / "config.json").write_text(json.dumps(read(STOCK).to_dict()))
     command = parse(STOCK, f"--mode={mode}", "--config.data.path=DIR", f"--workdir={tmp_path}")
     config, notes = main.read_config(command)
