@@ -3,8 +3,6 @@
 Importing the package imports no other module; `pcpvt.api`, which needs torch, is imported on first use.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

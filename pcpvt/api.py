@@ -11,8 +11,6 @@ Images are uint8 and NHWC everywhere; the functions normalise them. For more, se
 `intermediates`, with attention maps on request) and `pcpvt.functional`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple

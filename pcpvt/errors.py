@@ -1,7 +1,5 @@
 """Errors for the user, each one line and an exit code; output to the standard streams."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

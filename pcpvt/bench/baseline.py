@@ -1,7 +1,5 @@
 """The peer of the benchmark: timm's model in a plain PyTorch training loop, and timm's loader, with equal settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Peak memory, whatever may run out of it, and the time to the first step are measured in separate processes.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

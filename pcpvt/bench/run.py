@@ -5,8 +5,6 @@ and the fraction of the device's measured matrix-product rate that the steps rea
 the steps' cost grows. No checkpoint is read or written.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -4,8 +4,6 @@ Each point is measured in a process of its own, so that its peak memory is its o
 that point only. Mixing is off, because it pairs samples and a batch of 1 has none to pair.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Sequence

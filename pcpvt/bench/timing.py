@@ -1,7 +1,5 @@
 """Timings that can be trusted: interleaved rounds, medians with their spread, and disturbed rounds marked."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Atomic file writes: after a crash at any point a file has its old content or its new one, never a part."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

@@ -6,8 +6,6 @@ digest covers the JSON and every tensor's name, dtype, shape and bytes, so a fli
 when the file is read. The protocol: temporary name, fsync, read back, rename, fsync of the folder, manifest, pruning.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -5,8 +5,6 @@ safetensors, checkpoints of pcpvt, and `timm:NAME` from timm's hub. Nothing in a
 flat `dict[str, Tensor]` under the reference names, or a one-line error that says what is wrong and what to do.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

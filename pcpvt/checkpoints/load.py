@@ -5,8 +5,6 @@ Weights are matched to their model by names and shapes; an error lists the diffe
 names of `config.eval.ensemble` are parsed here too.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

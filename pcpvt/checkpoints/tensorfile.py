@@ -5,8 +5,6 @@ a SIGBUS instead of an error, and tensors would be aligned as in the file, which
 `deserialize` needs the whole file in memory, but checkpoints are verified without room for all their tensors.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -5,8 +5,6 @@ Allowed in addition are `argparse.Namespace`, in which the reference code keeps 
 often found inside one, each replaced by an empty class. What else this process has allowed does not apply here.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re

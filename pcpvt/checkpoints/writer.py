@@ -1,7 +1,5 @@
 """Writes the checkpoints of a training run in a background thread, one at a time, while training continues."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field

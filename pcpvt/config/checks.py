@@ -1,7 +1,5 @@
 """Checks of one field's value: functions from a value to what is wrong with it, or to an empty string."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Parses the command line: flags, the config file and its ARG; every error is one line. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

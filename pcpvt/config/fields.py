@@ -3,8 +3,6 @@
 A new field is one entry here.
 """
 
-from __future__ import annotations
-
 import difflib
 import enum
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """The plan of a run: all steps, batch sizes and learning rates, derived from the config and the number of images."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

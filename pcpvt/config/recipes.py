@@ -3,8 +3,6 @@
 A recipe is a function that sets fields; each field that one may set is marked RECIPE in `config.fields`.
 """
 
-from __future__ import annotations
-
 import re
 
 from ml_collections import ConfigDict

@@ -3,8 +3,6 @@
 Everything here is a pure function: it reads no file, no argv and no environment variable.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any

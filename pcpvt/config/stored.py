@@ -1,7 +1,5 @@
 """Stored configs: the `config.json` of a workdir, the flat form in a checkpoint, and applying either to a config."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

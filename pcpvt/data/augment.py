@@ -8,8 +8,6 @@ round between their two passes, and Pillow chooses the order of the passes by ve
 differ.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Literal, NamedTuple

@@ -10,8 +10,6 @@ Only the header is read until pixels are requested, so that a JPEG can be decode
 simplejpeg (installed where it has wheels), full-scale JPEGs decode 1.2 times as fast, to the same pixels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

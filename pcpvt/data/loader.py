@@ -4,8 +4,6 @@ Loader processes are PyTorch's. Each builds whole batches in shared memory, and 
 the training stream has no end (see `order`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ Training reads one endless stream: the permutation of epoch 0, then of epoch 1, 
 epochs.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple, TypeVar
 

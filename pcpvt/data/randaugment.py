@@ -7,8 +7,6 @@ The policy, its magnitudes and its operations are timm's (`timm.data.auto_augmen
   general transform, and equal to it up to rounding (at most one level, in 1 % of the pixels).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

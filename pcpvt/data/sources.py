@@ -4,8 +4,6 @@ A dataset is a picklable sequence of (image, label). An image is a path, an open
 uint8 array `[h, w, 3]`; the loader decodes and augments it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Sequence

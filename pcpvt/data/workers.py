@@ -1,7 +1,5 @@
 """Loader processes: their signals, the end of their lifetime, and error messages when one of them dies."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

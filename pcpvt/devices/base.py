@@ -1,7 +1,5 @@
 """The device interface, and functions of the host; `pcpvt.devices.get(name)` returns one of three implementations."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

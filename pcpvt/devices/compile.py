@@ -9,8 +9,6 @@ Shapes are fixed and nothing is drawn inside, so every step runs the same code o
 The fused optimizer kernels are not compiled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import torch

@@ -1,7 +1,5 @@
 """Plain CPUs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

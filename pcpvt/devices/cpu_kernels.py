@@ -6,8 +6,6 @@ AVX2 on processors of other vendors: oneDNN's product is twice as fast on AVX-51
 190 GFLOP/s). The operator, `mkldnn._linear_pointwise`, is the one that PyTorch's own compiler emits for CPUs.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """CUDA GPUs."""
 
-from __future__ import annotations
-
 import torch
 
 from pcpvt.devices.base import Device

@@ -6,8 +6,6 @@ the torch_npu 2.13 wheel by tests/test_wheel.py.
 
 # mypy: disable-error-code="attr-defined"
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

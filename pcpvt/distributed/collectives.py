@@ -4,8 +4,6 @@ A process that dies or hangs ends the run: the others detect it within `config.t
 `PeerError` that names its rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -3,8 +3,6 @@
 Signals are forwarded to every rank, the exit code is the first failed rank's, and no process outlives this one.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

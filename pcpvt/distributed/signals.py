@@ -10,8 +10,6 @@ Exit codes beside 0 (done) and 2 (an error meant for the user): the two below, a
 before it had saved.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

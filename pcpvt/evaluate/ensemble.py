@@ -12,8 +12,6 @@ On devices with `torch.func.vmap` all members run as one model whose weights hav
 compiled, one by one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Evaluation of a whole split: exact counts at any world size, in a loop that can be stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

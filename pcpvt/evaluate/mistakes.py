@@ -6,8 +6,6 @@ maximum; nothing is read back from the device before the end. Every process fill
 file is exact at any world size.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable

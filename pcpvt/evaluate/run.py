@@ -1,7 +1,5 @@
 """`--mode=eval`: one checkpoint or an ensemble on the validation split."""
 
-from __future__ import annotations
-
 import time
 
 from pcpvt.checkpoints.load import check_labels, load_configured

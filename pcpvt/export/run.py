@@ -20,8 +20,6 @@ and needs no device.
 - Not verified here, because CANN was not available: the conversion itself, its accuracy and its speed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Evaluation metrics as sums and counts, which are added over batches and ranks and divided once at the end."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -5,8 +5,6 @@ with sample 2i + 1. The order of samples is random, so this is equivalent to tim
 does not depend on how a batch is split into even parts. Shapes do not depend on data: one compiled graph serves all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The training objective and the predict function: pure functions from pixels to the loss and to logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ parameters in the same pass, are faster. Updates reuse the memory of the state a
 learning rate is a float computed on the host from the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

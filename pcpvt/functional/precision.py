@@ -5,8 +5,6 @@ compute dtype once per step, gradients are taken in it and summed in the paramet
 output dtype before the loss.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import NamedTuple

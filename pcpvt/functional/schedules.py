@@ -1,7 +1,5 @@
 """Learning-rate schedules: pure functions of the step, computed in float64 on the host."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """TrainState: everything that changes during training, and its flattened form, whose names checkpoints use."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ the kernels (inside `objective`), the sum over replicas, the gradient implementa
 donates its input: it may reuse the memory of the state it is given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import torch

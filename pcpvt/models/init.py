@@ -4,8 +4,6 @@ Linear: normal, std 0.02, bias 0. (The reference truncates at +-2, a hundred sta
 Norm: weight 1, bias 0. Convolution: normal with std sqrt(2 / fan_out), fan_out = kh * kw * out / groups, bias 0.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ and shapes are those of the Twins reference checkpoints, so a convolution whose 
 convolution's weight `[out, in, k, k]` although it is computed as a linear map over patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

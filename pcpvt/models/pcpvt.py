@@ -4,8 +4,6 @@ Source: Chu et al. 2021, "Twins: Revisiting the Design of Spatial Attention in V
 code where the two differ. A model is built on the meta device: it has names and shapes but no weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -10,8 +10,6 @@ Limits: a position of the map depends on more of the image than the square it is
 neighbouring squares; and "for the class" means for this network's output, right or wrong, not for the object.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

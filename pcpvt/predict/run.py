@@ -1,7 +1,5 @@
 """`--mode=predict`: the most probable classes of image files, in a file or alone on standard output."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

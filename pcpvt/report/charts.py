@@ -1,7 +1,5 @@
 """Curves as data for the charts' template: positions in the SVG, axes with round numbers, and labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The files of a workdir, read for the report: either the config or the metrics must exist, the rest is optional."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`--mode=report`, and the end of a training: `report.html` from the files of a workdir, readable offline."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

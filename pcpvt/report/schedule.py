@@ -1,7 +1,5 @@
 """`--mode=schedule`: the learning rate of any config, without training: printed, as CSV and as a chart."""
 
-from __future__ import annotations
-
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config.plan import make_plan
 from pcpvt.report.charts import Series, chart

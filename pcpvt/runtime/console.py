@@ -3,8 +3,6 @@
 Warnings go to standard error from the process that meets them; a live line is erased first.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

@@ -1,7 +1,5 @@
 """`environment.json`: versions, device, processes and precision of a training run, written when it starts."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import time

@@ -6,8 +6,6 @@ as alive unless it ran on this host and no longer exists. The filelock package r
 handles the lack of flock for ENOSYS only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

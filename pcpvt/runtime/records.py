@@ -1,7 +1,5 @@
 """The output files of a run: `config.json`, `metrics.jsonl`, `result.json`, and the workdir that holds them."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """The session of one process (config, device, processes, precision, kernels), and how modes open data and models."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

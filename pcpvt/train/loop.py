@@ -4,8 +4,6 @@ Everything that decides what comes next is in the state or the history, which ch
 continues as if it had not been interrupted.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ A trial checkpoint of the real size is written, synced, read back and removed. N
 second step, which neither compiles nor starts loader processes, gives the expected duration.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import textwrap

@@ -1,7 +1,5 @@
 """Resuming: the newest valid checkpoint of a workdir, its compatibility with the config, and its state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint

@@ -1,7 +1,5 @@
 """`--mode=train`: prepare a run, check it, train, and write its result and report."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

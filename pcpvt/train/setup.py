@@ -1,7 +1,5 @@
 """Setup of a training run: data, model, plan, optimizer, step, and the state that the run starts from."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable, Collection, Sequence

@@ -4,8 +4,6 @@ MFU counts the operations that the model needs (a multiply-add is 2, the backwar
 those of recomputation or padding (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
-from __future__ import annotations
-
 import functools
 import re
 

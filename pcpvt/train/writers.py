@@ -3,8 +3,6 @@
 The loop calls every writer in a list with the same data; another destination is another subclass of `Writer`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
