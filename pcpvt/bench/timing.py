@@ -54,12 +54,10 @@ def figures(rounds: Sequence[Round], images: int) -> dict[str, Any]:
     """Median and interquartile range of calls that process `images` each, in images/s and ms."""
     count, (low, median, high) = _clean_quartiles(rounds)
     return {
-        "images_per_sec": round(images / median, 3),
-        "ms": round(median * 1e3, 3),
+        "images_per_sec": round(images / median, 3), "ms": round(median * 1e3, 3),
         "ms_quartiles": [round(low * 1e3, 3), round(high * 1e3, 3)],
-        "rounds": count,
-        "disturbed_rounds": sum(disturbed for _, disturbed in rounds),
-    }
+        "rounds": count, "disturbed_rounds": sum(disturbed for _, disturbed in rounds),
+    }  # fmt: skip
 
 
 def ratio(peer: Sequence[Round], ours: Sequence[Round]) -> dict[str, Any]:

@@ -90,19 +90,13 @@ def make_plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batc
     lr = config.lr if config.lr is not None else config.base_lr * batch / 512
     plan = Plan(
         size=(config.image_size, config.image_width or config.image_size),
-        num_classes=num_classes,
-        examples=examples,
-        steps=max(1, in_steps(*length, batch, examples)),
-        batch=batch,
-        local_batch=local,
-        grad_accum_steps=grad_accum_steps,
-        lr=lr,
-        schedule=schedules.constant(lr),
+        num_classes=num_classes, examples=examples, steps=max(1, in_steps(*length, batch, examples)),
+        batch=batch, local_batch=local, grad_accum_steps=grad_accum_steps, lr=lr, schedule=schedules.constant(lr),
         eval_every=_interval(config.eval_every, batch, examples),
         save_every=_interval(config.save_every, batch, examples),
         log_every=_interval(config.log_every, batch, examples),
         eval_batch=eval_batch(config),
-    )
+    )  # fmt: skip
     return plan._replace(schedule=_schedule(config, plan))
 
 

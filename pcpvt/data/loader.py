@@ -162,27 +162,15 @@ class Loader:
     """
 
     def __init__(
-        self,
-        batches: TrainBatches | EvalBatches,
-        indices: Sequence[int],
-        workers: int,
-        *,
-        start: str = "forkserver",
-        pin: bool = False,
-    ):
+        self, batches: TrainBatches | EvalBatches, indices: Sequence[int], workers: int, *,
+        start: str = "forkserver", pin: bool = False,
+    ):  # fmt: skip
         self.loader = torch.utils.data.DataLoader(
-            _Timed(batches),
-            batch_size=None,
-            sampler=indices,
-            num_workers=workers,
-            collate_fn=_identity,
-            prefetch_factor=2 if workers else None,
-            multiprocessing_context=start if workers else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=init_worker,
+            _Timed(batches), batch_size=None, sampler=indices, num_workers=workers, collate_fn=_identity,
+            prefetch_factor=2 if workers else None, multiprocessing_context=start if workers else None,
+            persistent_workers=workers > 0, worker_init_fn=init_worker, pin_memory=pin,
             generator=torch.Generator(),  # for the workers' seeds (unused), in place of torch's global generator
-            pin_memory=pin,
-        )
+        )  # fmt: skip
         self.workers, self.seconds = workers, 0.0
         self._started: Iterator[_Read] | None = None
 

@@ -171,13 +171,9 @@ def synthetic(split: str, size: tuple[int, int], num_classes: int, count: int = 
 
 
 def open_split(
-    name: str,
-    path: str,
-    split: str,
-    size: tuple[int, int],
-    num_classes: int | None = None,
-    val_split: str = "validation",
-) -> Dataset:
+    name: str, path: str, split: str, size: tuple[int, int],
+    num_classes: int | None = None, val_split: str = "validation",
+) -> Dataset:  # fmt: skip
     """One split of a dataset.
 
     Args:

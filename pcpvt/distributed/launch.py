@@ -42,19 +42,14 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     }
     os.environ.update(defaults | os.environ)
     setup = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.processes,
+        min_nodes=1, max_nodes=1, nproc_per_node=config.processes,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # the default is a folder in /tmp that nobody removes
-        run_id=uuid.uuid4().hex,
-        role="pcpvt",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
+        run_id=uuid.uuid4().hex, role="pcpvt",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
         max_restarts=0,  # a restart would hide the failure; the same command resumes
         monitor_interval=0.2,
         signals_to_handle="SIGQUIT",  # SIGTERM, SIGINT and SIGHUP are forwarded instead, so that the ranks save
-    )
+    )  # fmt: skip
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:

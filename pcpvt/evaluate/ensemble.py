@@ -109,20 +109,13 @@ def run(session: Session) -> int:
     assert summaries is not None  # nothing stops it
     *each, blend, average = summaries
     names = [f"{m.path} ({m.which})" for m in loaded]
-    rows = [
-        *zip(names, each, strict=True),
-        ("soup (mean of weights)", blend),
-        ("ensemble (mean of probabilities)", average),
-    ]
-    for name, summary in rows:
+    names += ["soup (mean of weights)", "ensemble (mean of probabilities)"]
+    for name, summary in zip(names, summaries, strict=True):
         console.say(f"{name}: {evaluator.report(summary)}")
     described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(loaded, each, strict=True)]
     figures = {
-        **average,
-        "epochs": None,
-        "checkpoint": config.eval.ensemble,
-        "weights": "ensemble",
+        **average, "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
         "ensemble": {"members": described, "average": average, "soup": blend, "vmap": vmaps(session)},
-    }
+    }  # fmt: skip
     evaluator.write_result(session, model, figures, time.perf_counter() - began)
     return 0

@@ -99,13 +99,10 @@ def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], 
     """Write `result-eval.json`, and `result.json` unless a training has left one, on the main process."""
     path = session.workdir / "result-eval.json"
     result = {
-        "mode": "eval",
-        **figures,
-        "images": figures["seen"],
-        "images_per_sec": round(figures["seen"] / seconds, 2),
-        "seconds": round(seconds, 2),
+        "mode": "eval", **figures, "images": figures["seen"],
+        "images_per_sec": round(figures["seen"] / seconds, 2), "seconds": round(seconds, 2),
         "n_parameters": pcpvt.n_parameters(model),
-    }
+    }  # fmt: skip
     if session.world.is_main:
         records.write_json(path, result)
         training = session.workdir / "result.json"

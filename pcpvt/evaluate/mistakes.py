@@ -93,10 +93,8 @@ def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, i
         "mistakes": [
             {
                 "name": dataset.name(int(i)),
-                "label": int(table["label"][i]),
-                "predicted": int(table["predicted"][i]),
-                "confidence": round(float(table["confidence"][i]), 4),
-                "own": round(float(table["own"][i]), 4),
+                **{name: int(table[name][i]) for name in ("label", "predicted")},
+                **{name: round(float(table[name][i]), 4) for name in ("confidence", "own")},
                 "picture": thumbnail(dataset[int(i)][0], size, crop),
             }
             for i in ids

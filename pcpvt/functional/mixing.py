@@ -67,15 +67,13 @@ def mixing_draws(
     return np.repeat(lam, repeats).astype(np.float32), np.repeat(box, repeats, axis=0).astype(np.int32)
 
 
-def decode_images(
-    image: Tensor, erase: Tensor | None, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
-) -> Tensor:
+def decode_images(image: Tensor, erase: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalised images, with the noise of random erasing decoded inside the erasing boxes.
 
     Args:
         image: uint8 `[B, H, W, 3]`.
         erase: int32 `[B, 4]` (top, bottom, left, right), or None. See `data.augment.erase` for the codes.
-        mean, std: per channel, for values in 0..1; numbers, or tensors `[3]` on the images' device.
+        mean, std: per channel, for values in 0..1.
 
     Returns:
         float32 `[B, H, W, 3]`.
@@ -118,10 +116,8 @@ def mix_targets(
     return soft * own + _partners(soft) * (1 - own)
 
 
-def _channels(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     """`[C]`, filled on the device: a copy from the host would synchronize, and break graph capture."""
-    if isinstance(values, Tensor):
-        return values
     return torch.cat([torch.full((1,), value, device=like.device, dtype=like.dtype) for value in values])
 
 

@@ -86,13 +86,9 @@ def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float]
 
 
 def adamw(
-    schedule: Schedule,
-    groups: list[Group],
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    *,
+    schedule: Schedule, groups: list[Group], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *,
     honors_found_inf: bool = True,
-) -> Optimizer:
+) -> Optimizer:  # fmt: skip
     """AdamW (Loshchilov & Hutter 2019) with torch.optim.AdamW's arithmetic, one fused kernel call per group.
 
     State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
@@ -127,23 +123,12 @@ def adamw(
             grad_scale = None
         for group in groups:
             names = group.names
+            p, g, m, v = ([tensors[name] for name in names] for tensors in (params, leaves, mu, nu))
             torch._fused_adamw_(
-                [params[n] for n in names],
-                [leaves[n] for n in names],
-                [mu[n] for n in names],
-                [nu[n] for n in names],
-                [],
-                [count] * len(names),
-                lr=lr * group.lr_scale,
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=group.weight_decay,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
+                p, g, m, v, [], [count] * len(names),
+                lr=lr * group.lr_scale, beta1=betas[0], beta2=betas[1], weight_decay=group.weight_decay, eps=eps,
+                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+            )  # fmt: skip
         return params, {"count": count, "mu": mu, "nu": nu}
 
     return Optimizer(init, update)

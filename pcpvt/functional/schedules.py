@@ -24,13 +24,9 @@ def warmup_cosine(lr: float, steps: int, warmup: int, warmup_lr: float = 1e-6, m
 
 
 def reference(
-    lr: float,
-    epochs: float,
-    warmup_epochs: float,
-    epoch_of: Callable[[int], int],
-    warmup_lr: float = 1e-6,
-    min_lr: float = 1e-5,
-) -> Schedule:
+    lr: float, epochs: float, warmup_epochs: float, epoch_of: Callable[[int], int],
+    warmup_lr: float = 1e-6, min_lr: float = 1e-5,
+) -> Schedule:  # fmt: skip
     """The Twins reference code's schedule: constant within an epoch and one epoch late.
 
     It is stepped after each epoch with that epoch's number, so epochs 0 and 1 both run at `warmup_lr` (at `lr` without

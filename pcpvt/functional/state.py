@@ -45,9 +45,3 @@ def unflatten(template, flat: dict[str, Tensor], prefix: str = ""):
     items = template._asdict() if named else template
     values = {name: unflatten(v, flat, f"{prefix}/{name}" if prefix else name) for name, v in items.items()}
     return type(template)(**values) if named else values
-
-
-def to_device(state: TrainState, device: torch.device | str) -> TrainState:
-    """The same state with every leaf on `device`, except `step`, which stays on the host."""
-    flat = {name: leaf if name == "step" else leaf.to(device) for name, leaf in flatten(state).items()}
-    return unflatten(state, flat)

@@ -18,7 +18,6 @@ from pcpvt.functional.state import TrainState
 from pcpvt.models.pcpvt import Params
 
 Objective = Callable[[Params, Batch, Tensor], Tensor]  # (params, batch, factor) -> factor * sum of losses
-ValueAndGrad = Callable[[Objective], Callable[..., tuple[Tensor, Params]]]
 
 
 def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):

@@ -62,18 +62,14 @@ def render_report(runs: Sequence[RunData]) -> str:
     figures, defaults = [_figures(run) for run in runs], stored.flat(fields.base())
     recipe = {name: [run.config.get(name) for run in runs] for name in sorted({n for run in runs for n in run.config})}
     return render(
-        f"{title} and {more} more" if more else title,
-        _charts(runs),
-        "report.html",
-        subtitle=_subtitle(main),
-        runs=runs,
-        figures=figures,
+        f"{title} and {more} more" if more else title, _charts(runs), "report.html",
+        subtitle=_subtitle(main), runs=runs, figures=figures,
         columns=list(dict.fromkeys(name for texts in figures for name in texts)),
         classes=data.summarize_classes(main.details),
         recipe=recipe,
         differing={name: values for name, values in recipe.items() if any(value != values[0] for value in values)},
         changed={n: value for n, value in main.config.items() if n not in defaults or defaults[n] != value},
-    )
+    )  # fmt: skip
 
 
 def render(title: str, charts: Sequence[dict[str, Any]], template: str = "page.html", **values: Any) -> str:

@@ -93,16 +93,11 @@ def train_record(history: History, plan: Plan, step: int, rate: Rate, mfu: float
     """The record of the steps since the last one, as a line of `metrics.jsonl`."""
     window = history.window
     entry: dict[str, Any] = {
-        "kind": "train",
-        "step": step,
-        "epoch": _epoch(plan, step),
+        "kind": "train", "step": step, "epoch": _epoch(plan, step),
         "loss": window.loss / window.steps if window.steps else math.nan,
-        "lr": plan.schedule(step - 1),
-        "grad_norm": window.grad_norm,
-        "skipped": window.skipped,
-        "images_per_sec": round(rate.images_per_sec, 2),
-        "waiting": round(rate.waiting, 4),
-    }
+        "lr": plan.schedule(step - 1), "grad_norm": window.grad_norm, "skipped": window.skipped,
+        "images_per_sec": round(rate.images_per_sec, 2), "waiting": round(rate.waiting, 4),
+    }  # fmt: skip
     if history.replaced:
         entry["replaced"] = history.replaced
     if mfu is not None:

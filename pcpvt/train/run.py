@@ -102,19 +102,13 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     return {
         "mode": "train",
         **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
-        "best_step": best_step,
-        "images": step * plan.batch,
-        "images_per_sec": round(history.images_per_sec(plan.batch), 2),
-        "epochs": plan.epochs,
-        "steps": step,
-        "seconds": round(elapsed(setup, history), 2),
-        "n_parameters": pcpvt.n_parameters(setup.model),
-        "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)),
-        "last": history.metrics,
-        "device": session.device.describe(),
-        "processes": session.world.size,
+        "best_step": best_step, "images": step * plan.batch,
+        "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
+        "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),
+        "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)), "last": history.metrics,
+        "device": session.device.describe(), "processes": session.world.size,
         **{name: count for name, count in counts.items() if count},
-    }
+    }  # fmt: skip
 
 
 def _earlier_result(session: Session, result: dict[str, Any]) -> dict[str, Any] | None:

@@ -90,12 +90,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
 
     meta = {
         "config": stored.flat(config) | resume.origin(resumed),
-        "model": config.model.name,
-        "pad": config.model.pad,
-        "classes": classes,
-        "image_size": list(session.size),
-        "examples": plan.examples,
-    }
+        "model": config.model.name, "pad": config.model.pad, "classes": classes,
+        "image_size": list(session.size), "examples": plan.examples,
+    }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch)
     train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
