@@ -201,23 +201,23 @@ def init_params(
     return params, notes
 
 
-def _listed(picked: Collection[str], params: pcpvt.Params) -> str:
-    share = sum(params[n].numel() for n in picked) / sum(v.numel() for v in params.values())
-    listed = stems(picked, list(params))
+def _listed(selected: Collection[str], params: pcpvt.Params) -> str:
+    share = sum(params[n].numel() for n in selected) / sum(v.numel() for v in params.values())
+    listed = stems(selected, list(params))
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    return f"{len(picked)} of {len(params)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}"
+    return f"{len(selected)} of {len(params)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}"
 
 
-def stems(picked: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:
-    """Names in short: a stem such as `blocks.0` stands for all names below it when all of them are picked."""
-    inside = set(picked)
+def stems(selected: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:
+    """Names in short: a stem such as `blocks.0` stands for all names below it when all of them are selected."""
+    inside = set(selected)
     if inside.issuperset(names):
         return [stem]
     parts: dict[str, list[str]] = {}
     for name in names:
         part = name.removeprefix(stem).lstrip(".").partition(".")[0]
         parts.setdefault(f"{stem}.{part}".lstrip("."), []).append(name)
-    return [s for part, below in parts.items() if inside.intersection(below) for s in stems(picked, below, part)]
+    return [s for part, below in parts.items() if inside.intersection(below) for s in stems(selected, below, part)]
 
 
 def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
