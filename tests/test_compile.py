@@ -123,6 +123,7 @@ def test_blocks_of_a_stage_share_compiled_code_and_equal_eager_bit_for_bit(block
     assert_same_run(result, train(autograd_value_and_grad))
 
 
+@pytest.mark.slow  # one size: test_blocks_of_a_stage_share_compiled_code...
 def test_model_stays_compiled_with_several_image_sizes(blocks):
     count = CountingBackend()
     model, params = nano_state(torch.float32)

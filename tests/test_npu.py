@@ -135,6 +135,7 @@ def state_after_steps(device, value_and_grad=None) -> dict[str, torch.Tensor]:
     return {name: value.cpu() for name, value in state.flatten(ts).items()}
 
 
+@pytest.mark.slow  # the whole program: test_run_equals_the_cpus_bit_for_bit
 @on_npu()
 def test_steps_equal_the_cpus_bit_for_bit():
     from pcpvt import devices
