@@ -15,6 +15,11 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers for the whole suite, however many cores there are; none for named files, which begin sooner so."""
+    return 0 if config.option.file_or_dir else 2
+
+
 @pytest.fixture
 def pcpvt(tmp_path):
     """Runs `python -m pcpvt.main` with the given words; returns the finished process (text output).
