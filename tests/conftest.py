@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, the miniature model, the binary as a user calls it, and tamed libraries."""
+"""Fixtures of all tests: the program as a user calls it, a finished miniature run, seeded reference libraries."""
 
 from __future__ import annotations
 

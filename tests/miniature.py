@@ -1,4 +1,4 @@
-"""Runs of the real binary at miniature size, with faults injected from outside, and what is compared between runs."""
+"""Runs of the real program at miniature size, with injected faults, and comparisons between runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def start(
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=_hear_hangups,
+            preexec_fn=_restore_sighup,
         )
     else:
         process = warm.Process(["-m", "pcpvt.main", *command], {**os.environ, **own}, ROOT)
@@ -83,8 +83,8 @@ def start(
     return process
 
 
-def _hear_hangups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand their deafness on
+def _restore_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests would pass its ignored SIGHUP on
 
 
 def end(process: subprocess.Popen | warm.Process, timeout: float = 120) -> Ended:
@@ -114,7 +114,7 @@ def members(process: subprocess.Popen | warm.Process, patience: float = 10.0) ->
     while True:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # somebody else's, or ended
+            with contextlib.suppress(OSError):  # of another user, or ended
                 marked = mark in (folder / "environ").read_text(errors="replace").split("\0")
                 state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
                 if marked or (int(session) == process.pid and state != "Z"):

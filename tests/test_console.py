@@ -1,4 +1,4 @@
-"""The progress display, the sliding rate, utilisation, and TensorBoard's events."""
+"""Console output, the progress line, the sliding rate, MFU, and TensorBoard events."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The binary as a user calls it, at miniature size: train, look at the files, evaluate, train on a folder of images."""
+"""The program as a user calls it, at miniature size: training, its files, evaluation, an image folder, bad input."""
 
 from __future__ import annotations
 

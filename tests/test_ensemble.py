@@ -1,4 +1,4 @@
-"""Ensembles: vmap and loop agree, members are what they are alone, averages and soups are what their names say."""
+"""Ensembles: vmap and loop agree, members equal their own evaluation, averages and soups match their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluating any checkpoint: ours with its own config, foreign ones under the command line's; averages on request."""
+"""Evaluation of our own and of foreign checkpoints, with raw or averaged weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks, data, loader processes, ranks and numbers fail: a clear line in bounded time, and nothing earlier is lost."""
+"""Faults of disks, data, loader processes, ranks and numbers: one clear line in bounded time, no saved state lost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     assert third.code == 75, third.err
 
 
-def test_lock_without_flock_tells_the_dead_from_the_living(tmp_path, monkeypatch):
+def test_lock_without_flock_detects_whether_its_holder_lives(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(lock.errno.ENOLCK, "No locks available")
 
@@ -86,7 +86,7 @@ def test_lock_without_flock_tells_the_dead_from_the_living(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "\xff" * 5000])
-def test_unreadable_lock_file_names_nobody(tmp_path, text):
+def test_unreadable_lock_file_is_taken_over(tmp_path, text):
     (tmp_path / lock.NAME).write_bytes(text.encode("latin-1"))
     with lock.held(tmp_path) as note:
         assert note == ""

@@ -1,4 +1,4 @@
-"""Fine-tuning: weights come over, the head is replaced or kept and said, frozen leaves stay to the bit."""
+"""Fine-tuning: weights are loaded, the head is replaced or kept with a note, frozen parameters do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation knows beyond its averages, and how the report shows it, at any world size and of any file."""
+"""`details.json` (confusions, mistakes) at any world size, and how the report shows it, also when it is damaged."""
 
 import json
 import shutil

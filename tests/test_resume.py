@@ -1,4 +1,4 @@
-"""A run that was cut anywhere and started again with the same command is, to the bit, the run that was not cut."""
+"""Resuming: a run interrupted anywhere and continued by the same command equals an uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
