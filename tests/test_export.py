@@ -101,6 +101,7 @@ def test_pt2_takes_any_batch_and_size_and_carries_its_description(captured, tmp_
         assert archive.read(name) == b"about it"
 
 
+@pytest.mark.slow  # any size: test_pt2_takes_any_batch_and_size_and_carries_its_description
 def test_pt2_of_a_fixed_size_takes_any_batch_and_only_that_size(tmp_path):
     fixed = export.capture(models.build("pcpvt_nano", 3), params(), (40, 72), dynamic_size=False)
     assert len(compare(fixed, export.write_pt2, tmp_path / "a.pt2")) == 2
