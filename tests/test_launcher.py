@@ -52,8 +52,8 @@ def test_error_of_all_ranks_is_printed_once(tmp_path):
 
 
 def test_rank_that_hangs_is_named_within_the_timeout(tmp_path):
-    """The rank does not handle signals either. It wakes after 8 s, because torchelastic kills it only after 30 s."""
-    stuck = {"at": "inside step", "n": 3, "do": "hold:8", "rank": 1}
+    """The rank does not handle signals either. It wakes after 10 s, because torchelastic kills it only after 30 s."""
+    stuck = {"at": "inside step", "n": 3, "do": "hold:10", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), stuck)
     assert ended.code == signals.PEER_LOST == PeerError.exit_code
     assert "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
