@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from pcpvt.distributed import signals
 from pcpvt.errors import UserError, printable, put, show
@@ -111,29 +111,24 @@ def entry() -> None:
     except SystemExit as ended:
         help_flags = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
         sys.exit(0 if help_flags and ended.code == 1 else ended.code)  # absl exits with 1 after --help
-    except UserError as error:  # of the command line, which is the same in all processes: one of a host reports it
-        _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
-    except signals.Stopped:
-        _end_stopped()
-    except RuntimeError as error:
-        if signals.stopped_before_saving():  # a module that was being imported replaced Stopped by an error of its own
-            _end_stopped()
-        if "backend extension" not in str(error):
-            raise
-        # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
-        logging.disable()  # torch is half imported, and its exit hooks would log errors
-        what = f"{str(error).splitlines()[0]} ({error.__cause__})"
-        _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
-    except OSError as error:
-        where = error.filename if error.filename is not None else type(error).__name__
-        _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
-
-
-def _end_stopped() -> NoReturn:
-    signals.ignore_from_now()
-    if os.environ.get("RANK", "0") == "0":
-        put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
-    sys.exit(signals.PREEMPTED)
+    except (Exception, signals.Stopped) as error:
+        # A module that was being imported may have replaced Stopped by an error of its own.
+        if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
+            signals.ignore_from_now()
+            if os.environ.get("RANK", "0") == "0":
+                put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
+            sys.exit(signals.PREEMPTED)
+        if isinstance(error, UserError):  # of the command line, the same in all processes: one of a host reports it
+            _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
+        if isinstance(error, OSError):
+            where = error.filename if error.filename is not None else type(error).__name__
+            _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
+        if isinstance(error, RuntimeError) and "backend extension" in str(error):
+            # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
+            logging.disable()  # torch is half imported, and its exit hooks would log errors
+            what = f"{str(error).splitlines()[0]} ({error.__cause__})"
+            _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
+        raise
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
