@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pcpvt import main
+from pcpvt.config.fields import DEVICES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pcpvt"
 
@@ -54,11 +57,17 @@ def imported_modules(path: Path) -> list[tuple[str, str, int]]:
 
 
 def edges() -> dict[str, list[tuple[str, int]]]:
-    """Module to the modules it imports, with the line."""
-    return {
+    """Module to the modules it imports, with the line; line 0: imports by a computed name."""
+    by_name = [("pcpvt.main", f"pcpvt.{module}") for module in main.MODES.values()]
+    by_name += [("pcpvt.devices", f"pcpvt.devices.{name}") for name in DEVICES]
+    graph = {
         module: [(name, line) for name, _, line in imported_modules(path) if name != module]
         for module, path in MODULES.items()
     }
+    for importer, module in by_name:
+        assert module in MODULES, module
+        graph[importer].append((module, 0))
+    return graph
 
 
 def upward(graph: dict[str, list[tuple[str, int]]]) -> list[str]:

@@ -19,6 +19,12 @@ from pcpvt.errors import UserError
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+def image_files(folder: str) -> list[str]:
+    """The sorted paths of all images below a folder, by their EXTENSIONS; links to folders are followed."""
+    paths = (os.path.join(parent, file) for parent, _, files in os.walk(folder, followlinks=True) for file in files)
+    return sorted(path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS)
+
+
 class Dataset(Protocol):
     classes: list[str]
     in_memory: bool  # images are decoded already, so no loader processes are needed
@@ -61,15 +67,10 @@ class Folder:
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
             folder = os.path.join(root, name)
-            paths = [
-                os.path.join(parent, file)
-                for parent, _, files in os.walk(folder, followlinks=True)
-                for file in files
-                if os.path.splitext(file)[1].lower() in EXTENSIONS
-            ]
+            paths = image_files(folder)
             if not paths:
                 raise UserError(f"{folder}: no images in this class folder: add some or remove the folder")
-            self.samples += [(path, label) for path in sorted(paths)]
+            self.samples += [(path, label) for path in paths]
 
     def __len__(self) -> int:
         return len(self.samples)

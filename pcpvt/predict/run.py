@@ -18,7 +18,7 @@ from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.loader import EvalBatches
-from pcpvt.data.sources import EXTENSIONS, Folder
+from pcpvt.data.sources import Folder, image_files
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
 from pcpvt.runtime import session as sessions
@@ -44,8 +44,7 @@ def find(pattern: str) -> list[str]:
         raise UserError("config.predict.images: not set: give a file, a folder or a pattern like 'photos/*.jpg'")
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        inside = (os.path.join(folder, f) for folder, _, files in os.walk(pattern, followlinks=True) for f in files)
-        paths = [path for path in inside if os.path.splitext(path)[1].lower() in EXTENSIONS]
+        paths = image_files(pattern)
     elif os.path.exists(pattern):  # before patterns: a file name may contain brackets
         paths = [pattern]
     else:

@@ -45,7 +45,7 @@ def train(
     try:
         if owes_evaluation(plan, history, step):  # the run was interrupted between this checkpoint and its evaluation
             history, stopped = _evaluate(setup, state, history, writers, saver)
-        batches = iter(session.device.prefetch(setup.loader))
+        batches = iter(session.device.prefetch(setup.train_loader))
         while step < plan.steps and not stopped:
             # Stop when asked. All processes take the same decision at the same step.
             if stop_requested():
@@ -89,7 +89,10 @@ def train(
             if step - start == 1:
                 first_seconds = seconds
             elif step - start == 2:
-                preflight.announce_duration(setup, step, first_seconds, seconds, waited)
+                memory, images = session.device.memory_stats(), len(setup.split.dataset)
+                setup.console.say(preflight.expectation(plan, step, images, first_seconds, seconds, memory))
+                reader = setup.train_loader
+                setup.console.say(preflight.feeding(reader.seconds, seconds - waited, reader.workers))
             if logs:
                 entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec))
                 history = history._replace(window=Window(), records=history.records + 1)

@@ -8,33 +8,36 @@ import math
 import shutil
 import textwrap
 import time
+from collections.abc import Callable
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import copy_to_host
 from pcpvt.config import fields, stored
+from pcpvt.config.plan import Plan
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
 from pcpvt.runtime.console import duration
-from pcpvt.train.setup import TrainSetup
+from pcpvt.runtime.session import Session
+
+Say = Callable[[str], None]
 
 EVALUATION = 1 / 3  # of a training step's time per image: no backward pass (an estimate)
 WIDTH = 118
 
 
-def announce_run(setup: TrainSetup, step: int) -> None:
-    """Print what the run will be, in about ten lines."""
-    session, plan, config, say = setup.session, setup.plan, setup.session.config, setup.console.say
-    device, processes, pieces = session.device, session.world.size, plan.grad_accum_steps
+def announce_run(session: Session, plan: Plan, model: pcpvt.PCPVT, validation_images: int, say: Say) -> None:
+    """Print what the run will be."""
+    config, device, processes, pieces = session.config, session.device, session.world.size, plan.grad_accum_steps
     say(
-        f"model: {config.model.name}, {pcpvt.n_parameters(setup.model):,} parameters, {plan.num_classes} classes, "
+        f"model: {config.model.name}, {pcpvt.n_parameters(model):,} parameters, {plan.num_classes} classes, "
         f"{plan.size[0]}x{plan.size[1]} px, {session.policy}"
     )
     say(f"device: {processes} x {device.name} ({device.describe()}), compile {config.compile}")
     say(
         f"data: {config.data.name or 'folder'} {config.data.path}: {plan.examples} training, "
-        f"{len(setup.split.dataset)} validation images"
+        f"{validation_images} validation images"
     )
     say(
         f"batch: {plan.batch} = {processes} processes x {plan.local_batch} ({pieces} x {plan.local_batch // pieces}); "
@@ -44,19 +47,14 @@ def announce_run(setup: TrainSetup, step: int) -> None:
     changed = " ".join(f"{name}={value}" for name, value in stored.flat(config).items() if value != default[name])
     for line in textwrap.wrap(f"config: {changed or 'all defaults'}", WIDTH, subsequent_indent="    "):
         say(line)
-    for note in setup.notes:
-        say(f"note: {note}")
-    if setup.resumed_from is not None:
-        say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
 
 
-def check_disk(setup: TrainSetup, state: TrainState) -> None:
+def check_disk(session: Session, plan: Plan, state: TrainState, say: Say) -> None:
     """Check on the main process that the disk holds the run's checkpoints, by space and by a trial checkpoint.
 
     Raises:
         UserError: when the disk cannot hold the checkpoints, or the trial cannot be written.
     """
-    session, plan = setup.session, setup.plan
     if not session.world.is_main:
         return
     folder, tensors = session.checkpoints, copy_to_host(states.flatten(state))
@@ -81,7 +79,7 @@ def check_disk(setup: TrainSetup, state: TrainState) -> None:
         ) from None
     finally:
         trial.unlink(missing_ok=True)
-    setup.console.say(
+    say(
         f"disk: {files} checkpoints of {amount(size)} need {amount(files * size)} of {amount(free)} free; "
         f"trial save {seconds:.2f} s"
     )
@@ -96,25 +94,24 @@ def amount(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def announce_duration(setup: TrainSetup, step: int, first: float, second: float, waited: float) -> None:
-    """Print the expected duration and memory, and how many loader processes keep a step fed.
+def expectation(
+    plan: Plan, step: int, validation_images: int, first: float, second: float, memory: tuple[int, int]
+) -> str:
+    """The log's line about the expected duration and memory.
 
     Args:
         step: steps done.
         first, second: seconds of the first two steps of this part of the run.
-        waited: seconds of the second step spent waiting for its batch.
+        memory: (peak bytes, bytes of the device); see `Device.memory_stats`.
     """
-    plan, say = setup.plan, setup.console.say
     steps = plan.steps - step
-    evaluated = steps // plan.eval_every * len(setup.split.dataset) if plan.eval_every else 0  # images
+    evaluated = steps // plan.eval_every * validation_images if plan.eval_every else 0  # images
     left = steps * second + evaluated * EVALUATION * second / plan.batch
-    peak, total = setup.session.device.memory_stats()
     until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
-    say(
-        f"first step {first:.2f} s, second {second:.3g} s; memory {amount(peak)} of {amount(total)}; "
+    return (
+        f"first step {first:.2f} s, second {second:.3g} s; memory {amount(memory[0])} of {amount(memory[1])}; "
         f"expected duration: {duration(left)}, until {until}"
     )
-    say(feeding(setup.loader.seconds, second - waited, setup.loader.workers))
 
 
 def feeding(reading: float, computing: float, workers: int) -> str:

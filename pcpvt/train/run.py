@@ -28,12 +28,16 @@ def run(session: Session) -> int:
     """Train to the end of the plan, or to a signal; returns the exit code."""
     setup, state, history = prepare(session)
     plan, say, step = setup.plan, setup.console.say, int(state.step)
-    preflight.announce_run(setup, step)
+    preflight.announce_run(session, plan, setup.model, len(setup.split.dataset), say)
+    for note in setup.notes:
+        say(f"note: {note}")
+    if setup.resumed_from is not None:
+        say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
     if loop.finished(plan, history, step):
         say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
         _conclude(setup, state, history)
         return 0
-    preflight.check_disk(setup, state)
+    preflight.check_disk(session, plan, state, say)
     if session.world.is_main:
         records.write_json(session.workdir / "config.json", session.config.to_dict())
     with contextlib.ExitStack() as stack:

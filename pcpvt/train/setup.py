@@ -40,7 +40,7 @@ class TrainSetup(NamedTuple):
     model: pcpvt.PCPVT
     plan: Plan
     batches: loader.TrainBatches
-    loader: loader.Loader  # of the batches, from the first step on
+    train_loader: loader.Loader  # of the batches, from the first step on
     step: Step
     eval_step: Callable[[pcpvt.Params, Batch], evaluator.Scored]
     peak_flops: float | None  # of one device, where its data sheet is known
