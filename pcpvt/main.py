@@ -71,22 +71,25 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
-    records.open_workdir(workdir)
     world = collectives.from_environment()
     is_main = world is None or world.is_main
     # Nothing but predictions goes to standard output.
     console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
     with contextlib.ExitStack() as stack:
-        if mode == "train" and is_main:
-            left_behind = stack.enter_context(lock.held(workdir))
-            notes = [*notes, left_behind] if left_behind else notes
-            remove_leftovers(workdir)
-        for note in notes:
-            console.say(f"note: {note}")
         stack.callback(collectives.leave)
         try:
+            records.open_workdir(workdir)
+            if mode == "train" and is_main:
+                left_behind = stack.enter_context(lock.held(workdir))
+                notes = [*notes, left_behind] if left_behind else notes
+                remove_leftovers(workdir)
+            for note in notes:
+                console.say(f"note: {note}")
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
-        except UserError as error:
+        except (UserError, RuntimeError) as failure:
+            error = failure if isinstance(failure, UserError) else collectives.peer_error(failure)
+            if error is None:
+                raise
             if collectives.explains(error):  # otherwise another process has reported it
                 signals.ignore_from_now()
                 show(f"rank {world.rank}: {error}" if world else str(error))
@@ -98,7 +101,7 @@ def entry() -> None:
     try:
         signals.install()  # before anything slow is imported: a signal must find its handler
         if os.environ.get("TORCHELASTIC_RUN_ID"):
-            signals.follow_parent()
+            signals.follow_launcher()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _report_thread_failure
@@ -116,10 +119,10 @@ def entry() -> None:
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
             if os.environ.get("RANK", "0") == "0":
-                put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
+                put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
-        if isinstance(error, UserError):  # of the command line, the same in all processes: one of a host reports it
-            _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
+        if isinstance(error, UserError):
+            _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
         if isinstance(error, OSError):
             where = error.filename if error.filename is not None else type(error).__name__
             _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
@@ -129,6 +132,13 @@ def entry() -> None:
             what = f"{str(error).splitlines()[0]} ({error.__cause__})"
             _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
         raise
+
+
+def _is_first(error: UserError) -> bool:
+    """Whether no other process of the run reports the error, which may be one of the command line that all have."""
+    from pcpvt.distributed import collectives
+
+    return collectives.explains(error)
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

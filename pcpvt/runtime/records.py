@@ -13,6 +13,7 @@ from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 
 DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
+NONFINITE = "nonfinite.json"  # the non-finite steps in a row after which a run has ended
 
 
 def open_workdir(path: Path) -> None:

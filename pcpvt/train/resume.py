@@ -1,5 +1,7 @@
 """Resuming: the newest valid checkpoint of a workdir, its compatibility with the config, and its state."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints import checkpoint
@@ -7,6 +9,7 @@ from pcpvt.config import fields, stored
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state
+from pcpvt.runtime import records
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 from pcpvt.train.history import Clock, Window
@@ -47,12 +50,13 @@ def _has_numbers(name: str, value: Any) -> bool:
 
 
 def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:
-    """What has changed since the checkpoint, for the log.
+    """What has changed since the checkpoint, for the log; a run that has diverged after it may change more fields.
 
     Raises:
         UserError: for a field that may not change, with both values, or for other data.
     """
     notes = []
+    free = fields.FREE | fields.DIVERGED if _diverged_at(session.workdir) > meta["step"] else fields.FREE
     default = stored.flat(fields.base())
     now, then = stored.flat(session.config), meta["config"]
     for name in sorted(now.keys() | then.keys()):
@@ -61,7 +65,7 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
         rule = fields.rule(name)
         if before == after or (fields.START in rule and after == default.get(name)):
             continue
-        if fields.FREE not in rule:
+        if not rule & free:
             raise UserError(
                 f"config.{name}: {after!r} but {session.workdir} was trained with {before!r}: "
                 "restore it, or start anew with --workdir=DIR"
@@ -77,6 +81,14 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
             "restore them, or start anew with --workdir=DIR"
         )
     return notes
+
+
+def _diverged_at(workdir: Path) -> int:
+    """The step at which the workdir's run last ended because it had diverged; -1 when none did."""
+    try:
+        return int(json.loads((workdir / records.NONFINITE).read_text())["steps"][-1]["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return -1
 
 
 def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:
