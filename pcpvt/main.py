@@ -86,8 +86,8 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
             for note in notes:
                 console.say(f"note: {note}")
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
-        except (UserError, RuntimeError) as failure:
-            error = failure if isinstance(failure, UserError) else collectives.peer_error(failure)
+        except (UserError, OSError, RuntimeError) as failure:
+            error = collectives.peer_error(failure) if isinstance(failure, RuntimeError) else _user_error(failure)
             if error is None:
                 raise
             if collectives.explains(error):  # otherwise another process has reported it
@@ -121,17 +121,23 @@ def entry() -> None:
             if os.environ.get("RANK", "0") == "0":
                 put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | OSError):
+            error = _user_error(error)
             _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
-        if isinstance(error, OSError):
-            where = error.filename if error.filename is not None else type(error).__name__
-            _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors
             what = f"{str(error).splitlines()[0]} ({error.__cause__})"
             _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
         raise
+
+
+def _user_error(error: UserError | OSError) -> UserError:
+    """The error for the user; one of the system names its file where there is one."""
+    if isinstance(error, UserError):
+        return error
+    where = error.filename if error.filename is not None else type(error).__name__
+    return UserError(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits")
 
 
 def _is_first(error: UserError) -> bool:

@@ -168,7 +168,7 @@ def peer_error(error: RuntimeError) -> PeerError | None:
     if not dist.is_initialized() and _group.store is None:
         return None
     _group.broken = True  # even by an error of its own, which has interrupted a collective or will miss the next
-    reason = next(iter(str(error).strip().splitlines()), "")
+    reason = _reason(error)
     if isinstance(error, torch.OutOfMemoryError) or not (
         isinstance(error, dist.DistError) or COMMUNICATION.search(str(error))
     ):
@@ -179,6 +179,12 @@ def peer_error(error: RuntimeError) -> PeerError | None:
     else:
         what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
     return PeerError(f"{', '.join(missing)} {what}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What an error says, without gloo's source position and its advice, which suspects a bug in this program."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"^\[\S+:\d+\] |\.? This is typically caused by .*", "", line)
 
 
 def _roll_call() -> list[str]:
