@@ -38,11 +38,13 @@ MODES = {
 
 def main(command: Command) -> int:
     """Runs a parsed command line, in this process or in several that it starts; returns the exit code."""
+    from pcpvt.checkpoints.checkpoint import newest_whole
     from pcpvt.distributed import collectives, launch
 
     config, notes = read_config(command)
-    if config.processes > 1 and collectives.from_environment() is None:
-        return launch.launch(config, sys.argv[1:])
+    if (config.processes > 1 or config.restarts) and collectives.from_environment() is None:
+        newest = functools.partial(newest_whole, command.workdir / "checkpoints")
+        return launch.launch(config, sys.argv[1:], newest)
     return run(config, command.workdir, command.mode, notes)
 
 
@@ -50,7 +52,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     """The config of a run, and notes for the log; later modes take the config that the workdir was trained with."""
     from pcpvt.checkpoints.load import member_names, trained_config
     from pcpvt.config.resolve import resolve
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, hosts
 
     mode, workdir, get_config, arg, overrides = command
     if mode == "report" and not workdir.is_dir():
@@ -60,7 +62,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
     world = collectives.from_environment()
-    world_size = world.size if world else None
+    world_size = world.size if world else hosts.from_environment(os.environ).processes_in_all()
     return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
 
 
@@ -100,8 +102,10 @@ def entry() -> None:
     """Runs the program. A user error is one line on standard error; exit codes are in `distributed.signals`."""
     try:
         signals.install()  # before anything slow is imported: a signal must find its handler
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a PeerError says in one line what c10d warns of in 30
         if os.environ.get("TORCHELASTIC_RUN_ID"):
             signals.follow_launcher()
+            _bind_to_cores()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _report_thread_failure
@@ -118,12 +122,12 @@ def entry() -> None:
         # A module that was being imported may have replaced Stopped by an error of its own.
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
-            if os.environ.get("RANK", "0") == "0":
+            if "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0":
                 put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
         if isinstance(error, UserError | OSError):
             error = _user_error(error)
-            _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
+            _fail(str(error), error.exit_code, "LOCAL_RANK" not in os.environ or _is_first(error))
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors
@@ -145,6 +149,12 @@ def _is_first(error: UserError) -> bool:
     from pcpvt.distributed import collectives
 
     return collectives.explains(error)
+
+
+def _bind_to_cores() -> None:
+    """Binds this rank to its share of the cores, before a library starts threads; `launch/cpu.sh` sets the shares."""
+    if shares := os.environ.get("PCPVT_CORES", "").split():
+        os.sched_setaffinity(0, map(int, shares[int(os.environ["LOCAL_RANK"])].split(",")))
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

@@ -56,12 +56,15 @@ def resolve(
     if mode == "train" and config.checkpoint:
         raise UserError("config.checkpoint: training does not start from it: use config.finetune")
     if world_size is not None:
-        if (names_device or "processes" in overrides) and config.processes != world_size:
+        most, fewest = config.processes, config.elastic or config.processes
+        if (names_device or "processes" in overrides) and not fewest <= world_size <= most:
             raise UserError(
                 f"config.processes: {config.processes} but torchrun started {world_size} processes: "
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
             )
         config.processes = world_size
+    if mode != "train":
+        config.restarts = 0  # nothing is saved from which another attempt would go on
     if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if mode == "predict":
