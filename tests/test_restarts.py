@@ -10,7 +10,7 @@ import pytest
 
 from pcpvt.distributed import signals
 from pcpvt.distributed.hosts import Hosts, from_environment
-from pcpvt.distributed.restart import Rule
+from pcpvt.distributed.restart import Failure, Rule
 from pcpvt.errors import UserError
 
 
@@ -67,24 +67,19 @@ def test_a_single_process_is_started_again_on_demand(tmp_path):
     assert len(miniature.restarts(tmp_path)) == 1
 
 
-class Failure:
-    def __init__(self, exitcode: int):
-        self.exitcode, self.timestamp = exitcode, 5
-
-
 def test_restarts_follow_the_exit_codes(monkeypatch):
     newest = ["step-4"]
     rule = Rule(lambda: Path(newest[0]))
     for codes in ((2,), (75, -15), (76, 2), (-9, 75)):
-        assert not rule({rank: Failure(code) for rank, code in enumerate(codes)}), codes
+        assert not rule({rank: Failure(code, 5) for rank, code in enumerate(codes)}), codes
     for codes in ((1,), (-9, 76), (76, 143)):
         newest[0] += "1"
-        assert rule({rank: Failure(code) for rank, code in enumerate(codes)}), codes
-    assert not rule({0: Failure(1)})  # no newer checkpoint
+        assert rule({rank: Failure(code, 5) for rank, code in enumerate(codes)}), codes
+    assert not rule({0: Failure(1, 5)})  # no newer checkpoint
     monkeypatch.setattr(signals, "_request", signals._Request())
     signals._request.signal = 15
     newest[0] += "1"
-    assert not rule({0: Failure(1)})
+    assert not rule({0: Failure(1, 5)})
 
 
 PYTORCH_JOB = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "m"}

@@ -6,6 +6,7 @@ The base class keeps the ranks of all hosts in step: whoever starts its ranks ag
 import json
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
-from pcpvt.distributed.restart import RESTART, Failures, Restart
+from pcpvt.distributed.restart import RESTART, Failure, Failures, Restart
 
 ATTEMPT = "PCPVT_ATTEMPT"  # environment variable: the same for all ranks that were started together
+FAILED = "PCPVT_FAILED"  # key of the store: what has failed on a host
+TOGETHER = 10.0  # seconds in which the other hosts' ranks fail too; they detect a lost connection within 3
 
 
 class Agent(LocalElasticAgent):
@@ -36,10 +39,31 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
+            result.failures.update(self._failed_elsewhere(worker_group, result.failures))
             self._reason = self._restarts(result.failures) if self._remaining_restarts else ""
             if not self._reason:
                 self._remaining_restarts = 0
         return result
+
+    def _failed_elsewhere(self, worker_group: WorkerGroup, failures: Failures) -> Failures:
+        """The failures of the other hosts, from those that report them in time; all hosts then decide alike."""
+        store, own = worker_group.store, worker_group.group_rank
+        found: dict[int, dict[str, list[int]]] = {}  # host to rank to exit code and time
+        assert store is not None
+        hosts = [rank for rank in range(worker_group.group_world_size) if rank != own]
+
+        def read() -> None:
+            for host in hosts:
+                if host not in found and store.check([f"{FAILED}/{host}"]):
+                    found[host] = json.loads(store.get(f"{FAILED}/{host}"))
+
+        read()  # first, because a host may leave, with the store, once it knows of all others
+        store.set(f"{FAILED}/{own}", json.dumps({rank: (f.exitcode, f.timestamp) for rank, f in failures.items()}))
+        deadline = time.monotonic() + TOGETHER
+        while len(found) < len(hosts) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            read()
+        return {int(rank): Failure(*what) for told in found.values() for rank, what in told.items()}
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         store = worker_group.store  # of this attempt, the same on all hosts

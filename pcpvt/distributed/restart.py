@@ -13,7 +13,15 @@ from pcpvt.errors import warn
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
 RESTART = "PCPVT_RESTART"  # environment variable of ranks: a `Restart` as JSON
 
-Failures = Mapping[int, Any]  # by rank: torchelastic's ProcessFailure
+
+class Failure(NamedTuple):
+    """A rank that has ended with an error; torchelastic's ProcessFailure has these attributes too."""
+
+    exitcode: int  # -n when signal n has killed it
+    timestamp: int  # seconds
+
+
+Failures = Mapping[int, Any]  # by rank
 
 
 class Restart(NamedTuple):
