@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,29 +42,43 @@ def main(command: Command) -> int:
 
     config, notes = read_config(command)
     if config.processes > 1 and collectives.from_environment() is None:
-        return launch.launch(config, sys.argv[1:])
-    return run(config, command.workdir, command.mode, notes)
+        return launch.launch(config, command.words())
+    return run(config, command.workdir, command.mode, notes, command)
 
 
 def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
-    """The config of a run, and notes for the log; later modes take the config that the workdir was trained with."""
+    """The config of a run, and notes for the log.
+
+    Later modes take the config that the workdir was trained with. Training, a bench and a schedule take it where
+    --workdir names a folder that holds one, training only if no --config is given.
+    """
     from pcpvt.checkpoints.load import member_names, trained_config
     from pcpvt.config.resolve import resolve
     from pcpvt.distributed import collectives
 
-    mode, workdir, get_config, arg, overrides = command
+    mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
     trained, where = None, ""
+    may_go_on = mode in ("bench", "schedule") or (mode == "train" and not command.config)
     if mode in ("eval", "predict", "export"):
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
+    elif may_go_on and command.names_workdir and (workdir / "config.json").is_file():
+        trained, where = trained_config("", [], workdir)
+    if trained is not None and not command.config:
+        get_config = functools.partial(_for_stored_device, get_config)
     world = collectives.from_environment()
     world_size = world.size if world else None
     return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
 
 
-def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ()) -> int:
+def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> ConfigDict:
+    """The config for ARG without a device; a stored one replaces it, so this host's devices are not looked for."""
+    return get_config(arg if arg[:1].isalpha() else f"cpu{arg}")
+
+
+def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
     from pcpvt.distributed import collectives
@@ -85,7 +99,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
             console.say(f"note: {note}")
         stack.callback(collectives.leave)
         try:
-            return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
+            return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir, command))
         except UserError as error:
             if collectives.explains(error):  # otherwise another process has reported it
                 signals.ignore_from_now()

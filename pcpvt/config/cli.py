@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -28,6 +29,25 @@ class Command(NamedTuple):
     get_config: Callable[[str], ConfigDict]  # of the config file
     arg: str  # ARG, or empty
     overrides: dict[str, Any]  # the fields that are given, by dotted name
+    config: str = ""  # the value of --config, where it is given
+    names_workdir: bool = False  # whether --workdir is given
+
+    def words(self) -> list[str]:
+        """The arguments that `parse` makes this command of: one spelling for every way to write it."""
+        fields = [f"--config.{name}={value}" for name, value in self.overrides.items()]
+        workdir = [f"--workdir={self.workdir}"] if self.names_workdir else []
+        return [f"--mode={self.mode}", *([f"--config={self.config}"] if self.config else []), *fields, *workdir]
+
+    def line(self) -> str:
+        """The command line, to be copied into a shell."""
+        words = [word for word in self.words() if word != "--mode=train"]
+        return " ".join(["python -m pcpvt.main", *map(quoted, words)])
+
+
+def quoted(word: str) -> str:
+    """A word for a shell; of `--NAME=VALUE` the value alone is quoted, which reads better."""
+    name, equals, value = word.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals and value and shlex.quote(name) == name else shlex.quote(word)
 
 
 def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flags.FLAGS) -> Command:
@@ -71,7 +91,8 @@ def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flag
     # A bench and a schedule are no part of a run: by default they have a folder of their own.
     name = Path(file).stem + (f"-{values.mode}" if values.mode in ("bench", "schedule") else "")
     workdir = Path(os.path.expanduser(values.workdir or Path("runs") / name))
-    return Command(values.mode, workdir, load(file), arg, overrides)
+    given = values.config if values["config"].present else ""
+    return Command(values.mode, workdir, load(file), arg, overrides, given, values.workdir is not None)
 
 
 def _one_line(text: str) -> str:
