@@ -97,6 +97,8 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
             remove_leftovers(workdir)
         for note in notes:
             console.say(f"note: {note}")
+        if is_main and command and not (workdir / records.COMMAND).exists():
+            records.write_command(workdir, command.line())
         stack.callback(collectives.leave)
         try:
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir, command))

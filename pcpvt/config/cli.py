@@ -38,9 +38,10 @@ class Command(NamedTuple):
         workdir = [f"--workdir={self.workdir}"] if self.names_workdir else []
         return [f"--mode={self.mode}", *([f"--config={self.config}"] if self.config else []), *fields, *workdir]
 
-    def line(self) -> str:
-        """The command line, to be copied into a shell."""
-        words = [word for word in self.words() if word != "--mode=train"]
+    def line(self, workdir: Path | None = None) -> str:
+        """The command line, to be copied into a shell; with another workdir, if one is given."""
+        command = self if workdir is None else self._replace(workdir=workdir, names_workdir=True)
+        words = [word for word in command.words() if word != "--mode=train"]
         return " ".join(["python -m pcpvt.main", *map(quoted, words)])
 
 

@@ -40,6 +40,8 @@ def run(session: Session) -> int:
     preflight.check_disk(session, plan, state, say)
     if session.world.is_main:
         records.write_json(session.workdir / "config.json", session.config.to_dict())
+        if session.command and step == 0:
+            records.write_command(session.workdir, session.command.line())
     with contextlib.ExitStack() as stack:
         outputs, history = writers.open_writers(session, plan, history, step, setup.console)
         for writer in outputs:
