@@ -1,11 +1,4 @@
-"""Trains, fine-tunes, evaluates and exports Twins-PCPVT image classifiers on Ascend NPUs, CUDA GPUs and CPUs.
-
-    python -m pcpvt.main --config=configs/pcpvt_s.py:cpu                        train on the embedded digits
-    python -m pcpvt.main --config=configs/pcpvt_s.py:npu8 --config.data.path=DIR    train on an image folder
-    python -m pcpvt.main --mode=eval                                            evaluate the best checkpoint
-
-Fields of --config and their defaults (a recipe in the config's ARG may set others):
-"""
+"""The program: reads the command line, runs a mode in this process or in several, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -120,13 +113,9 @@ def entry() -> None:
         threading.excepthook = _report_thread_failure
         from absl import app
 
-        from pcpvt.config import cli, fields
+        from pcpvt.config import cli
 
-        sys.modules["__main__"].__doc__ = f"{__doc__}\n{fields.describe()}"
         app.run(main, flags_parser=functools.partial(cli.parse, modes=MODES))
-    except SystemExit as ended:
-        help_flags = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
-        sys.exit(0 if help_flags and ended.code == 1 else ended.code)  # absl exits with 1 after --help
     except (Exception, signals.Stopped) as error:
         # A module that was being imported may have replaced Stopped by an error of its own.
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
