@@ -14,8 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pcpvt.errors import SYSTEMS, UserError, printable, put, show
+
+try:
+    import fcntl  # noqa: F401 - not on Windows
+except ImportError:
+    show(SYSTEMS)
+    sys.exit(2)
+
 from pcpvt.distributed import signals
-from pcpvt.errors import UserError, printable, put, show
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

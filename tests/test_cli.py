@@ -13,7 +13,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict
 
-from pcpvt import main
+from pcpvt import errors, main
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.load import load_model
 from pcpvt.config import cli
@@ -271,3 +271,12 @@ def test_a_run_on_an_image_folder_says_which_recipe_it_takes(tmp_path):
     ended = subprocess.run([sys.executable, "-m", "pcpvt.main", *words], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == IMPLIED
     assert ended.stderr.startswith("pcpvt: error: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_system_without_fcntl_is_told_which_are_supported():
+    """As on Windows, which has no SIGHUP and no module `resource` either."""
+    hidden = "import signal, sys; sys.modules.update(fcntl=None, resource=None); del signal.SIGHUP; "
+    for program in ("import runpy; runpy.run_module('pcpvt.main', run_name='__main__')", "import pcpvt.main"):
+        ended = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == f"pcpvt: error: {errors.SYSTEMS}\n"
