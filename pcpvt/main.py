@@ -85,24 +85,27 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
-    records.open_workdir(workdir)
     world = collectives.from_environment()
     is_main = world is None or world.is_main
     # Nothing but predictions goes to standard output.
     console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
     with contextlib.ExitStack() as stack:
-        if mode == "train" and is_main:
-            left_behind = stack.enter_context(lock.held(workdir))
-            notes = [*notes, left_behind] if left_behind else notes
-            remove_leftovers(workdir)
-        for note in notes:
-            console.say(f"note: {note}")
-        if is_main and command and not (workdir / records.COMMAND).exists():
-            records.write_command(workdir, command.line())
         stack.callback(collectives.leave)
         try:
+            records.open_workdir(workdir)
+            if mode == "train" and is_main:
+                left_behind = stack.enter_context(lock.held(workdir))
+                notes = [*notes, left_behind] if left_behind else notes
+                remove_leftovers(workdir)
+            for note in notes:
+                console.say(f"note: {note}")
+            if is_main and command and not (workdir / records.COMMAND).exists():
+                records.write_command(workdir, command.line())
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir, command))
-        except UserError as error:
+        except (UserError, OSError, RuntimeError) as failure:
+            error = collectives.peer_error(failure) if isinstance(failure, RuntimeError) else _user_error(failure)
+            if error is None:
+                raise
             if collectives.explains(error):  # otherwise another process has reported it
                 signals.ignore_from_now()
                 show(f"rank {world.rank}: {error}" if world else str(error))
@@ -114,7 +117,7 @@ def entry() -> None:
     try:
         signals.install()  # before anything slow is imported: a signal must find its handler
         if os.environ.get("TORCHELASTIC_RUN_ID"):
-            signals.follow_parent()
+            signals.follow_launcher()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _report_thread_failure
@@ -128,19 +131,32 @@ def entry() -> None:
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
             if os.environ.get("RANK", "0") == "0":
-                put("pcpvt: stopped by a signal with nothing new to save; the same command starts again\n", sys.stderr)
+                put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
-        if isinstance(error, UserError):  # of the command line, the same in all processes: one of a host reports it
-            _fail(str(error), error.exit_code, os.environ.get("LOCAL_RANK", "0") == "0")
-        if isinstance(error, OSError):
-            where = error.filename if error.filename is not None else type(error).__name__
-            _fail(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits", 2)
+        if isinstance(error, UserError | OSError):
+            error = _user_error(error)
+            _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors
             what = f"{str(error).splitlines()[0]} ({error.__cause__})"
             _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
         raise
+
+
+def _user_error(error: UserError | OSError) -> UserError:
+    """The error for the user; one of the system names its file where there is one."""
+    if isinstance(error, UserError):
+        return error
+    where = error.filename if error.filename is not None else type(error).__name__
+    return UserError(f"{where}: {error.strerror or error}: check the disk, the permissions and the limits")
+
+
+def _is_first(error: UserError) -> bool:
+    """Whether no other process of the run reports the error, which may be one of the command line that all have."""
+    from pcpvt.distributed import collectives
+
+    return collectives.explains(error)
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

@@ -143,7 +143,7 @@ class Session:
 
 def meta(**fields):
     flat = {**stored.flat(base()), **fields}
-    return {"config": flat, "classes": ["a", "b"], "examples": 7}
+    return {"config": flat, "classes": ["a", "b"], "examples": 7, "step": 1}
 
 
 def test_harmless_changes_pass_and_are_noted():

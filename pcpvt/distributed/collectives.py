@@ -19,7 +19,11 @@ from torch import Tensor
 from pcpvt.devices.base import Device
 from pcpvt.errors import PeerError
 
+UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
 ROLL_CALL = 2.0  # seconds in which all live ranks report a failure; they detect a lost connection within milliseconds
+# Errors of communication, among RuntimeErrors of all kinds: gloo's name its source files and NCCL's and HCCL's the
+# library; EI are HCCL's codes of CANN, ERR02 those of torch_npu's distributed part.
+COMMUNICATION = re.compile(r"gloo[/\\]|\b[nh]ccl|\bEI\d{4}|\bERR02\d{3}|connection (closed|reset)|broken pipe", re.I)
 
 
 class World(NamedTuple):
@@ -70,10 +74,16 @@ def join(device: Device, timeout: int) -> World:
         limit = datetime.timedelta(seconds=timeout)
         _group.world, _group.timeout = world, timeout
         with _peer_errors():
-            store, *_ = next(dist.rendezvous("env://", timeout=limit))
+            store = _rendezvous(limit)
             _group.store = dist.PrefixStore("pcpvt", store)
             dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
+
+
+def _rendezvous(limit: datetime.timedelta) -> dist.Store:
+    """The key-value store of the run, to which any process may connect before the others do."""
+    store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    return store
 
 
 def leave() -> None:
@@ -108,8 +118,13 @@ def any_true(value: bool) -> bool:
     return sum_numbers([float(value)])[0] > 0
 
 
-def barrier() -> None:
-    sum_numbers([0.0])
+def await_all(seconds: float) -> None:
+    """Waits until all processes have called this, at most so many seconds; that one does not come is no error here."""
+    if _group.store is None:
+        return
+    with contextlib.suppress(RuntimeError):  # a process, or the store's host, has ended
+        _group.store.set(f"ended/{_group.world.rank}", "")
+        _group.store.wait([f"ended/{rank}" for rank in range(_group.world.size)], datetime.timedelta(seconds=seconds))
 
 
 def first_to_say(text: str) -> bool:
@@ -124,11 +139,13 @@ def explains(error: Exception) -> bool:
 
 def _increment(key: str) -> int:
     """The value of a shared counter after adding 1."""
-    if _group.store is None:  # not joined: errors at this point occur in all processes of a host alike
-        return 1 + int(os.environ.get("LOCAL_RANK", 0))
     try:
+        if _group.store is None:
+            if from_environment() is None:
+                return 1
+            _group.store = dist.PrefixStore("pcpvt", _rendezvous(UNJOINED))
         return _group.store.add(key, 1)
-    except RuntimeError:  # the store's host is down
+    except (RuntimeError, ValueError):  # the store's host is down, or the environment names none
         return 1
 
 
@@ -137,17 +154,37 @@ def _peer_errors() -> Iterator[None]:
     """Turns the failure of a collective into a PeerError that names the missing ranks."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if found := peer_error(error):
+            raise found from error
         raise
-    except RuntimeError as error:  # the types of torch.distributed are subclasses, and gloo raises RuntimeError itself
-        _group.broken = True
-        reason = str(error).strip().splitlines()[0]
-        missing = _roll_call()
-        if missing and re.search("timed? ?out", reason.lower()):
-            what = f"gave no answer within {_group.timeout} s (config.timeout): hung, or far slower than the others"
-        else:
-            what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
-        raise PeerError(f"{', '.join(missing)} {what}") from error
+
+
+def peer_error(error: RuntimeError) -> PeerError | None:
+    """The PeerError that an error of this process's communication stands for; None when it is an error of its own.
+
+    HCCL and NCCL run asynchronously, so their errors may be raised by a later operation that reads from the device.
+    """
+    if not dist.is_initialized() and _group.store is None:
+        return None
+    _group.broken = True  # even by an error of its own, which has interrupted a collective or will miss the next
+    reason = _reason(error)
+    if isinstance(error, torch.OutOfMemoryError) or not (
+        isinstance(error, dist.DistError) or COMMUNICATION.search(str(error))
+    ):
+        return None
+    missing = _roll_call()
+    if missing and re.search("time[sd]? ?out", reason.lower()):
+        what = f"gave no answer within {_group.timeout} s (config.timeout): hung, or far slower than the others"
+    else:
+        what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
+    return PeerError(f"{', '.join(missing)} {what}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What an error says, without gloo's source position and its advice, which suspects a bug in this program."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"^\[\S+:\d+\] |\.? This is typically caused by .*", "", line)
 
 
 def _roll_call() -> list[str]:

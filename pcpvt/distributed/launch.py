@@ -5,6 +5,7 @@ Signals are forwarded to every rank, the exit code is the first failed rank's, a
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ from pcpvt import devices
 from pcpvt.distributed import signals
 from pcpvt.errors import show
 
-FAILURE_GRACE = 30  # seconds from the first failure until the other ranks are killed; they have nothing left to save
+# Seconds until ranks are killed, beyond those in which each rank ends itself; only a stopped process needs it.
+FAILURE_GRACE = 30
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
 
 
@@ -34,13 +36,15 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.ERROR)  # torchelastic's error tables repeat the lines of the ranks and of `_exit_code`
+    limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
     defaults = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(FAILURE_GRACE),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(limit)),  # from the first failure until the others are killed
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a PeerError says in one line what c10d warns of
         "GLOO_SOCKET_IFNAME": "lo",  # one host: works without a resolvable host name and without a network
         **device.environment,
     }
     os.environ.update(defaults | os.environ)
+    os.environ[signals.LAUNCHER] = str(os.getpid())
     setup = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=config.processes,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # the default is a folder in /tmp that nobody removes
@@ -55,7 +59,7 @@ def launch(config: ConfigDict, argv: list[str]) -> int:
     for number in signals.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _forward)
-    signals.finish_step_first(config.grace + FAILURE_GRACE)
+    signals.finish_step_first(limit, "the processes did not end within {:g} s of a signal")
     try:
         elastic_launch(setup, sys.executable)("-u", "-m", "pcpvt.main", *argv)
     except ChildFailedError as error:
@@ -82,5 +86,7 @@ def _exit_code(failures: dict) -> int:
     code = first.exitcode
     if code != 2 and code not in STOPPED:  # a rank with code 2 has printed its error
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        if code == -signal.SIGABRT:  # as libraries end a process, among them the watchdogs of NCCL and HCCL
+            what += " (by a library, such as the watchdog of its collectives when another rank has ended or hangs)"
         show(f"rank {rank} {what}; the others were stopped")
     return 128 - code if code < 0 else code

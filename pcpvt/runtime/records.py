@@ -15,6 +15,7 @@ from pcpvt.errors import UserError
 
 COMMAND = "command.txt"  # the command line that made the workdir, with its date and folder
 DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
+NONFINITE = "nonfinite.json"  # the non-finite steps in a row after which a run has ended
 
 
 def open_workdir(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pcpvt.config import fields, stored
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state
-from pcpvt.runtime import environment
+from pcpvt.runtime import environment, records
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 from pcpvt.train.history import Clock, Window
@@ -51,12 +52,13 @@ def _has_numbers(name: str, value: Any) -> bool:
 
 
 def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:
-    """What has changed since the checkpoint, for the log.
+    """What has changed since the checkpoint, for the log; a run that has diverged after it may change more fields.
 
     Raises:
         UserError: for a field that may not change, with both values, or for other data.
     """
     notes, refused = [], {}
+    allowed = fields.FREE | fields.DIVERGED if _diverged_at(session.workdir) > meta["step"] else fields.FREE
     default = stored.flat(fields.base())
     now, then = stored.flat(session.config), meta["config"]
     for name in sorted(now.keys() | then.keys()):
@@ -65,7 +67,7 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
         rule = fields.rule(name)
         if before == after or (fields.START in rule and after == default.get(name)):
             continue
-        if fields.FREE in rule:
+        if rule & allowed:
             notes.append(f"config.{name}: {before} -> {after}")
         else:
             refused[name] = (before, after)
@@ -112,6 +114,14 @@ def free(workdir: Path) -> Path:
     """The first of DIR-2, DIR-3, ... that does not exist."""
     name = workdir.name or "run"
     return next(path for i in itertools.count(2) if not (path := workdir.with_name(f"{name}-{i}")).exists())
+
+
+def _diverged_at(workdir: Path) -> int:
+    """The step at which the workdir's run last ended because it had diverged; -1 when none did."""
+    try:
+        return int(json.loads((workdir / records.NONFINITE).read_text())["steps"][-1]["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return -1
 
 
 def origin(resumed: checkpoint.Checkpoint | None) -> dict[str, Any]:

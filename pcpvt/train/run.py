@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.data import order
@@ -48,15 +50,15 @@ def run(session: Session) -> int:
             stack.callback(writer.close)
         saver = Saver(
             session.checkpoints, session.config.keep, setup.console.warn, before=[writer.sync for writer in outputs],
-            saved=step, last_good=setup.resumed_from, writes=session.world.is_main,
+            saved=step, writes=session.world.is_main,
         )  # fmt: skip
         stack.callback(saver.finish)
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
-            raise _divergence_error(setup, history, saver.last_good)
+            raise _divergence_error(setup, history, saver.last_good())
         signals.ignore_from_now()  # all is saved: a launcher's signals from here on must not change the exit code
         if not loop.finished(plan, history, int(state.step)):
-            collectives.barrier()  # the first process to leave makes the launcher stop the others
+            collectives.await_all(signals.SAVE_LIMIT)  # the first process to leave makes the launcher stop the others
             say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
             return signals.PREEMPTED
         _conclude(setup, state, history)
@@ -72,16 +74,19 @@ def _divergence_error(setup: TrainSetup, history: History, last_good: Path | Non
         draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
         samples = [{"id": draw.index, "name": setup.batches.dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
-    where = session.workdir / "nonfinite.json"
+    where = session.workdir / records.NONFINITE
     if session.world.is_main:
         with contextlib.suppress(OSError):  # the error matters more than the file
             records.write_json(where, {"steps": steps, "last_good": str(last_good)})
+    remedies = [f"--config.lr={plan.lr / 2:.3g} (half)"]
+    if session.policy.compute != torch.float32:
+        remedies.append("--config.precision=float32")
     ids = [str(sample["id"]) for sample in steps[-1]["samples"]]
     more = f" and {len(ids) - LISTED} more" if len(ids) > LISTED else ""
     return UserError(
         f"config.max_skipped: the loss or gradient was not finite {len(steps)} times in a row, up to step "
-        f"{steps[-1]['step']} (samples {', '.join(ids[:LISTED])}{more}; all of them in {where}); last good checkpoint: "
-        f"{last_good or 'none'}: lower config.lr, or use config.precision=float32"
+        f"{steps[-1]['step']} (samples {', '.join(ids[:LISTED])}{more}; all of them in {where}): start the same "
+        f"command again with {' or '.join(remedies)}; it goes on from {last_good or 'step 0: nothing was saved before'}"
     )
 
 
