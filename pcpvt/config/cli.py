@@ -20,6 +20,7 @@ from pcpvt.config.help import text as help_text
 from pcpvt.errors import UserError, put
 
 DEFAULT_CONFIG = "configs/pcpvt_s.py"
+PROGRAM = ("python", "-m", "pcpvt.main")
 FIELD_SYNTAX = "fields are given as --config.NAME=VALUE"
 
 
@@ -57,7 +58,7 @@ class Command(NamedTuple):
         """The command line, to be copied into a shell; with another workdir, if one is given."""
         command = self if workdir is None else self._replace(workdir=workdir, names_workdir=True)
         words = [word for word in command.words() if word != "--mode=train"]
-        return " ".join(["python -m pcpvt.main", *map(quoted, words)])
+        return " ".join(map(quoted, [*PROGRAM, *words]))
 
 
 def quoted(word: str) -> str:

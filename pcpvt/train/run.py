@@ -21,6 +21,7 @@ from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.history import History
+from pcpvt.train.next_commands import next_commands
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
 LISTED = 8  # sample ids in the message about a run that diverged; `nonfinite.json` has them all
@@ -38,6 +39,7 @@ def run(session: Session) -> int:
     if loop.finished(plan, history, step):
         say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
         _conclude(setup, state, history)
+        _propose(setup)
         return 0
     preflight.check_disk(session, plan, state, say)
     if session.world.is_main:
@@ -63,6 +65,7 @@ def run(session: Session) -> int:
             return signals.PREEMPTED
         _conclude(setup, state, history)
         report.at_end(session, setup.console)
+        _propose(setup)
     return 0
 
 
@@ -103,6 +106,13 @@ def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
     time = duration(result["seconds"])
     say(f"final images/s: {result['images_per_sec']:.1f}   end-to-end duration: {time}")
     say(f"written to {session.workdir}: result.json, metrics.jsonl, config.json, checkpoints/")
+
+
+def _propose(setup: TrainSetup) -> None:
+    """Print what to do next."""
+    setup.console.say("next:")
+    for line in next_commands(setup.session):
+        setup.console.say(f"  {line}")
 
 
 def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
