@@ -162,15 +162,6 @@ def base() -> ConfigDict:
     return ConfigDict(nested({n: placeholder(f.default) if f.unset else f.default for n, f in FIELDS.items()}))
 
 
-def describe() -> str:
-    """The help text: one line per field."""
-    rows = []
-    for name, field in FIELDS.items():
-        default = "" if field.unset else field.default
-        rows.append(f"  --config.{name}={default!s}".ljust(44) + f"  {field.help}")
-    return "\n".join(rows)
-
-
 def unknown(name: str) -> UserError:
     """The error for a field that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, list(FIELDS), 1, 0.4)
