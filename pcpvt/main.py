@@ -42,9 +42,10 @@ def main(command: Command) -> int:
     from pcpvt.distributed import collectives, launch
 
     config, notes = read_config(command)
-    if (config.processes > 1 or config.restarts) and collectives.from_environment() is None:
+    trains = command.mode == "train"
+    if (config.processes > 1 or (trains and config.restarts)) and collectives.from_environment() is None:
         newest = functools.partial(newest_whole, command.workdir / "checkpoints")
-        return launch.launch(config, command.words(), newest)
+        return launch.launch(config, command.words(), newest if trains else None)
     return run(config, command.workdir, command.mode, notes, command)
 
 

@@ -74,8 +74,6 @@ def resolve(
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
             )
         config.processes = world_size
-    if mode != "train":
-        config.restarts = 0  # nothing is saved from which another attempt would go on
     if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if mode == "predict":

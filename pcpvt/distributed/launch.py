@@ -27,11 +27,12 @@ FAILURE_GRACE = 30
 JOIN_TIMEOUT = 900  # seconds to wait for the other hosts: pods start at different times while images are pulled
 
 
-def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], Path | None]) -> int:
+def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], Path | None] | None) -> int:
     """Runs `python -m pcpvt.main argv` in `config.processes` processes over all hosts; returns the run's exit code.
 
     Args:
-        newest_checkpoint: of the run; a restart without a newer one than at the restart before is the last.
+        newest_checkpoint: of a training; a restart without a newer one than at the restart before is the last. None
+            for a mode that saves nothing from which another attempt would go on.
 
     Raises:
         UserError: when this host does not have the devices, or the hosts do not meet.
@@ -57,6 +58,8 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
     os.environ[signals.LAUNCHER] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded, so that the ranks save
     restarts = (3 if config.processes > 1 else 0) if config.restarts is None else config.restarts
+    if newest_checkpoint is None:
+        restarts, newest_checkpoint = 0, lambda: None
     spec = WorkerSpec(
         role="pcpvt", local_world_size=processes, entrypoint=sys.executable,
         args=("-u", "-m", "pcpvt.main", *argv), rdzv_handler=get_rendezvous_handler(
