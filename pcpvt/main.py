@@ -84,7 +84,7 @@ def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> Con
 def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, stacks
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
@@ -93,9 +93,11 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
     # Nothing but predictions goes to standard output.
     console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
     with contextlib.ExitStack() as stack:
+        stack.callback(stacks.uninstall)
         stack.callback(collectives.leave)
         try:
             records.open_workdir(workdir)
+            stacks.install(workdir / "debug", world.rank if world else 0)
             if mode == "train" and is_main:
                 left_behind = stack.enter_context(lock.held(workdir))
                 notes = [*notes, left_behind] if left_behind else notes
