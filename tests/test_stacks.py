@@ -64,3 +64,13 @@ def test_the_limit_of_waiting_follows_the_slowest_step_up_to_the_configured_one(
             assert collectives._group.timeout == limit
     finally:
         dist.destroy_process_group()
+
+
+def test_every_rank_has_a_log_with_what_it_did_and_its_traceback(tmp_path):
+    broken = {"at": "inside step", "n": 4, "do": "error:a fault", "rank": 1}
+    ended = miniature.run(miniature.words(tmp_path, "cpu2", log_every="1 step"), broken)
+    assert ended.code == 1
+    logs = [(tmp_path / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert "step 3/12" in logs[0] and "device: 2 x cpu" in logs[1]
+    assert "RuntimeError: a fault" in logs[1] and "rank 1 lost" in logs[0]
+    assert all(re.match(r"\d\d-\d\d \d\d:\d\d:\d\d ", text) for text in logs)
