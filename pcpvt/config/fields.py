@@ -116,10 +116,18 @@ FIELDS = {
     "tensorboard": Field(True, "TensorBoard events in the workdir's tensorboard/", FREE),
     "keep": Field(2, "newest checkpoints kept beside the best one", FREE, at_least(1)),
     "max_skipped": Field(20, "consecutive non-finite steps after which the run stops", FREE, at_least(1)),
-    "data.name": Field("", "digits | folder | synthetic | a timm dataset name such as hfds/... or torch/cifar10",
+    "data.name": Field("", "digits | folder (also .csv and .tar files) | synthetic | tar | hfds/NAME | torch/NAME",
         RECIPE),
-    "data.path": Field("", "image folder with train/<class>/* and val/<class>/*, or the root for data.name", FREE),
-    "data.val_split": Field("validation", "of hfds/...: the split to evaluate on, such as test"),
+    "data.path": Field(
+        "", "folder with train/<class>/* and val/<class>/*, a .csv of path,label[,split], or the root for data.name",
+        FREE),
+    "data.train_split": Field("train", "the split to train on, as the data call it; .: all there is"),
+    "data.val_split": Field(
+        "validation", "the split to evaluate on, as the data call it; validation: also val, valid, test; .: all"),
+    "data.val_fraction": Field(
+        0.0, "share of each class's training images that is held out as validation; 0: none", FIXED, below(1)),
+    "data.image_column": Field("", "of hfds/... and .csv: column of images or paths; unset: by its name or type"),
+    "data.label_column": Field("", "of hfds/... and .csv: column of labels; unset: by its name or type"),
     "data.workers": Field(-1, "loader processes per training process; -1: by the host's cores, 0: none",
         FREE, at_least(-1)),
     "data.on_error": Field(

@@ -85,10 +85,26 @@ def resolve(
         units = [prefix + unit for unit in plan.UNITS if prefix + unit in config]
         if any(unit in overrides for unit in units):
             config.update({unit: None for unit in units if unit not in overrides})
+    _resolve_splits(config, overrides, trained, mode)
     if config.data.path and config.data.name == "digits" and "data.name" not in overrides:
         config.data.name = "folder"
     check(config)
     return config, notes
+
+
+def _resolve_splits(
+    config: ConfigDict, overrides: Mapping[str, Any], trained: Mapping[str, Any] | None, mode: str
+) -> None:
+    """A split of the command line replaces a stored held-out part and the reverse; other data have no such part."""
+    if trained is None:
+        return
+    path = trained.get("data", {}).get("path")
+    moved = mode != "train" and overrides.get("data.path", path) != path
+    if "data.val_fraction" in overrides:
+        if "data.val_split" not in overrides:
+            config.data.val_split = fields.FIELDS["data.val_split"].default
+    elif moved or "data.val_split" in overrides:
+        config.data.val_fraction = 0.0
 
 
 def _about_stored(arg: str, mode: str, where: str) -> list[str]:

@@ -18,9 +18,11 @@ from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.loader import EvalBatches
-from pcpvt.data.sources import Folder, image_files
+from pcpvt.data.sources import Files
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
+from pcpvt.readers.files import image_files, left_out_text
+from pcpvt.readers.listing import unlabelled
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -31,24 +33,25 @@ FEW = 64  # up to this many images, starting loader processes takes longer than 
 Ranked = list[tuple[str, int, float]]  # (class, index, probability), the most probable first
 
 
-class Files(Folder):
-    """Image files without labels, as a dataset."""
+def find(pattern: str, warn: Callable[[str], None] = lambda text: None) -> list[str]:
+    """The sorted files of `config.predict.images`, a file, a folder of images or a pattern; UserError if none.
 
-    def __init__(self, paths: list[str]):  # instead of a search below a root
-        self.classes, self.samples = [], [(path, 0) for path in paths]
-
-
-def find(pattern: str) -> list[str]:
-    """The sorted files of `config.predict.images`, a file, a folder of images or a pattern; UserError if none."""
+    Args:
+        warn: called with what was left out of a folder.
+    """
     if not pattern:
         raise UserError("config.predict.images: not set: give a file, a folder or a pattern like 'photos/*.jpg'")
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        paths = image_files(pattern)
+        paths, left_out = image_files(pattern)
+        if left_out:
+            warn(f"{pattern}: left out {left_out_text(left_out)}")
     elif os.path.exists(pattern):  # before patterns: a file name may contain brackets
         paths = [pattern]
     else:
-        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        # `**` follows links again and again: of several paths of a file, the shortest is kept.
+        matches = sorted(glob.glob(pattern, recursive=True), key=lambda path: (path.count(os.sep), path), reverse=True)
+        paths = list({os.path.realpath(path): path for path in matches if os.path.isfile(path)}.values())
     if not paths:
         raise UserError(f"config.predict.images: {pattern}: no images found: give a file, a folder or a pattern")
     return sorted(paths)
@@ -61,7 +64,7 @@ def run(session: Session) -> int:
         return 0
     console = Console(stream=sys.stderr)
     began = time.perf_counter()
-    paths = find(config.predict.images)
+    paths = find(config.predict.images, console.warn)
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
         console.say(f"note: {note}")
@@ -99,7 +102,7 @@ def classify(session: Session, loaded: LoadedModel, paths: list[str], console: C
     """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
     config, device = session.config, session.device
     size = min(eval_batch(config), len(paths))
-    batches = EvalBatches(Files(paths), session.size, config.eval.crop, size, 0, 1, on_error="skip")
+    batches = EvalBatches(Files(unlabelled(paths), "", ""), session.size, config.eval.crop, size, 0, 1, on_error="skip")
     loader = sessions.open_loader(session, batches, range(len(batches)), None if len(paths) > FEW else 0)
     predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     exact = {name: value.to(device.torch) for name, value in loaded.params.items()}

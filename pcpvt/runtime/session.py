@@ -1,5 +1,6 @@
 """The session of one process (config, device, processes, precision, kernels), and how modes open data and models."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt import devices
+from pcpvt.config.checks import parse_duration
 from pcpvt.config.cli import Command
 from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
@@ -22,6 +24,8 @@ from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels
+from pcpvt.readers.manifest import Columns
+from pcpvt.readers.splits import Splits
 from pcpvt.runtime.console import warn_once
 
 
@@ -79,10 +83,45 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
 
 
 def open_data(session: Session, split: str) -> sources.Dataset:
-    """One split of the configured data set."""
+    """One split of the configured data set; warns of what was left out."""
     config = session.config
-    name = config.data.name or "folder"
-    return sources.open_split(name, config.data.path, split, session.size, config.num_classes, config.data.val_split)
+    name, splits, columns = _naming(config)
+    dataset = sources.open_split(name, config.data.path, split, session.size, config.num_classes, splits, columns)
+    return _remark(dataset)
+
+
+def open_training_data(session: Session) -> tuple[sources.Dataset, sources.Dataset]:
+    """The training and the validation split, with the same classes; without evaluations the latter is empty."""
+    config = session.config
+    name, splits, columns = _naming(config)
+    validates = parse_duration(config.eval_every) != (0.0, "steps")
+    train, val = sources.open_training(
+        name, config.data.path, session.size, config.num_classes, splits, columns, validates=validates
+    )
+    if missing := sources.absent(train):
+        warn_once(f"config.data.path: {train.split} has no images of {sources.named(missing)}")
+    if validates and (missing := sources.absent(val)):
+        warn_once(
+            f"config.data.path: {val.split} has no images of {sources.named(missing)} of {len(val.classes)}: metrics "
+            "are over the others"
+        )
+    return _remark(train), _remark(val)
+
+
+def _naming(config: ConfigDict) -> tuple[str, Splits, Columns]:
+    """What the data, their splits and their columns are called."""
+    data = config.data
+    splits = Splits(data.train_split, data.val_split, data.val_fraction, config.seed)
+    return data.name or "folder", splits, Columns(data.image_column, data.label_column)
+
+
+def _remark(dataset: sources.Dataset) -> sources.Dataset:
+    for text in getattr(dataset, "remarks", []):
+        _warn_once(text)
+    return dataset
+
+
+_warn_once = functools.cache(warn_once)  # a mode may open a data set several times
 
 
 def count_classes(config: ConfigDict, source: sources.Dataset) -> int:

@@ -33,6 +33,7 @@ def run(session: Session) -> int:
     setup, state, history = prepare(session)
     plan, say, step = setup.plan, setup.console.say, int(state.step)
     preflight.announce_run(session, plan, setup.model, len(setup.split.dataset), say)
+    say(f"splits: {setup.batches.dataset.split} to train on, {setup.split.dataset.split} to evaluate on")
     for note in setup.notes:
         say(f"note: {note}")
     if setup.resumed_from is not None:
@@ -133,6 +134,7 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
         "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),
         "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)), "last": history.metrics,
+        "split": setup.split.dataset.split,
         "device": session.device.describe(), "processes": session.world.size,
         **{name: count for name, count in counts.items() if count},
     }  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan
-from pcpvt.data import augment, loader, sources
+from pcpvt.data import augment, loader
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
@@ -64,8 +64,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         UserError: when the data, the config and the workdir's checkpoints do not fit each other.
     """
     config, console, began = session.config, Console(session.world.is_main), time.perf_counter()
-    train_data, val_data = sessions.open_data(session, "train"), sessions.open_data(session, "val")
-    sources.check_classes(train_data, val_data)
+    train_data, val_data = sessions.open_training_data(session)
     model = sessions.build_model(config, sessions.count_classes(config, train_data))
     plan = plan_run(session, model, len(train_data))
     classes = list(train_data.classes)
