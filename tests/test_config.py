@@ -232,7 +232,8 @@ def test_every_check_refuses_a_bad_value_by_the_fields_name(name):
 def test_numbers_and_choices_are_checked_and_free_text_and_switches_are_not():
     unchecked = {name for name, field in fields.FIELDS.items() if field.check is checks.anything}
     assert unchecked == {
-        "finetune", "checkpoint", "tensorboard", "data.name", "data.path", "data.val_split", "eval.ensemble",
+        "finetune", "checkpoint", "tensorboard", "data.name", "data.path", "data.train_split", "data.val_split",
+        "data.image_column", "data.label_column", "eval.ensemble",
         "export.output", "export.dynamic_size", "predict.images", "predict.output", "predict.explain",
         "report.compare", "bench.scaling",
     }  # fmt: skip

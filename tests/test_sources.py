@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import tarfile
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from PIL import Image
 
 from pcpvt.data import sources
 from pcpvt.data.augment import AugmentSpec
-from pcpvt.data.decode import Picture
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches
+from pcpvt.data.decode import DecodeError, Picture
+from pcpvt.data.loader import EvalBatches, TrainBatches
 from pcpvt.errors import UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -39,21 +40,6 @@ def test_an_image_folder_has_sorted_classes_and_every_image_once(folder):
     assert dataset.name(0).endswith("cat/0.png")
 
 
-def test_a_tar_read_by_timm_equals_the_folder_it_was_made_from(folder, tmp_path):
-    for split in ("train", "val"):
-        for name in CLASSES:  # timm takes the innermost folder as the class
-            (folder / split / name / "deeper" / "3.png").rename(folder / split / name / "3.png")
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
-            tar.add(folder / split, arcname=".")
-    dataset = sources.open_split("tar", str(tmp_path), "val", (16, 16))
-    assert len(dataset) == 12 and [c.lstrip("./") for c in dataset.classes] == CLASSES
-    seen = sorted((Picture(dataset[i][0]).crop()[0, 0].tolist(), dataset[i][1]) for i in range(12))
-    assert seen == sorted(([50 * label, i, 0], label) for label in range(3) for i in range(4))
-    batches = EvalBatches(dataset, (16, 16), 1.0, 5, 0, 1, "error")
-    alone = [b["image"].sum().item() for b in Loader(batches, range(3), 0)]
-    assert alone == [b["image"].sum().item() for b in Loader(batches, range(3), 1)]  # pickled to a worker
-
-
 def test_a_torchvision_dataset_read_by_timm_gives_its_images(tmp_path):
     root = tmp_path / "cifar-10-batches-py"
     root.mkdir()
@@ -62,9 +48,8 @@ def test_a_torchvision_dataset_read_by_timm_gives_its_images(tmp_path):
     for name in names:
         (root / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 1, 0]}))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
-    from torchvision.datasets import CIFAR10
-
-    import pcpvt.torchvision_compat  # noqa: F401
+    import pcpvt.torchvision_compat  # noqa: F401 - before torchvision
+    from torchvision.datasets import CIFAR10  # isort: skip
 
     original = CIFAR10._check_integrity
     CIFAR10._check_integrity, CIFAR10.meta = (lambda self: True), {**CIFAR10.meta, "md5": None}
@@ -130,23 +115,51 @@ def test_a_stream_is_refused_with_a_one_line_error(timm_opens, name):
     assert "\n" not in str(caught.value)
 
 
-def test_the_val_split_may_have_another_name(timm_opens):
-    asked = []
-    timm_opens(lambda *_, split, **__: asked.append(split) or DecodesOnIndexing())
-    for split, more in (("train", ()), ("val", ()), ("val", (None, "test"))):
-        sources.open_split("hfds/pets", "", split, (16, 16), *more)
-    assert asked == ["train", "validation", "test"]
-
-
 def test_a_missing_package_is_named_and_nothing_else_is_printed(timm_opens, capsys):
     def fails(*_, **__):
-        print("Please install Hugging Face datasets package `pip install datasets`.")
-        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+        print("Please install it.")
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
 
     timm_opens(fails)
-    with pytest.raises(UserError, match=r"config\.data\.name: 'hfds/pets': .*: pip install datasets$"):
-        sources.open_split("hfds/pets", "", "train", (16, 16))
+    with pytest.raises(UserError, match=r"config\.data\.name: 'torch/pets': .*: pip install scipy$"):
+        sources.open_split("torch/pets", "", "train", (16, 16))
     assert capsys.readouterr().out == ""
+
+
+class WithLabels(DecodesOnIndexing):
+    """Without a class map; decoding any image fails, so labels must come from `targets`."""
+
+    class_to_idx = None
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __getitem__(self, index):
+        raise AssertionError("decoded")
+
+
+def test_classes_are_counted_without_decoding(timm_opens):
+    timm_opens(lambda *_, **__: WithLabels([0, 2, 1, 2]))
+    dataset = sources.open_split("torch/pets", "", "train", (16, 16))
+    assert dataset.classes == ["0", "1", "2"] and dataset.labels.tolist() == [0, 2, 1, 2]
+    timm_opens(lambda *_, **__: WithLabels(None))
+    with pytest.raises(UserError, match="tells neither class names nor labels without decoding"):
+        sources.open_split("torch/pets", "", "train", (16, 16))
+
+
+@pytest.mark.parametrize("label", [-1, 2, 0.5, None, [0, 1]])
+def test_a_label_that_is_none_is_no_fault_of_the_image_and_never_skipped(timm_opens, label):
+    class Wrong(DecodesOnIndexing):
+        def __getitem__(self, index):
+            return Image.new("RGB", (16, 16)), label if index == 1 else 0
+
+    timm_opens(lambda *_, **__: Wrong())
+    dataset = sources.open_split("torch/pets", "", "val", (16, 16))
+    named = re.escape(f"torch/pets/validation[1]: its label {label!r} is not one of the numbers from 0 to 1")
+    for on_error in ("error", "skip"):
+        with pytest.raises(UserError, match=named) as caught:
+            EvalBatches(dataset, (16, 16), 1.0, 4, 0, 1, on_error)[0]
+        assert not isinstance(caught.value, DecodeError)
 
 
 def test_the_digits_are_split_evenly_by_class_and_without_overlap():
@@ -173,7 +186,7 @@ def test_synthetic_images_have_the_requested_size_and_classes():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda root: None, "train is no folder: give the one that holds train/ and val/"),
+        (lambda root: None, "has no splits, none for training"),
         (lambda root: (root / "train").mkdir(), "holds no class folders"),
         (lambda root: (root / "train" / "cat").mkdir(parents=True), "cat: no images in this class folder"),
     ],
@@ -193,8 +206,20 @@ def test_a_missing_path_and_unknown_names_are_one_line_errors():
         assert "\n" not in str(caught.value)
 
 
-def test_classes_that_differ_between_the_splits_are_listed(folder):
+def test_validation_may_lack_classes_but_not_have_others(folder):
+    shutil.rmtree(folder / "val" / "cat")
+    for path in (folder / "val" / "eel").rglob("*.png"):
+        path.unlink()
+    train, val = sources.open_training("folder", str(folder), (16, 16))
+    assert val.classes == train.classes == CLASSES and sources.absent(val) == ["cat", "eel"]
+    assert [val[i][1] for i in range(4)] == [1, 1, 1, 1]  # the label of "dog" in training
     (folder / "val" / "dog").rename(folder / "val" / "ox")
-    train, val = (sources.open_split("folder", str(folder), split, (16, 16)) for split in ("train", "val"))
-    with pytest.raises(UserError, match=r"1 only in train \(dog\); 1 only in val \(ox\)"):
-        sources.check_classes(train, val)
+    with pytest.raises(UserError, match=r"val has images of 1 class \(ox\) that the training images lack"):
+        sources.open_training("folder", str(folder), (16, 16))
+
+
+def test_one_class_is_an_error(folder):
+    for name in CLASSES[1:]:
+        shutil.rmtree(folder / "train" / name)
+    with pytest.raises(UserError, match="the training images have one class, 'cat'"):
+        sources.open_training("folder", str(folder), (16, 16))

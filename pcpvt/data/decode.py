@@ -28,6 +28,12 @@ try:
     import simplejpeg
 except ImportError:  # optional, for speed only
     simplejpeg = None
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic`
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; for larger images Pillow warns of a decompression bomb
 MAX_BYTES = 1 << 30  # of a file; more than MAX_PIXELS take in any format

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcpvt.errors import UserError, one_line
+from pcpvt.errors import UserError, one_line, suppress_logging
 from pcpvt.readers.listing import checked_labels, name_labels
 from pcpvt.readers.manifest import Columns
 from pcpvt.readers.splits import Splits, choose, missing_split
@@ -92,7 +92,7 @@ def _open(name: str, cache: str | None, split: str, splits: Splits) -> _Opened:
     try:
         import datasets
 
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), suppress_logging():
             datasets.disable_progress_bars()
             found = datasets.load_dataset(path, config or None, cache_dir=cache)
             names = list(found)
