@@ -99,12 +99,11 @@ def _open(name: str, cache: str | None, split: str, splits: Splits) -> _Opened:
             given = splits.given(split)
             wanted = "+".join(names) if given == "." else given or choose(names, split, splits)
             if wanted and {part.partition("[")[0].strip() for part in wanted.split("+")} <= set(names):
-                rows = found[wanted] if wanted in names else datasets.load_dataset(
-                    path, config or None, cache_dir=cache, split=wanted
-                )  # fmt: skip
                 sizes = {each: len(found[each]) for each in names}
                 parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(sizes)
-                return _Opened(rows, wanted, [(part.splitname, part.from_, part.to) for part in parts])
+                ranges = [(part.splitname, part.from_, part.to) for part in parts]
+                rows = [found[each].select(range(begin, end)) for each, begin, end in ranges]
+                return _Opened(datasets.concatenate_datasets(rows), wanted, ranges)
     except ModuleNotFoundError as error:
         raise UserError(f"config.data.name: {name!r}: needs {error.name}: pip install {error.name}") from None
     except (Exception, SystemExit) as error:  # of the package, of what it downloads, or of the network
