@@ -131,6 +131,8 @@ def test_splits_of_archives_are_obeyed_or_refused(tmp_path):
     assert len(opened(tmp_path, "val", val="test")) == 6
     with pytest.raises(UserError, match=r"val_split: 'tset': .* has the splits test\.tar, train\.tar, valid\.tar"):
         opened(tmp_path, "val", val="tset")
+    with pytest.raises(UserError, match=r"holds \.tar archives: set config\.data\.name=tar"):
+        sources.open_split("folder", str(tmp_path), "train", (16, 16))
     with pytest.raises(UserError, match="8 of the 8 validation images"):
         sources.open_training("tar", str(tmp_path), (16, 16), wanted=Splits(val="train"))
     one = sources.open_training("folder", str(tmp_path / "train.tar"), (16, 16), wanted=Splits(fraction=0.25))

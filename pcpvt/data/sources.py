@@ -215,8 +215,13 @@ def _open(name: str, path: str, split: str, wanted: Splits, columns: Columns) ->
         return _open_archives(path, split, wanted)
     if not os.path.isdir(path):
         raise UserError(f"config.data.path: {path} is no folder, .csv or .tar file: unpack it, or give another")
-    root, chosen = folder.find(path, split, wanted)
-    return Files(folder.read(root, may_be_empty=split == "val"), chosen, root)
+    try:
+        root, chosen = folder.find(path, split, wanted)
+        return Files(folder.read(root, may_be_empty=split == "val"), chosen, root)
+    except UserError:
+        if find(path, ".") or find(os.path.join(path, split), "."):
+            raise UserError(f"config.data.path: {path} holds .tar archives: set config.data.name=tar") from None
+        raise
 
 
 def _open_archives(path: str, split: str, wanted: Splits) -> Archives:

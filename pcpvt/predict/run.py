@@ -33,11 +33,11 @@ FEW = 64  # up to this many images, starting loader processes takes longer than 
 Ranked = list[tuple[str, int, float]]  # (class, index, probability), the most probable first
 
 
-def find(pattern: str, warn: Callable[[str], None] = lambda text: None) -> list[str]:
+def find(pattern: str, note: Callable[[str], None] = lambda text: None) -> list[str]:
     """The sorted files of `config.predict.images`, a file, a folder of images or a pattern; UserError if none.
 
     Args:
-        warn: called with what was left out of a folder.
+        note: called with what was left out of a folder.
     """
     if not pattern:
         raise UserError("config.predict.images: not set: give a file, a folder or a pattern like 'photos/*.jpg'")
@@ -45,7 +45,7 @@ def find(pattern: str, warn: Callable[[str], None] = lambda text: None) -> list[
     if os.path.isdir(pattern):
         paths, left_out = image_files(pattern)
         if left_out:
-            warn(f"{pattern}: left out {left_out_text(left_out)}")
+            note(f"{pattern}: left out {left_out_text(left_out)}")
     elif os.path.exists(pattern):  # before patterns: a file name may contain brackets
         paths = [pattern]
     else:
@@ -64,7 +64,7 @@ def run(session: Session) -> int:
         return 0
     console = Console(stream=sys.stderr)
     began = time.perf_counter()
-    paths = find(config.predict.images, console.warn)
+    paths = find(config.predict.images, lambda text: console.say(f"note: {text}"))
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
         console.say(f"note: {note}")
