@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from absl import flags
+from miniature import image_folder
 
 from pcpvt import main
 from pcpvt.bench import baseline, parts, scaling
 from pcpvt.config import cli, fields, recipes, resolve, stored
+from pcpvt.config.plan import make_plan
 from pcpvt.errors import UserError
 from pcpvt.runtime import session as sessions
 
@@ -216,3 +218,18 @@ def test_the_peer_is_compiled_only_on_request(monkeypatch, tmp_path, against):
     call = baseline.forward(sessions.start(config, tmp_path), 10, {"image": image})
     assert call().shape == (1, 10)
     assert compilations == ([{"dynamic": False}] if against == "timm-compiled" else [])
+
+
+def test_the_peer_reads_the_same_images_whatever_the_split_is_called(monkeypatch, tmp_path):
+    from PIL import ImageOps
+
+    monkeypatch.setattr(ImageOps, "posterize", ImageOps.posterize)  # the loader replaces it
+    image_folder(tmp_path / "data", 2)
+    (tmp_path / "data" / "val").rename(tmp_path / "data" / "valid")
+    config = recipes.from_arg("cpu,folder", "pcpvt_nano", 0.1)
+    config.data.path, config.image_size = str(tmp_path / "data"), 32
+    session = sessions.start(config, tmp_path)
+    source = sessions.open_data(session, "val")
+    plan = make_plan(config, examples=4, num_classes=2, micro_batch=8)._replace(local_batch=4)
+    _, labels = next(baseline.loader(session, plan, "val", source.root, 0))
+    assert sorted(labels.tolist()) == [0, 0, 1, 1] and source.root == f"{tmp_path}/data/valid"

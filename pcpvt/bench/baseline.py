@@ -62,8 +62,8 @@ def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn
     return network, logits
 
 
-def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:
-    """timm's batches of an image folder, without end, with the same augmentation settings."""
+def loader(session: Session, plan: Plan, split: str, root: str, workers: int) -> Iterator:
+    """timm's batches of the class folders below `root`, without end, with the same augmentation settings."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm.data  # isort: skip
     from PIL import ImageOps
@@ -72,7 +72,7 @@ def loader(session: Session, plan: Plan, split: str, workers: int) -> Iterator:
     # timm sometimes asks for 0 bits, which Pillow 13 refuses; its loader processes are forked and inherit this patch.
     ImageOps.posterize = lambda image, bits: posterize(image, max(bits, 1))
     config, a, training = session.config, session.config.augment, split == "train"
-    dataset = timm.data.create_dataset("", root=f"{config.data.path}/{split}", split=split, is_training=training)
+    dataset = timm.data.create_dataset("", root=root, split=split, search_split=False, is_training=training)
     options: dict[str, Any] = {
         "interpolation": "bicubic", "crop_pct": config.eval.crop, "device": session.device.torch,
         "num_workers": workers, "persistent_workers": workers > 0,

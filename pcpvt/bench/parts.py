@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from pcpvt.bench import baseline
 from pcpvt.bench.timing import Round, interleave, once
 from pcpvt.data.loader import EvalBatches, TrainBatches
-from pcpvt.data.sources import Dataset, synthetic
+from pcpvt.data.sources import Dataset, Files, synthetic
 from pcpvt.devices.base import cores
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import Batch
@@ -96,8 +96,9 @@ class Bench:
         timings: dict[str, dict[str, list[Round]]] = {}
         for split in ("train", "val"):
             streams = {"ours": self._stream(split, workers)}
-            if "peer" in self.sides and data.name == "folder":
-                streams["peer"] = baseline.loader(session, self.plan, split, workers)
+            source = sessions.open_data(session, split)
+            if "peer" in self.sides and isinstance(source, Files) and source.places:  # class folders
+                streams["peer"] = baseline.loader(session, self.plan, split, source.root, workers)
             timings[split] = {side: [] for side in streams}
             for _, (side, stream) in itertools.product(range(self.rounds), streams.items()):
                 _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
