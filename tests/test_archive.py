@@ -51,7 +51,7 @@ def test_images_labels_and_order_are_timms(tmp_path, form):
     import pcpvt.torchvision_compat  # noqa: F401 - before timm
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar  # isort: skip
 
-    names, file = ("cat10", "Cat2", "dog"), tmp_path / "train.tar"
+    names, file = ("cat10", "cat2", "Dog"), tmp_path / "train.tar"
     if form == "one per class":
         file = tmp_path / "train"
         for i, name in enumerate(names):
