@@ -15,6 +15,7 @@ from pcpvt.data.augment import AugmentSpec
 from pcpvt.data.decode import DecodeError, Picture
 from pcpvt.data.loader import EvalBatches, TrainBatches
 from pcpvt.errors import UserError
+from pcpvt.readers.splits import Splits
 
 CLASSES = ["cat", "dog", "eel"]
 
@@ -145,6 +146,35 @@ def test_classes_are_counted_without_decoding(timm_opens):
     timm_opens(lambda *_, **__: WithLabels(None))
     with pytest.raises(UserError, match="tells neither class names nor labels without decoding"):
         sources.open_split("torch/pets", "", "train", (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("kept", "labels"),
+    [
+        ({"targets": np.array([[3, 9], [1, 9], [0, 9], [2, 9]])}, [3, 1, 0, 2]),  # QMNIST's
+        ({"index": [(1, "a"), (0, "b"), (1, "c"), (0, "d")]}, [1, 0, 1, 0]),  # iNaturalist's
+        ({"samples": [("a", 1), ("b", 0), ("c", 1), ("d", 0)]}, [1, 0, 1, 0]),  # ImageFolder's
+    ],
+)
+def test_labels_are_found_as_torchvision_keeps_them(timm_opens, kept, labels):
+    data = WithLabels(None)
+    vars(data).update(kept)
+    timm_opens(lambda *_, **__: data)
+    assert sources.open_split("torch/pets", "", "train", (16, 16)).labels.tolist() == labels
+
+
+def test_splits_of_torchvisions_datasets_are_obeyed_or_refused(timm_opens):
+    asked = []
+    timm_opens(lambda *_, split, **__: asked.append(split) or DecodesOnIndexing())
+    for split, wanted in (("train", Splits()), ("val", Splits()), ("val", Splits(val="test"))):
+        assert sources.open_split("torch/cifar10", "", split, (16, 16), wanted=wanted).split == asked[-1]
+    assert asked == ["train", "validation", "test"]
+    with pytest.raises(UserError, match=r"val_split: 'tset': 'torch/cifar10' has the splits train and test"):
+        sources.open_split("torch/cifar10", "", "val", (16, 16), wanted=Splits(val="tset"))
+    with pytest.raises(UserError, match=r"4 of the 4 validation images \(train\)"):
+        sources.open_training("torch/cifar10", "", (16, 16), wanted=Splits(val="train"))
+    with pytest.raises(UserError, match=r"image folders are read with config\.data\.name=folder"):
+        sources.open_split("torch/folder", "", "val", (16, 16))
 
 
 @pytest.mark.parametrize("label", [-1, 2, 0.5, None, [0, 1]])

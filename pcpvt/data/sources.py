@@ -87,7 +87,7 @@ class Files:
         return self.samples[index][0]
 
     def key(self, index: int) -> str:
-        return os.path.relpath(self.name(index), self.root).replace(os.sep, "/")
+        return self.name(index).removeprefix(self.root + os.sep)
 
     def shared(self, other: "Files") -> int:
         """Samples of the other split that this one holds too: in the same folders, or of the same path."""

@@ -31,7 +31,9 @@ class TorchSet:
     def __init__(self, name: str, root: str, split: str):
         from pcpvt import torchvision_compat  # noqa: F401 - before timm
         import timm.data  # isort: skip
+        from PIL import EpsImagePlugin
 
+        EpsImagePlugin.gs_binary = False  # torchvision's datasets decode by themselves: they must not run Ghostscript
         short = name.lower().partition("/")[2]
         if short in ("folder", "image_folder"):
             raise UserError(f"config.data.name: {name!r}: image folders are read with config.data.name=folder")
