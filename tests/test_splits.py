@@ -82,7 +82,8 @@ def test_a_given_name_is_meant_literally_or_refused(tmp_path):
     for count, folder in enumerate(("train", "val", "test", "holdout"), 1):
         fill(tmp_path / folder, cat=count, dog=count)
     assert [len(open_split(tmp_path, val=name)) for name in ("validation", "val", "test", "holdout")] == [4, 4, 6, 8]
-    assert len(open_split(tmp_path / "holdout", val=".")) == 8
+    everything = open_split(tmp_path / "holdout", val=".")
+    assert (everything.split, len(everything)) == ("all", 8)
     assert len(open_split(tmp_path, "train", train="holdout")) == 8
     for field, split, wanted in (("val", "val", {"val": "tset"}), ("train", "train", {"train": "trian"})):
         with pytest.raises(UserError, match=rf"config\.data\.{field}_split: '{wanted[field]}': .* test, train, val"):

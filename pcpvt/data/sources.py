@@ -70,7 +70,7 @@ class Files:
     in_memory = False
 
     def __init__(self, listing: Listing, split: str, root: str):
-        self.classes, self.split, self.root = listing.classes, split, root
+        self.classes, self.split, self.root = listing.classes, splits.shown(split), root
         self.samples = list(zip(listing.paths, listing.labels.tolist(), strict=True))
         self.labels, self.places, self.remarks = listing.labels, listing.places, listing.notes(root)
 
@@ -180,9 +180,9 @@ def open_split(
 def _parts(whole: Any, wanted: Splits) -> tuple[View, View]:
     """The training and the held-out part of a dataset."""
     held_out = splits.hold_out(whole.labels, whole.key, wanted.fraction, wanted.seed)
-    origin, share = "all" if whole.split == "." else whole.split, 100 * wanted.fraction
-    train = View(whole, f"{100 - share:g}% of {origin}", np.flatnonzero(~held_out))
-    return train, View(whole, f"{share:g}% of {origin}", np.flatnonzero(held_out))
+    share = 100 * wanted.fraction
+    train = View(whole, f"{100 - share:g}% of {whole.split}", np.flatnonzero(~held_out))
+    return train, View(whole, f"{share:g}% of {whole.split}", np.flatnonzero(held_out))
 
 
 def _open(name: str, path: str, split: str, wanted: Splits, columns: Columns) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from pcpvt.errors import UserError
 from pcpvt.readers.files import identity, is_data, is_image, left_out_text, natural, suffix
 from pcpvt.readers.listing import name_labels
+from pcpvt.readers.splits import shown
 
 
 class Member(NamedTuple):
@@ -44,7 +45,7 @@ class Archives:
     in_memory = False
 
     def __init__(self, files: Sequence[str], split: str):
-        self.files, self.split = sorted(files), split
+        self.files, self.split = sorted(files), shown(split)
         self.left_out: collections.Counter[str] = collections.Counter()
         members: list[Member] = []
         labels: list[Member] = []

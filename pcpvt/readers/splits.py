@@ -40,6 +40,11 @@ class Splits(NamedTuple):
         return self.given(split) == "." or bool(self.fraction)
 
 
+def shown(name: str) -> str:
+    """The name of a split in messages and results."""
+    return "all" if name == "." else name
+
+
 def check(splits: Splits) -> None:
     """Raises UserError for fields that exclude one another."""
     if splits.fraction and splits.given("val"):
