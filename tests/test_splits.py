@@ -86,7 +86,9 @@ def test_a_given_name_is_meant_literally_or_refused(tmp_path):
     assert (everything.split, len(everything)) == ("all", 8)
     assert len(open_split(tmp_path, "train", train="holdout")) == 8
     for field, split, wanted in (("val", "val", {"val": "tset"}), ("train", "train", {"train": "trian"})):
-        with pytest.raises(UserError, match=rf"config\.data\.{field}_split: '{wanted[field]}': .* test, train, val"):
+        with pytest.raises(
+            UserError, match=rf"config\.data\.{field}_split: '{wanted[field]}': .* holdout, test, train, val: name one"
+        ):
             open_split(tmp_path, split, **wanted)
     with pytest.raises(UserError, match=r"config\.data\.val_split: 'test' and config\.data\.val_fraction=0\.1"):
         open_split(tmp_path, val="test", fraction=0.1)

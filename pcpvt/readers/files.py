@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import features
+
 # The suffixes of the formats that `data.decode` reads.
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -21,6 +23,8 @@ SUFFIXES = {
 HEIF = {".heic", ".heif"}  # read where pillow-heif is installed
 if importlib.util.find_spec("pillow_heif"):
     SUFFIXES |= HEIF
+if "avif" in features.get_supported_modules():  # of Pillow 11.3 and later
+    SUFFIXES.add(".avif")
 # What systems put beside files: macOS, Synology, ext4, Windows. Names that begin with a dot are no data either.
 SYSTEM = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 

@@ -61,5 +61,5 @@ def find(path: str, split: str, splits: Splits) -> tuple[str, str]:
     if not chosen and splits.whole(split) and not usual.intersection(map(str.lower, names)):
         chosen = "."
     if not chosen:
-        raise missing_split(path, [name for name in names if name.lower() in usual], split, splits)
+        raise missing_split(path, [name for name in names if given or name.lower() in usual], split, splits)
     return os.path.normpath(os.path.join(path, chosen)), chosen

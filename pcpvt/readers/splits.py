@@ -12,6 +12,7 @@ import numpy as np
 
 from pcpvt.errors import UserError
 
+LISTED = 8  # names in an error
 USUAL = {  # of "train" and "val"; the first one that there is
     "train": ("train", "training"),
     "val": ("validation", "val", "valid", "dev", "eval", "test", "testing"),
@@ -65,13 +66,14 @@ def choose(names: Iterable[str], split: str, splits: Splits) -> str:
 
 def missing_split(where: str, names: Sequence[str], split: str, splits: Splits) -> UserError:
     """The error for a source that lacks a split."""
-    has = f"has the splits {', '.join(names)}" if names else "has no splits"
+    more = ", ..." if len(names) > LISTED else ""
+    has = f"has the splits {', '.join(names[:LISTED])}{more}" if names else "has no splits"
     if given := splits.given(split):
         return UserError(f"config.data.{split}_split: {given!r}: {where} {has}: name one, or . for all there is")
     if split == "train":
         return UserError(
-            f"config.data.train_split: {where} {has}, none for training: name one of them, or hold out a part of all "
-            "by config.data.val_fraction=0.2"
+            f"config.data.train_split: {where} {has}, none for training: name one of them (. for all there is), or "
+            "hold out a part of all by config.data.val_fraction=0.2"
         )
     return UserError(
         f"config.data.val_split: {where} {has}, none for validation: name one of them (. for all there is), hold out a "
