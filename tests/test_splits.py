@@ -166,3 +166,12 @@ def test_without_validation_data_a_run_trains_with_eval_every_0_and_else_says_wh
     done = miniature.run(words(tmp_path, "run", data, eval_every=0))
     assert done.code == 0 and result(tmp_path / "run")["split"] == "none", done.err
     assert result(tmp_path / "run")["acc1"] is None
+
+
+def test_random_images_and_digits_are_trained_on_without_a_warning(tmp_path):
+    command = miniature.words(
+        tmp_path / "run", "cpu", data__name="synthetic", num_classes=1000, steps=1, image_size=32, batch_size=4,
+        eval_every="1 step",
+    )  # fmt: skip
+    done = miniature.run(command)
+    assert (done.code, done.err) == (0, "") and result(tmp_path / "run")["split"] == "val"

@@ -87,7 +87,7 @@ def open_data(session: Session, split: str) -> sources.Dataset:
     config = session.config
     name, splits, columns = _naming(config)
     dataset = sources.open_split(name, config.data.path, split, session.size, config.num_classes, splits, columns)
-    return _remark(dataset)
+    return _remark(dataset, split)
 
 
 def open_training_data(session: Session) -> tuple[sources.Dataset, sources.Dataset]:
@@ -98,14 +98,7 @@ def open_training_data(session: Session) -> tuple[sources.Dataset, sources.Datas
     train, val = sources.open_training(
         name, config.data.path, session.size, config.num_classes, splits, columns, validates=validates
     )
-    if missing := sources.absent(train):
-        warn_once(f"config.data.path: {train.split} has no images of {sources.named(missing)}")
-    if validates and (missing := sources.absent(val)):
-        warn_once(
-            f"config.data.path: {val.split} has no images of {sources.named(missing)} of {len(val.classes)}: metrics "
-            "are over the others"
-        )
-    return _remark(train), _remark(val)
+    return _remark(train, "train"), _remark(val, "val")
 
 
 def _naming(config: ConfigDict) -> tuple[str, Splits, Columns]:
@@ -115,9 +108,14 @@ def _naming(config: ConfigDict) -> tuple[str, Splits, Columns]:
     return data.name or "folder", splits, Columns(data.image_column, data.label_column)
 
 
-def _remark(dataset: sources.Dataset) -> sources.Dataset:
+def _remark(dataset: sources.Dataset, split: str) -> sources.Dataset:
+    """The dataset, after warnings about files that were left out and classes without images."""
     for text in getattr(dataset, "remarks", []):
         _warn_once(text)
+    if not dataset.in_memory and (missing := sources.absent(dataset)):  # random labels need not have all classes
+        effect = ": metrics are over the others" if split == "val" else ""
+        of = f"{sources.named(missing)} of {len(dataset.classes)}"
+        _warn_once(f"config.data.path: {dataset.split} has no images of {of}{effect}")
     return dataset
 
 
