@@ -192,15 +192,16 @@ def test_a_non_finite_gradient_changes_only_the_counters(poison):
     assert metrics["skipped"] == 0 and not torch.equal(ts.params["head.weight"], before["params/head.weight"])
 
 
-def test_ema_is_the_decayed_mean_of_the_parameters():
+def test_ema_is_the_mean_of_the_parameters_with_a_decay_that_rises_to_its_limit():
     _, params = nano_state()
-    decay, data = 0.9, batches(3, 32, 4)
+    limit, data = 0.15, batches(3, 32, 4)
+    decays = [1 / 10, 0.15, 0.15]  # (1 + t) / (10 + t) is 0.1, 0.18, 0.25
     expected = {n: v.clone() for n, v in params.items()}
-    for i in range(1, 4):
+    for i, decay in enumerate(decays, start=1):
         _, fresh = nano_state()
         ts, _ = our_loop(fresh, "pcpvt_nano", data, schedules.constant(1e-3), torch.float64, i)
         expected = {n: decay * e + (1 - decay) * ts.params[n] for n, e in expected.items()}
-    ts, _ = our_loop(params, "pcpvt_nano", data, schedules.constant(1e-3), torch.float64, 3, ema_decay=decay)
+    ts, _ = our_loop(params, "pcpvt_nano", data, schedules.constant(1e-3), torch.float64, 3, ema_decay=limit)
     for name, value in ts.ema.items():
         # The averaging weight is 1 - decay in float32.
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)

@@ -79,7 +79,7 @@ FIELDS = {
     "layer_decay": Field(1.0, "learning-rate factor per block, counted from the head; 1: none",
         RECIPE, between(1e-3, 1)),
     "frozen": Field("", "regex over parameter names that are not trained", FIXED, regex),
-    "ema": Field(0.0, "decay of the weights' moving average, which is then what is evaluated; 0: none",
+    "ema": Field(0.0, "decay of the weights' average, which then counts; at step t at most (1+t)/(10+t); 0: none",
         FIXED, below(1)),
     "label_smoothing": Field(0.1, "mass spread over all classes", RECIPE, below(1)),
     "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),

@@ -114,4 +114,6 @@ def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], 
 def report(summary: Mapping[str, Any]) -> str:
     """The metrics as one line, the same in training and evaluation."""
     text = f"top-1 {summary['acc1']:.3f} %   top-5 {summary['acc5']:.3f} %   loss {summary['loss']:.6f}"
+    if "acc1_raw" in summary:
+        text += f"   (weights before averaging: top-1 {summary['acc1_raw']:.3f} %   loss {summary['loss_raw']:.6f})"
     return text + (f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else "")

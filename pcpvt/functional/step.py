@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pcpvt.functional import metrics, optim, precision
+from pcpvt.functional import metrics, optim, precision, schedules
 from pcpvt.functional.metrics import Sums
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import FLOAT32, UNSCALED, DynamicScale, NoScale, Overflow, Policy
@@ -70,6 +70,7 @@ def make_step(
         optimizer: see `optim.chain`.
         global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
         grad_accum_steps: micro-batches per step; exact, because no layer mixes samples. Must divide the batch.
+        ema_decay: of the averaged weights, once enough steps are done (see `schedules.ema_decay`).
         trainable: names to differentiate; None means all.
         value_and_grad: the gradient implementation, compiled or not; called once, here.
         psum: sum over replicas of a list of tensors. Skipping is decided after it, so all replicas agree.
@@ -111,7 +112,7 @@ def make_step(
             good = good & (flag == 0)
         skip = 1.0 - good.to(torch.float32)
         params, opt = optimizer.update(grads, state.opt, state.params, int(state.step), skip)
-        ema = optim.ema_update(state.ema, params, ema_decay, skip)
+        ema = optim.ema_update(state.ema, params, schedules.ema_decay(ema_decay, int(state.step)), skip)
         flag = skip.to(torch.int32)
         skipped = (state.skipped + flag) * flag
         new_state = TrainState(state.step + 1, params, ema, opt, scaler.update(state.scale, skip), skipped)

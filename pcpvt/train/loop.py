@@ -166,16 +166,25 @@ def _count_replaced(setup: TrainSetup, unreadable: UnreadableLog, batch: Batch, 
 def _evaluate(
     setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[History, bool]:
-    """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation."""
+    """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation.
+
+    With EMA the metrics are those of the averaged weights; `acc1_raw` and `loss_raw` are those of the weights.
+    """
     session, data, step = setup.session, setup.split.dataset, int(state.step)
     began, predictions = time.perf_counter(), mistakes.PredictionLog(len(data))
-    params = session.inference(state.ema or state.params)
+    weights = [session.inference(params) for params in (state.ema, state.params) if params]
     summaries = evaluate(
-        session, setup.split, lambda batch: [setup.eval_step(params, batch)], observe=predictions, stop=stop_requested
+        session,
+        setup.split,
+        lambda batch: [setup.eval_step(params, batch) for params in weights],
+        observe=predictions,
+        stop=stop_requested,
     )
     if summaries is None:
         return history, True
-    (metrics,) = summaries
+    metrics, *raw = summaries
+    for summary in raw:
+        metrics |= {f"{name}_raw": summary[name] for name in ("acc1", "loss")}
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)

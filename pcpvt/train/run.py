@@ -123,6 +123,7 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     return {
         "mode": "train",
         **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
+        **{name: best[name] for name in ("acc1_raw", "loss_raw") if name in best},
         "best_step": best_step, "images": step * plan.batch,
         "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
-from pcpvt.config.plan import Plan, make_plan
+from pcpvt.config.plan import Plan, make_plan, short_run_notes
 from pcpvt.data import augment, loader, sources
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
@@ -70,6 +70,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     plan = plan_run(session, model, len(train_data))
     classes = list(train_data.classes)
 
+    short = short_run_notes(config, plan)
     resumed = resume.newest(session, console)
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
@@ -98,7 +99,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
         session, console, split, model, plan, batches, reader, train, score, peak, meta,
-        resumed.path if resumed else None, notes, began,
+        resumed.path if resumed else None, [*short, *notes], began,
     )  # fmt: skip
     return setup, start, History.from_meta(resumed.meta) if resumed else History()
 
