@@ -80,8 +80,8 @@ def test_two_stops_within_one_epoch_and_other_workers_change_no_bit(whole, tmp_p
 
 def test_stop_in_the_last_evaluation_leaves_only_that_to_do(whole, tmp_path):
     words = miniature.words(tmp_path, ema=0.9)
-    # 364 images in 8 batches: the first evaluation, at step 8, has the first 8.
-    ended = miniature.run(words, {"at": "evaluation", "n": 10, "do": "SIGTERM"})
+    # 364 images in 8 batches of weights and averages: the first evaluation, at step 8, has the first 16.
+    ended = miniature.run(words, {"at": "evaluation", "n": 19, "do": "SIGTERM"})
     assert ended.code == PREEMPTED, ended.err
     assert miniature.newest(tmp_path).meta["metrics"] is None
     ended = miniature.run(words)
