@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pcpvt.errors import SYSTEMS, UserError, printable, put, show
+from pcpvt.errors import SYSTEMS, UserError, log, log_to, printable, put, show
 
 try:
     import fcntl  # noqa: F401 - not on Windows
@@ -38,11 +39,14 @@ MODES = {
 
 def main(command: Command) -> int:
     """Runs a parsed command line, in this process or in several that it starts; returns the exit code."""
+    from pcpvt.checkpoints.checkpoint import newest_whole
     from pcpvt.distributed import collectives, launch
 
     config, notes = read_config(command)
-    if config.processes > 1 and collectives.from_environment() is None:
-        return launch.launch(config, command.words())
+    trains = command.mode == "train"
+    if (config.processes > 1 or (trains and config.restarts)) and collectives.from_environment() is None:
+        newest = functools.partial(newest_whole, command.workdir / "checkpoints")
+        return launch.launch(config, command.words(), newest if trains else None)
     return run(config, command.workdir, command.mode, notes, command)
 
 
@@ -54,7 +58,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     """
     from pcpvt.checkpoints.load import member_names, trained_config
     from pcpvt.config.resolve import resolve
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, hosts
 
     mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
@@ -69,7 +73,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     if trained is not None and not command.config:
         get_config = functools.partial(_for_stored_device, get_config)
     world = collectives.from_environment()
-    world_size = world.size if world else None
+    world_size = world.size if world else hosts.from_environment(os.environ).processes_in_all()
     return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
 
 
@@ -81,7 +85,7 @@ def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> Con
 def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, stacks
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
@@ -90,9 +94,13 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
     # Nothing but predictions goes to standard output.
     console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
     with contextlib.ExitStack() as stack:
+        stack.callback(stacks.uninstall)
         stack.callback(collectives.leave)
         try:
             records.open_workdir(workdir)
+            stacks.install(workdir / "debug", world.rank if world else 0)
+            if world:
+                log_to(workdir / "logs" / f"rank-{world.rank}.log")
             if mode == "train" and is_main:
                 left_behind = stack.enter_context(lock.held(workdir))
                 notes = [*notes, left_behind] if left_behind else notes
@@ -116,8 +124,10 @@ def entry() -> None:
     """Runs the program. A user error is one line on standard error; exit codes are in `distributed.signals`."""
     try:
         signals.install()  # before anything slow is imported: a signal must find its handler
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a PeerError says in one line what c10d warns of in 30
         if os.environ.get("TORCHELASTIC_RUN_ID"):
             signals.follow_launcher()
+            _bind_to_cores()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _report_thread_failure
@@ -130,17 +140,18 @@ def entry() -> None:
         # A module that was being imported may have replaced Stopped by an error of its own.
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
-            if os.environ.get("RANK", "0") == "0":
+            if "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0":
                 put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
         if isinstance(error, UserError | OSError):
             error = _user_error(error)
-            _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
+            _fail(str(error), error.exit_code, "LOCAL_RANK" not in os.environ or _is_first(error))
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors
             what = f"{str(error).splitlines()[0]} ({error.__cause__})"
             _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
+        log(traceback.format_exc())
         raise
 
 
@@ -157,6 +168,12 @@ def _is_first(error: UserError) -> bool:
     from pcpvt.distributed import collectives
 
     return collectives.explains(error)
+
+
+def _bind_to_cores() -> None:
+    """Binds this rank to its share of the cores, before a library starts threads; `launch/cpu.sh` sets the shares."""
+    if shares := os.environ.get("PCPVT_CORES", "").split():
+        os.sched_setaffinity(0, map(int, shares[int(os.environ["LOCAL_RANK"])].split(",")))
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

@@ -30,7 +30,7 @@ def run(session: Session) -> int:
     result = measure(session)
     records.write_json(session.workdir / parts.RESULT, result)
     console.say(table(result))
-    console.say(f"written to {session.workdir / 'result.json'}")
+    console.say(f"written to {session.workdir / parts.RESULT}")
     return 0
 
 

@@ -67,7 +67,8 @@ def resolve(
                 "--config.finetune=FILE (or timm:NAME, or a workdir), or leave 'finetune' out of ARG"
             )
     if world_size is not None:
-        if (names_device or "processes" in overrides) and config.processes != world_size:
+        most, fewest = config.processes, config.elastic or config.processes
+        if (names_device or "processes" in overrides) and not fewest <= world_size <= most:
             raise UserError(
                 f"config.processes: {config.processes} but torchrun started {world_size} processes: "
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"

@@ -10,7 +10,7 @@ import torch
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.data import order
-from pcpvt.distributed import collectives, signals
+from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
@@ -19,6 +19,7 @@ from pcpvt.report import run as report
 from pcpvt.runtime import records
 from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
+from pcpvt.train import history as histories
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.history import History
 from pcpvt.train.next_commands import next_commands
@@ -55,6 +56,11 @@ def run(session: Session) -> int:
             saved=step, writes=session.world.is_main,
         )  # fmt: skip
         stack.callback(saver.finish)
+        if again := restart.restarted():
+            entry = histories.restart_record(plan, step, *again)
+            history = history._replace(records=history.records + 1)
+            for writer in outputs:
+                writer.record(entry)
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
             raise _divergence_error(setup, history, saver.last_good())
