@@ -234,6 +234,7 @@ def test_checkpoint_without_a_config_is_taken_as_weights_from_elsewhere(tmp_path
 def test_torchruns_count_is_not_refused_where_arg_names_none(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     path = checkpoint.save(tmp_path, weights(), {"step": 1, "config": {"processes": 8, "device": "cpu", "epochs": 1.0}})
     assert read("--mode=eval", "--config=configs/pcpvt_s.py", f"--config.checkpoint={path}").processes == 2
     assert "torchrun started 2 processes" in error_of("--config=configs/pcpvt_s.py:cpu3")

@@ -229,7 +229,7 @@ def train_command(session: Session, workdir: Path, changes: dict[str, Any]) -> l
     config = copy.deepcopy(session.config)
     config.epochs = config.examples = None  # `changes` give the steps
     config.checkpoint, config.eval_every, config.save_every, config.data.name = "", "0", "0", "synthetic"
-    config.num_classes = config.num_classes or 1000
+    config.num_classes, config.restarts = config.num_classes or 1000, 0  # a failure is a result
     config.update_from_flattened_dict(changes)
     workdir.mkdir(parents=True, exist_ok=True)
     records.write_json(workdir / "config.json", config.to_dict())
