@@ -86,6 +86,12 @@ def test_a_command_is_written_out_in_words_that_mean_the_same():
         assert copied._replace(get_config=None) == command._replace(get_config=None)
 
 
+def test_the_launcher_gets_the_parsed_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("pcpvt.distributed.launch.launch", lambda config, words, *_: words)
+    command = parse("-mode", "train", "--config", "configs/pcpvt_s.py:cpu2", "--workdir", str(tmp_path))
+    assert main.main(command) == ["--mode=train", "--config=configs/pcpvt_s.py:cpu2", f"--workdir={tmp_path}"]
+
+
 def test_a_value_is_quoted_for_a_shell():
     line = parse("--workdir=my runs/a", "--config.frozen=^head$", "--config.seed=3").line()
     assert line == "python -m pcpvt.main --config.frozen='^head$' --config.seed=3 --workdir='my runs/a'"
