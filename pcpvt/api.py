@@ -90,9 +90,9 @@ def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
 
 def train_state(params: Params) -> TrainState:
     """The state before the first step, AdamW's moments at zero; copies the params, since steps reuse the memory."""
-    own = {name: value.clone() for name, value in params.items()}
-    optimizer = _optimizer(own, 0.0, 0.0)
-    return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
+    groups = optim.groups(params, 0.0)
+    own = optim.lay_out(params, groups)
+    return states.create(own, _adamw(groups, 0.0).init(own), {}, ema=False, device=own.flat.device)
 
 
 def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
@@ -104,11 +104,11 @@ def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoot
     objective = make_objective(model, smoothing=smoothing)
 
     def step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
-        optimizer = _optimizer(state.params, lr, weight_decay)
+        optimizer = optim.chain(_adamw(optim.groups(state.params, weight_decay), lr))
         return steps.make_step(objective, optimizer, global_batch=len(batch["label"]))(state, batch)
 
     return step
 
 
-def _optimizer(params: Params, lr: float, weight_decay: float) -> optim.Optimizer:
-    return optim.chain(optim.adamw(schedules.constant(lr), optim.groups(params, weight_decay)))
+def _adamw(groups: list[optim.Group], lr: float) -> optim.Optimizer:
+    return optim.adamw(schedules.constant(lr), groups)

@@ -113,10 +113,11 @@ def state_after_steps(device, value_and_grad=None) -> dict[str, torch.Tensor]:
     from pcpvt.models.layers import Kernels
 
     model, params = nano_state(torch.float32)
-    params = {name: value.to(device.torch) for name, value in params.items()}
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups).to(device.torch)
     adamw = optim.adamw(
         schedules.constant(1e-3),
-        optim.groups(params, 0.05),
+        groups,
         honors_found_inf=device.fused_adamw_honors_found_inf,
     )
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), adamw)
@@ -201,11 +202,12 @@ def overflowing_fp16(device, watched: bool):
     policy = precision.parse(device.precision())
     assert policy.compute == torch.float16
     model, params = nano_state(torch.float32)
-    params = {name: value.to(device.torch) for name, value in params.items()}
     objective = make_objective(model, policy=policy, kernels=device.kernels(policy.compute))
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups).to(device.torch)
     adamw = optim.adamw(
         schedules.constant(1e-3),
-        optim.groups(params, 0.05),
+        groups,
         honors_found_inf=device.fused_adamw_honors_found_inf,
     )
     gradient = {"factor": 1.0}

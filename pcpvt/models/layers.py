@@ -68,7 +68,6 @@ class Kernels(NamedTuple):
     norm: Norm = norm_plain
     residual: Residual = residual_plain
     block_fn: BlockFn = lambda block, *args: block(*args)  # calls one block of a stage; may be compiled
-    to_train_layout: ParamsFn = lambda params: params  # parameters to train, in the memory layout the kernels read
     prepack: ParamsFn = lambda params: params  # parameters for inference, in the form the kernels read fastest
 
 

@@ -17,6 +17,7 @@ from pcpvt.distributed import collectives
 from pcpvt.distributed.collectives import World
 from pcpvt.errors import UserError
 from pcpvt.functional import precision
+from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
@@ -41,8 +42,7 @@ class Session(NamedTuple):
 
     def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters on the device in the compute dtype."""
-        here = {name: value.to(self.device.torch) for name, value in params.items()}
-        return precision.cast(here, self.policy, self.device.fp32_norms)
+        return precision.cast(pack(params).to(self.device.torch), self.policy, self.device.fp32_norms)
 
     def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """`compute`, with weights packed once for repeated evaluation."""
