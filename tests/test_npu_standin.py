@@ -35,6 +35,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def exact_gelu(x: Tensor) -> Tensor:
+    if x.device.type == "npu":
+        import torch_npu
+
+        return torch_npu.npu_gelu(x)
+    return F.gelu(x)
+
+
 def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
     """The loss of a small model with the layer kinds of a vision transformer; images `[b, 3, h, w]`."""
     x = F.conv2d(image, params["patch"], stride=4)
@@ -42,7 +50,7 @@ def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor
     x = x.flatten(2).mT
     q, k, v = F.linear(F.layer_norm(x, x.shape[-1:]), params["qkv"]).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     x = x + attend(q, k, v).transpose(1, 2).flatten(2)
-    x = x + F.linear(F.gelu(F.linear(x, params["fc1"])), params["fc2"])
+    x = x + F.linear(exact_gelu(F.linear(x, params["fc1"])), params["fc2"])
     return F.cross_entropy(F.linear(x.mean(1), params["head"]).float(), label, label_smoothing=0.1)
 
 

@@ -80,7 +80,7 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Ten
     caches code for every shape; the dropped samples among them are multiplied by 0. `drop_path_scale` is on the host,
     so reading its values does not wait for a device.
     """
-    factor = drop_path_scale.to(x.dtype)[:, None, None, None]
+    factor = drop_path_scale[:, None, None, None]
     step = max(1, len(x) // 8)
     count = -(-int(drop_path_scale.count_nonzero()) // step) * step
     if count >= len(x) or x[..., 0].numel() < _MIN_TOKENS_TO_SKIP:

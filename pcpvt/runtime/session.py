@@ -21,7 +21,7 @@ from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import PLAIN, Kernels
+from pcpvt.models.layers import Kernels
 from pcpvt.runtime.console import warn_once
 
 
@@ -95,7 +95,7 @@ def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
 
 def _choose_kernels(config: ConfigDict, device: base.Device, policy: Policy) -> Kernels:
     """The device's kernels for the compute dtype, or the plain ones, as `config.kernels` and `config.compile` say."""
-    own = PLAIN
+    own = device.plain_kernels()
     if config.kernels != "plain":
         own = device.kernels(policy.compute, compiled=backend(device, config.compile) != "none")
     return compiled_blocks(own, device, config.compile, warn_once)

@@ -190,6 +190,13 @@ void reads_storage(const OperatorHandle& op, Stack* stack) {
   op.redispatchBoxed(c10::DispatchKeySet(DispatchKey::AutogradCPU), stack);  // the composition itself
 }
 
+// aclnnGelu is the tanh form, whatever the argument says. "exact", which only the stand-in knows, is npu_gelu's "none".
+void tanh_gelu(const OperatorHandle& op, Stack* stack) {
+  IValue& approximate = stack->back();
+  approximate = std::string(approximate.toStringRef() == "exact" ? "none" : "tanh");
+  run_on_cpu(op, stack);
+}
+
 template <auto* kernel>
 void implement(torch::Library& library, const std::set<std::string>& names) {
   for (const auto& name : names) library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<kernel>());
@@ -202,6 +209,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("record_stream", [](Tensor&, c10::Stream) {});
   implement<&fused_adamw>(m, {"aten::_fused_adamw_"});
+  implement<&tanh_gelu>(m, {"aten::gelu", "aten::gelu_", "aten::gelu_backward"});
   const std::set<std::string> refused{"aten::_foreach_add.Tensor", "aten::_foreach_add_.Tensor",
       "aten::_foreach_mul.Tensor", "aten::_foreach_mul_.Tensor", "aten::_foreach_div.Tensor",
       "aten::_foreach_div_.Tensor", "aten::_foreach_lerp.ScalarList", "aten::_foreach_lerp_.ScalarList",
@@ -211,7 +219,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   std::set<std::string> rest{"aten::copy_", "aten::convolution", "aten::convolution_backward"};
   for (const auto& name : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(DispatchKey::CPU))
     if (name.name.rfind("aten::", 0) == 0) rest.insert(c10::toString(name));
-  for (auto* own : {"empty.memory_format", "empty_strided", "record_stream", "_fused_adamw_"})
+  for (auto* own : {"empty.memory_format", "empty_strided", "record_stream", "_fused_adamw_", "gelu", "gelu_", "gelu_backward"})
     rest.erase(std::string("aten::") + own);
   for (const auto& name : refused) rest.erase(name);
   implement<&run_on_cpu>(m, rest);
