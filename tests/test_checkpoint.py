@@ -118,7 +118,7 @@ def test_failed_save_is_reported_once_and_leaves_earlier_checkpoints(tmp_path, m
             saver.finish_last(3)
         saver.finish_last(3)
         assert len(warnings) == 2
-    assert steps() == [1] and saver.last_good == checkpoint.steps(tmp_path)[1]
+    assert steps() == [1] and saver.last_good() == checkpoint.steps(tmp_path)[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-00000001.safetensors"]
 
 

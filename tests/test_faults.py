@@ -121,6 +121,15 @@ def test_disk_that_fills_up_costs_nothing_once_there_is_space(tmp_path):
         assert [r["step"] for r in miniature.records(disk / "run")] == [3, 6, 8, 9, 12, 12]
 
 
+def test_checkpoints_that_were_removed_meanwhile_are_not_named(tmp_path):
+    process = miniature.start(miniature.words(tmp_path), {"at": "step", "n": 6, "do": "sleep:1"})
+    miniature.await_line(process, "fault:")
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("")
+    ended = miniature.end(process)
+    assert ended.code == 2 and "the last good one is none" in ended.error, ended.err
+
+
 def test_one_failed_save_is_a_warning(tmp_path):
     # The first call is the trial, the second step 4, the third step 8.
     ended = miniature.run(miniature.words(tmp_path, keep=3), {"at": "save", "n": 2, "do": "EIO"})
@@ -250,6 +259,28 @@ def test_steps_that_are_not_finite_one_after_another_end_the_run_with_a_report(t
     assert report["steps"][0]["samples"][0]["name"].startswith("digits/train[")
     assert ended.err.count("updates skipped in a row") == 3
     assert steps(tmp_path) == [4]
+
+
+def test_the_remedy_named_after_divergence_works(tmp_path):
+    """The same command would diverge again; a run that has not diverged refuses another learning rate."""
+    words = miniature.words(tmp_path, max_skipped=3, precision="bfloat16")
+    ended = miniature.run(words, {"at": "gradient", "n": 6, "again": True})
+    remedies = re.findall(r"--config\.[\w.=]+", ended.error)
+    assert remedies == ["--config.lr=0.001", "--config.precision=float32"], ended.error
+    shutil.copytree(tmp_path, tmp_path / "other")
+    ended = miniature.run([*words, remedies[0]])
+    assert ended.code == 0 and "resumed: step 4" in ended.out, ended.err
+    assert "note: config.lr: 0.002 -> 0.001" in ended.out
+    refused = miniature.run([*words, "--config.lr=0.0005"])
+    assert refused.code == 2 and "config.lr" in refused.error
+    assert miniature.run([*words[:-1], f"--workdir={tmp_path / 'other'}", remedies[1]]).code == 0
+
+
+def test_divergence_before_the_first_checkpoint_names_no_checkpoint(tmp_path):
+    words = miniature.words(tmp_path, max_skipped=2)
+    ended = miniature.run(words, {"at": "gradient", "n": 1, "again": True})
+    assert ended.code == 2 and "it goes on from step 0" in ended.error and "float32" not in ended.error
+    assert miniature.run([*words, "--config.lr=0.001", "--config.steps=4"]).code == 0
 
 
 def test_one_rank_that_is_not_finite_makes_all_skip(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from miniature import run
 
 from pcpvt import devices
-from pcpvt.distributed import launch, signals
+from pcpvt.distributed import collectives, launch, signals
 from pcpvt.errors import PeerError, UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -63,6 +63,40 @@ def test_rank_that_never_joins_is_named(tmp_path):
     absent = {"at": "join", "n": 1, "do": "sleep:60", "rank": 1}
     ended = run(miniature.words(tmp_path, "cpu2", timeout=3, **LONG), absent)
     assert ended.code == signals.PEER_LOST and "rank 1 gave no answer" in ended.error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_any_rank_before_they_have_joined_is_one_line(rank, tmp_path):
+    ended = run(miniature.words(tmp_path, "cpu2"), {"at": "start of a mode", "n": 1, "do": "EDQUOT", "rank": rank})
+    assert ended.code == 2 and "quota" in ended.error, ended.err
+
+
+def test_error_of_communication_outside_a_collective_names_the_lost_rank(tmp_path):
+    """As HCCL and NCCL report it: a later operation that reads from the device fails."""
+    failed = {"at": "inside step", "n": 3, "do": "error:HCCL function error, error code is 6", "rank": 0}
+    ended = run(
+        miniature.words(tmp_path, "cpu2", **LONG), failed, {"at": "inside step", "n": 3, "do": "SIGKILL", "rank": 1}
+    )
+    assert "rank 0: rank 1 lost: HCCL function error" in ended.err and "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("EI0006: Getting socket times out", True),
+        ("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_errors_of_communication_are_lost_peers(text, lost, monkeypatch):
+    monkeypatch.setattr(collectives, "_group", collectives._Group())
+    monkeypatch.setattr(collectives, "_roll_call", lambda: ["rank 1"])
+    monkeypatch.setattr(collectives.dist, "is_initialized", lambda: True)
+    with pytest.raises(PeerError if lost else RuntimeError) as caught, collectives._peer_errors():
+        raise RuntimeError(text)
+    assert isinstance(caught.value, PeerError) == lost and ("rank 1" in str(caught.value)) == lost
 
 
 def test_run_of_several_processes_leaves_no_temporary_files(tmp_path):

@@ -52,6 +52,33 @@ def test_signal_while_a_checkpoint_is_written(tmp_path):
     assert saved(tmp_path) == [4, 5]
 
 
+@pytest.mark.parametrize("arg", ["cpu", pytest.param("cpu2", marks=pytest.mark.slow)])
+def test_a_save_in_progress_is_finished_after_the_grace_period(arg, tmp_path):
+    """The disk takes 4 s for the last checkpoint, and the processes wait for one another for 3 s only."""
+    slow = (
+        {"at": "disk", "n": 1, "do": "sleep:4", "rank": 0} if arg == "cpu2" else {"at": "disk", "n": 1, "do": "sleep:4"}
+    )
+    words = miniature.words(tmp_path, arg, grace=1, timeout=3, save_every="0", eval_every="0")
+    ended = miniature.run(words, slow, {"at": "step", "n": 5, "do": "SIGTERM", "to": "group"})
+    assert ended.code == PREEMPTED and ended.err == "", ended.err
+    assert saved(tmp_path) == [5] or (arg == "cpu2" and saved(tmp_path))
+
+
+def test_a_save_that_takes_too_long_is_named(tmp_path, monkeypatch):
+    """The limit of the save counts from its start; after it the grace period starts anew."""
+    from pcpvt.distributed import signals
+
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals, "_request", signals._Request())
+    signals.finish_step_first(2.0)
+    assert signals._limit(90.0) == 102.0 - 10.0
+    with signals.finish_save_first():
+        now[0] = 150.0
+        assert signals._limit(90.0) == 100.0 + signals.SAVE_LIMIT
+    assert signals._limit(90.0) == 152.0
+
+
 def test_signal_to_the_process_group_with_loader_processes(tmp_path):
     data = miniature.image_folder(tmp_path / "data")
     words = miniature.words(
@@ -112,11 +139,8 @@ def test_processes_agree_on_the_step_to_stop_at(target, tmp_path):
 
 
 def test_signal_before_the_launcher_has_started_ranks(tmp_path):
-    process = miniature.start(miniature.words(tmp_path, "cpu2"))
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    ended = miniature.end(process)
-    assert ended.code == PREEMPTED and "Traceback" not in ended.err, ended.err
+    ended = miniature.run(miniature.words(tmp_path, "cpu2"), {"at": "launch", "n": 1, "do": "SIGINT"})
+    assert ended.code == PREEMPTED and ended.err.count("\n") == 1 and ended.out == "fault: SIGINT\n", ended.err
 
 
 def test_killed_launcher_leaves_no_orphans_and_the_ranks_save(tmp_path):
@@ -127,6 +151,16 @@ def test_killed_launcher_leaves_no_orphans_and_the_ranks_save(tmp_path):
     process.wait()
     assert miniature.members(process) == {}
     assert len(saved(tmp_path)) == 1
+
+
+def test_launcher_killed_before_its_ranks_are_set_up_leaves_no_orphans(tmp_path):
+    """They must notice although they have never seen it alive."""
+    late = [{"at": "begin", "do": "sleep:3", "rank": rank} for rank in (0, 1)]
+    process = miniature.start(miniature.words(tmp_path, "cpu2"), *late)
+    miniature.await_line(process, "fault:")
+    process.kill()
+    process.wait()
+    assert miniature.members(process) == {}
 
 
 @pytest.mark.nightly

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcpvt.checkpoints import checkpoint
+from pcpvt.distributed import signals
 from pcpvt.errors import UserError
 from pcpvt.functional import state as states
 from pcpvt.functional.state import TrainState
@@ -24,7 +25,6 @@ class Saver:
     warn: Callable[[str], None]  # called with one line when a checkpoint was not written and training goes on
     before: Sequence[Callable[[], None]] = ()  # called before each write, to make durable the records that it counts
     saved: int | None = None  # step whose checkpoint is written or being written; at first the step of the start
-    last_good: Path | None = None  # the newest whole checkpoint; at first the one that is resumed
     writes: bool = True  # False on all processes but the main one: nothing is done there
     _verified: dict[Path, bool] = field(default_factory=dict, init=False)  # see `checkpoint.prune`
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
@@ -39,8 +39,8 @@ class Saver:
         tensors = copy_to_host(states.flatten(state))
 
         def write() -> None:
-            self.last_good = checkpoint.save(self.folder, tensors, {"step": step, **meta})
-            self._verified[self.last_good] = True
+            path = checkpoint.save(self.folder, tensors, {"step": step, **meta})
+            self._verified[path] = True
 
         self._start(step, write)
         self.saved = step
@@ -68,8 +68,12 @@ class Saver:
         if reason := self._wait():
             raise UserError(
                 f"{self.folder}: the checkpoint of step {step} was not written ({reason}); the last good one is "
-                f"{self.last_good or 'none'}: free space, and start the same command again"
+                f"{self.last_good() or 'none'}: free space, and start the same command again"
             )
+
+    def last_good(self) -> Path | None:
+        """The newest whole checkpoint that is in the folder now, from which the next run will go on."""
+        return checkpoint.newest_whole(self.folder)
 
     def _start(self, step: int, write: Callable[[], None]) -> None:
         def job() -> None:
@@ -83,8 +87,11 @@ class Saver:
     def _wait(self) -> str:
         """Waits for the job in progress; returns the reason of its failure once, or an empty string."""
         job, self._job = self._job, None
-        error = job.exception() if job else None
-        return getattr(error, "strerror", None) or str(error) or repr(error) if error else ""
+        if job is None:
+            return ""
+        with signals.finish_save_first():
+            error = job.exception()
+        return str(getattr(error, "strerror", None) or error or repr(error)) if error else ""
 
 
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Rule(enum.Flag):
     RECIPE = enum.auto()  # ARG and its recipes (`config.recipes`)
     FREE = enum.auto()  # resuming with another value: how to compute, how long to train, what to write down
     START = enum.auto()  # resuming without a value, as it is read at step 0 only; another value is refused
+    DIVERGED = enum.auto()  # resuming with another value a run that has ended because it diverged
 
 
 class Field(NamedTuple):
@@ -42,7 +43,7 @@ class Field(NamedTuple):
 
 
 DEVICES = ("cpu", "cuda", "npu")
-RECIPE, FREE, START = Rule
+RECIPE, FREE, START, DIVERGED = Rule
 FIXED = Rule(0)
 
 # fmt: off
@@ -60,8 +61,8 @@ FIELDS = {
     "epochs": Field(float, "length of training; give epochs, steps or examples", RECIPE | FREE, at_least(0)),
     "steps": Field(int, "length of training in optimizer steps", RECIPE | FREE, at_least(0)),
     "examples": Field(int, "length of training in training images", FREE, between(0, 2**53)),
-    "lr": Field(float, "peak learning rate; unset: base_lr * batch_size / 512", RECIPE, at_least(0)),
-    "base_lr": Field(1e-3, "learning rate per 512 images of the global batch", RECIPE, at_least(0)),
+    "lr": Field(float, "peak learning rate; unset: base_lr * batch_size / 512", RECIPE | DIVERGED, at_least(0)),
+    "base_lr": Field(1e-3, "learning rate per 512 images of the global batch", RECIPE | DIVERGED, at_least(0)),
     "schedule": Field(
         "cosine", "cosine (per step) | reference (the Twins code's, per epoch and one epoch late) | constant",
         RECIPE, one_of("cosine", "reference", "constant")),
@@ -74,7 +75,7 @@ FIELDS = {
     "beta1": Field(0.9, "AdamW's first-moment decay", FIXED, below(1)),
     "beta2": Field(0.999, "AdamW's second-moment decay", FIXED, below(1)),
     "eps": Field(1e-8, "AdamW's denominator constant", FIXED, at_least(0)),
-    "clip_norm": Field(5.0, "global gradient norm to clip at; 0: no clipping", FIXED, at_least(0)),
+    "clip_norm": Field(5.0, "global gradient norm to clip at; 0: no clipping", DIVERGED, at_least(0)),
     "layer_decay": Field(1.0, "learning-rate factor per block, counted from the head; 1: none",
         RECIPE, between(1e-3, 1)),
     "frozen": Field("", "regex over parameter names that are not trained", FIXED, regex),
@@ -98,6 +99,9 @@ FIELDS = {
     "processes": Field(1, "processes over all hosts, one per device", RECIPE | FREE, at_least(1)),
     "timeout": Field(2100, "seconds that processes wait for one another before the run ends", FREE, at_least(1)),
     "grace": Field(60.0, "seconds from a signal until the run ends unsaved if no step has ended", FREE, at_least(1)),
+    "restarts": Field(int, "times that crashed, killed or hung processes are started again from the newest checkpoint; "
+        "unset: 3 with several processes, 0 with one", FREE, at_least(0)),
+    "elastic": Field(0, "fewest processes to go on with when a host does not come back; 0: all", FREE, at_least(0)),
     "finetune": Field("", "weights to start from: a file, timm:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
     "checkpoint": Field(
@@ -156,15 +160,6 @@ FIELDS = {
 def base() -> ConfigDict:
     """All fields at their defaults: the ImageNet recipe; unlocked, for a config file to change."""
     return ConfigDict(nested({n: placeholder(f.default) if f.unset else f.default for n, f in FIELDS.items()}))
-
-
-def describe() -> str:
-    """The help text: one line per field."""
-    rows = []
-    for name, field in FIELDS.items():
-        default = "" if field.unset else field.default
-        rows.append(f"  --config.{name}={default!s}".ljust(44) + f"  {field.help}")
-    return "\n".join(rows)
 
 
 def unknown(name: str) -> UserError:

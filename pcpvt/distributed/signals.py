@@ -3,8 +3,8 @@
 SIGTERM, SIGINT and SIGHUP request a stop. Before `finish_step_first` is called there is nothing to save, and the
 program ends at once; afterwards the request is recorded (`stop_requested`), and the training loop handles it at a step
 boundary. A second signal, or the end of the grace period, ends the process and all its descendants without waiting for
-the loop. A thread does this, because Python's own handlers do not run while the main thread is inside a collective or
-a compiler.
+the loop; a checkpoint that is being written has a limit of its own (`finish_save_first`). A thread does this, because
+Python's own handlers do not run while the main thread is inside a collective or a compiler.
 
 Exit codes beside 0 (done) and 2 (an error meant for the user): the two below, and 128 + n when signal n ended the run
 before it had saved.
@@ -18,7 +18,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from pcpvt.distributed import stacks
 
 PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
 PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
@@ -26,6 +29,9 @@ PEER_LOST = 76  # another process of the run died or hangs; its own exit code sa
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group and a launcher forwards it: both count as one signal
 AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
+SAVE_LIMIT = 300.0  # seconds for a checkpoint that is being written; S takes 209 MB, which a slow disk writes in 20 s
+LAUNCHER = "PCPVT_LAUNCHER"  # environment variable: the launcher's process id
+NOTHING_NEW = "pcpvt: stopped by a signal with nothing new to save; the same command starts again\n"
 
 
 class Stopped(BaseException):
@@ -39,6 +45,9 @@ class _Request:
     finishes_step = False
     ignored = False
     grace = AT_ONCE
+    late = ""  # what is said when the grace period ends
+    saving = False
+    changed_at = 0.0  # of time.monotonic: when a save began or ended
 
 
 _request = _Request()
@@ -56,9 +65,23 @@ def install() -> None:
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
-def finish_step_first(grace: float) -> None:
-    """From now on a signal is only recorded; the process is ended `grace` seconds later if it has not ended itself."""
-    _request.finishes_step, _request.grace = True, grace
+def finish_step_first(grace: float, late: str = "no step ended within {:g} s of a signal (config.grace)") -> None:
+    """From now on a signal is only recorded; the process is ended `grace` seconds later if it has not ended itself.
+
+    Args:
+        late: the reason that is printed then, with the seconds filled in.
+    """
+    _request.finishes_step, _request.grace, _request.late = True, grace, late.format(grace)
+
+
+@contextlib.contextmanager
+def finish_save_first() -> Iterator[None]:
+    """In this block a signal's limit is `SAVE_LIMIT` from the block's start; after it the grace period starts anew."""
+    _request.saving, _request.changed_at = True, time.monotonic()
+    try:
+        yield
+    finally:
+        _request.saving, _request.changed_at = False, time.monotonic()
 
 
 def ignore_from_now() -> None:
@@ -91,7 +114,8 @@ def _watch(pipe: int) -> None:
     """Thread that reads signal numbers from `pipe`; ends the process after a second signal or the grace period."""
     requested_at: float | None = None  # of time.monotonic
     while True:
-        timeout = None if requested_at is None else max(0.0, requested_at + _request.grace - time.monotonic())
+        # The limit may change meanwhile: a save may begin or end.
+        timeout = None if requested_at is None else min(1.0, max(0.0, _limit(requested_at) - time.monotonic()))
         ready = select.select([pipe], [], [], timeout)[0]
         numbers = [n for n in os.read(pipe, 64) if n in STOPS] if ready else []
         now = time.monotonic()
@@ -102,18 +126,29 @@ def _watch(pipe: int) -> None:
                 requested_at, _request.signal = now, numbers[0]
         elif numbers and now - requested_at >= ONE_SIGNAL:
             _end("a second signal ended it", 128 + numbers[0])
-        elif now - requested_at >= _request.grace:
+        elif now >= _limit(requested_at):
+            if _request.saving:
+                _end(f"the checkpoint was not written within {SAVE_LIMIT:g} s", 128 + _request.signal)
             if _request.finishes_step:
-                _end(f"no step ended within {_request.grace:g} s of a signal (config.grace)", 128 + _request.signal)
+                _end(_request.late, 128 + _request.signal)
             _end("", PREEMPTED)
 
 
+def _limit(requested_at: float) -> float:
+    """When a stop that was requested at a time must be over."""
+    if _request.saving:
+        return _request.changed_at + SAVE_LIMIT
+    return max(requested_at, _request.changed_at) + _request.grace
+
+
 def _end(reason: str, code: int) -> None:
-    """Ends this process and all its descendants at once, from any thread; prints `reason` unless it is empty."""
+    """Ends this process and all its descendants at once, from any thread; with no reason, nothing is lost."""
+    lost = "what was not saved is lost; the same command goes on from the last checkpoint"
+    line = f"pcpvt: error: {reason}: {lost}\n" if reason else NOTHING_NEW
+    with contextlib.suppress(OSError):  # standard error may be closed
+        os.write(sys.stderr.fileno(), line.encode())
     if reason:
-        lost = "what was not saved is lost; the same command goes on from the last checkpoint"
-        with contextlib.suppress(OSError):  # standard error may be closed
-            os.write(sys.stderr.fileno(), f"pcpvt: error: {reason}: {lost}\n".encode())
+        stacks.write()
     kill_descendants()
     os._exit(code)
 
@@ -145,9 +180,14 @@ def descendants(pid: int | str = "self") -> list[int]:
     return [below for child in children(pid) for below in (child, *descendants(child))]
 
 
-def follow_parent() -> None:
-    """Asks the kernel (Linux) for a SIGTERM when the parent dies, so that a killed launcher leaves no orphans."""
-    parent = os.getppid()
+def follow_launcher() -> None:
+    """Asks the kernel (Linux) for a SIGTERM when the launcher dies, so that a killed launcher leaves no orphans.
+
+    Our launcher hands down its process id, because one that dies before this call is no longer the parent.
+    """
+    # Removed, since programs that this one starts have another parent.
+    launcher = int(os.environ.pop(LAUNCHER, os.getppid()))
     ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != launcher:
+        _request.signal = signal.SIGTERM
         raise Stopped

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.data import order
-from pcpvt.distributed import collectives, signals
+from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
@@ -17,8 +19,10 @@ from pcpvt.report import run as report
 from pcpvt.runtime import records
 from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
+from pcpvt.train import history as histories
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.history import History
+from pcpvt.train.next_commands import next_commands
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
 LISTED = 8  # sample ids in the message about a run that diverged; `nonfinite.json` has them all
@@ -36,29 +40,38 @@ def run(session: Session) -> int:
     if loop.finished(plan, history, step):
         say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
         _conclude(setup, state, history)
+        _propose(setup)
         return 0
     preflight.check_disk(session, plan, state, say)
     if session.world.is_main:
         records.write_json(session.workdir / "config.json", session.config.to_dict())
+        if session.command and step == 0:
+            records.write_command(session.workdir, session.command.line())
     with contextlib.ExitStack() as stack:
         outputs, history = writers.open_writers(session, plan, history, step, setup.console)
         for writer in outputs:
             stack.callback(writer.close)
         saver = Saver(
             session.checkpoints, session.config.keep, setup.console.warn, before=[writer.sync for writer in outputs],
-            saved=step, last_good=setup.resumed_from, writes=session.world.is_main,
+            saved=step, writes=session.world.is_main,
         )  # fmt: skip
         stack.callback(saver.finish)
+        if again := restart.restarted():
+            entry = histories.restart_record(plan, step, *again)
+            history = history._replace(records=history.records + 1)
+            for writer in outputs:
+                writer.record(entry)
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
-            raise _divergence_error(setup, history, saver.last_good)
+            raise _divergence_error(setup, history, saver.last_good())
         signals.ignore_from_now()  # all is saved: a launcher's signals from here on must not change the exit code
         if not loop.finished(plan, history, int(state.step)):
-            collectives.barrier()  # the first process to leave makes the launcher stop the others
+            collectives.await_all(signals.SAVE_LIMIT)  # the first process to leave makes the launcher stop the others
             say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
             return signals.PREEMPTED
         _conclude(setup, state, history)
         report.at_end(session, setup.console)
+        _propose(setup)
     return 0
 
 
@@ -70,16 +83,19 @@ def _divergence_error(setup: TrainSetup, history: History, last_good: Path | Non
         draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
         samples = [{"id": draw.index, "name": setup.batches.dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
-    where = session.workdir / "nonfinite.json"
+    where = session.workdir / records.NONFINITE
     if session.world.is_main:
         with contextlib.suppress(OSError):  # the error matters more than the file
             records.write_json(where, {"steps": steps, "last_good": str(last_good)})
+    remedies = [f"--config.lr={plan.lr / 2:.3g} (half)"]
+    if session.policy.compute != torch.float32:
+        remedies.append("--config.precision=float32")
     ids = [str(sample["id"]) for sample in steps[-1]["samples"]]
     more = f" and {len(ids) - LISTED} more" if len(ids) > LISTED else ""
     return UserError(
         f"config.max_skipped: the loss or gradient was not finite {len(steps)} times in a row, up to step "
-        f"{steps[-1]['step']} (samples {', '.join(ids[:LISTED])}{more}; all of them in {where}); last good checkpoint: "
-        f"{last_good or 'none'}: lower config.lr, or use config.precision=float32"
+        f"{steps[-1]['step']} (samples {', '.join(ids[:LISTED])}{more}; all of them in {where}): start the same "
+        f"command again with {' or '.join(remedies)}; it goes on from {last_good or 'step 0: nothing was saved before'}"
     )
 
 
@@ -96,6 +112,13 @@ def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
     time = duration(result["seconds"])
     say(f"final images/s: {result['images_per_sec']:.1f}   end-to-end duration: {time}")
     say(f"written to {session.workdir}: result.json, metrics.jsonl, config.json, checkpoints/")
+
+
+def _propose(setup: TrainSetup) -> None:
+    """Print what to do next."""
+    setup.console.say("next:")
+    for line in next_commands(setup.session):
+        setup.console.say(f"  {line}")
 
 
 def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
