@@ -236,3 +236,17 @@ def test_saturated_gradients_are_skipped():
     device = bound_npu()
     assert overflowing_fp16(device, watched=True) == (1, 2.0**9, False)
     assert overflowing_fp16(device, watched=False) == (0, 2.0**10, True)
+
+
+@on_npu()
+def test_api_computes_the_exact_model_on_an_npu():
+    """With F.gelu, the tanh form on this device, logits would differ."""
+    from test_step import batches, nano_state
+
+    from pcpvt import api
+
+    device = bound_npu()
+    model, params = nano_state(torch.float32)
+    image = batches(1, 32, 4)[0]["image"]
+    there = {name: value.to(device.torch) for name, value in params.items()}
+    assert torch.equal(api.logits(model, there, image.to(device.torch)).cpu(), api.logits(model, params, image))

@@ -85,6 +85,22 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @on_npu()
+def test_gelu_is_the_tanh_form_unless_it_is_npu_gelu():
+    import torch_npu
+
+    x = torch.linspace(-3, 3, 101)
+    there = x.to("npu").requires_grad_()
+    for approximate in ("none", "tanh"):
+        expected = F.gelu(x, approximate=approximate)
+        assert torch.equal(torch_npu.npu_gelu(there, approximate=approximate).cpu(), expected)
+        assert torch.equal(F.gelu(there, approximate=approximate).cpu(), F.gelu(x, approximate="tanh"))
+    leaf = x.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
+    (taken,) = torch.autograd.grad(torch_npu.npu_gelu(there).sum(), there)
+    assert torch.equal(taken.cpu(), exact)
+
+
+@on_npu()
 def test_gradients_equal_the_cpus_bit_for_bit():
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
