@@ -1,7 +1,7 @@
 """Ascend NPUs through torch_npu, which `import torch` loads by itself where it is installed.
 
 The facts stated here, every `torch.npu.NAME` below and the names that `Device` uses of `torch.npu` are checked against
-the torch_npu 2.13 wheel by tests/test_wheel.py.
+the torch_npu 2.13 wheel by tests/test_wheel.py. docs/npu.md lists the operators that differ from PyTorch's.
 """
 
 # mypy: disable-error-code="attr-defined"
