@@ -110,7 +110,6 @@ def state_after_steps(device, value_and_grad=None) -> dict[str, torch.Tensor]:
     from pcpvt.functional import optim, schedules, state
     from pcpvt.functional.objective import make_objective
     from pcpvt.functional.step import autograd_value_and_grad, make_step
-    from pcpvt.models.layers import Kernels
 
     model, params = nano_state(torch.float32)
     groups = optim.groups(params, 0.05)
@@ -122,7 +121,9 @@ def state_after_steps(device, value_and_grad=None) -> dict[str, torch.Tensor]:
     )
     optimizer = optim.chain(optim.clip_by_global_norm(1.0), adamw)
     step = make_step(
-        make_objective(model, smoothing=0.1, kernels=Kernels(device.attend(torch.float32))),
+        make_objective(
+            model, smoothing=0.1, kernels=device.plain_kernels()._replace(attend=device.attend(torch.float32))
+        ),
         optimizer,
         global_batch=8,
         grad_accum_steps=2,

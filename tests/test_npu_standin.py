@@ -93,7 +93,7 @@ def test_gelu_is_the_tanh_form_unless_it_is_npu_gelu():
     for approximate in ("none", "tanh"):
         expected = F.gelu(x, approximate=approximate)
         assert torch.equal(torch_npu.npu_gelu(there, approximate=approximate).cpu(), expected)
-        assert torch.equal(F.gelu(there, approximate=approximate).cpu(), F.gelu(x, approximate="tanh"))
+    assert torch.equal(F.gelu(there).cpu(), F.gelu(x, approximate="tanh"))
     leaf = x.clone().requires_grad_()
     (exact,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
     (taken,) = torch.autograd.grad(torch_npu.npu_gelu(there).sum(), there)

@@ -98,7 +98,7 @@ def test_reference_schedule_is_constant_within_an_epoch_and_one_epoch_late(lr, e
 
 # Checkpoints.
 
-NAMES = st.text(string.ascii_letters + "/._-0é", min_size=1, max_size=12)
+NAMES = st.text(string.ascii_letters + "/._-0é", min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
 )  # fmt: skip

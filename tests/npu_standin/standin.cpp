@@ -190,10 +190,11 @@ void reads_storage(const OperatorHandle& op, Stack* stack) {
   op.redispatchBoxed(c10::DispatchKeySet(DispatchKey::AutogradCPU), stack);  // the composition itself
 }
 
-// aclnnGelu is the tanh form, whatever the argument says. "exact", which only the stand-in knows, is npu_gelu's "none".
-void tanh_gelu(const OperatorHandle& op, Stack* stack) {
+// F.gelu is the tanh form on NPUs although its argument says "none". The argument's other value, which F.gelu is not
+// called with, stands for npu_gelu's exact form here: a third value would be refused when a graph is captured.
+void swapped_gelu(const OperatorHandle& op, Stack* stack) {
   IValue& approximate = stack->back();
-  approximate = std::string(approximate.toStringRef() == "exact" ? "none" : "tanh");
+  approximate = std::string(approximate.toStringRef() == "none" ? "tanh" : "none");
   run_on_cpu(op, stack);
 }
 
@@ -209,7 +210,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("record_stream", [](Tensor&, c10::Stream) {});
   implement<&fused_adamw>(m, {"aten::_fused_adamw_"});
-  implement<&tanh_gelu>(m, {"aten::gelu", "aten::gelu_", "aten::gelu_backward"});
+  implement<&swapped_gelu>(m, {"aten::gelu", "aten::gelu_", "aten::gelu_backward"});
   const std::set<std::string> refused{"aten::_foreach_add.Tensor", "aten::_foreach_add_.Tensor",
       "aten::_foreach_mul.Tensor", "aten::_foreach_mul_.Tensor", "aten::_foreach_div.Tensor",
       "aten::_foreach_div_.Tensor", "aten::_foreach_lerp.ScalarList", "aten::_foreach_lerp_.ScalarList",

@@ -52,8 +52,8 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0
 
 
 def npu_gelu(input, *, approximate="none"):
-    """GELU, exact unless `approximate` is "tanh"; `F.gelu` is the tanh form on this device."""
-    return torch.ops.aten.gelu(input, approximate={"none": "exact", "tanh": "tanh"}[approximate])
+    """GELU, exact unless `approximate` is "tanh". `F.gelu` is the tanh form on this device: see standin.cpp."""
+    return torch.ops.aten.gelu(input, approximate={"none": "tanh", "tanh": "none"}[approximate])
 
 
 def npu_get_float_status(input, mode=0):
