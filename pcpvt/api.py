@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pcpvt import devices
 from pcpvt.checkpoints.load import class_names, load_model
+from pcpvt.config.fields import DEVICES
 from pcpvt.data import augment
 from pcpvt.data.decode import ImageSource
 from pcpvt.functional import mixing, optim, schedules
@@ -27,6 +29,7 @@ from pcpvt.functional import step as steps
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective, make_predict
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
+from pcpvt.models.layers import PLAIN, Kernels
 from pcpvt.models.pcpvt import PCPVT, Params
 
 Step = Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Tensor]]]
@@ -71,7 +74,7 @@ def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875) -> Ten
 
 def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:
     """Logits `[b, classes]` of uint8 images `[b, h, w, 3]`; without gradients."""
-    return make_predict(model)(params, images)
+    return make_predict(model, kernels=_kernels(images))(params, images)
 
 
 def classify(
@@ -85,14 +88,15 @@ def classify(
 
 def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
     """Four maps `[b, c, h, w]` at strides 4 to 32 of uint8 images `[b, h, w, 3]`; differentiable in `params`."""
-    return pcpvt.features(model, params, mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD))
+    normalised = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)
+    return pcpvt.features(model, params, normalised, kernels=_kernels(images))
 
 
 def train_state(params: Params) -> TrainState:
     """The state before the first step, AdamW's moments at zero; copies the params, since steps reuse the memory."""
-    own = {name: value.clone() for name, value in params.items()}
-    optimizer = _optimizer(own, 0.0, 0.0)
-    return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
+    groups = optim.groups(params, 0.0)
+    own = optim.lay_out(params, groups)
+    return states.create(own, _adamw(groups, 0.0).init(own), {}, ema=False, device=own.flat.device)
 
 
 def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
@@ -101,14 +105,20 @@ def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoot
     The batch holds `image`, uint8 `[b, h, w, 3]`, and `label`, int64 `[b]`, and may hold the draws of `data.loader`.
     Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.
     """
-    objective = make_objective(model, smoothing=smoothing)
 
     def step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
-        optimizer = _optimizer(state.params, lr, weight_decay)
+        objective = make_objective(model, smoothing=smoothing, kernels=_kernels(batch["image"]))
+        optimizer = optim.chain(_adamw(optim.groups(state.params, weight_decay), lr))
         return steps.make_step(objective, optimizer, global_batch=len(batch["label"]))(state, batch)
 
     return step
 
 
-def _optimizer(params: Params, lr: float, weight_decay: float) -> optim.Optimizer:
-    return optim.chain(optim.adamw(schedules.constant(lr), optim.groups(params, weight_decay)))
+def _kernels(images: Tensor) -> Kernels:
+    """Exact kernels of the images' device."""
+    kind = images.device.type
+    return devices.get(kind).plain_kernels() if kind in DEVICES else PLAIN
+
+
+def _adamw(groups: list[optim.Group], lr: float) -> optim.Optimizer:
+    return optim.adamw(schedules.constant(lr), groups)

@@ -19,6 +19,7 @@ from pcpvt.config.fields import base
 from pcpvt.distributed.signals import PREEMPTED
 from pcpvt.errors import UserError
 from pcpvt.functional import state
+from pcpvt.functional.flat import pack
 from pcpvt.train import preflight, resume
 
 SIGTERM_AFTER = {"at": "step", "do": "SIGTERM"}
@@ -251,11 +252,11 @@ def test_refused_change_touches_nothing(whole, tmp_path):
 def test_precision_may_change_and_brings_its_own_loss_scale():
     import torch
 
-    params = {"w": torch.ones(3)}
+    params = pack({"w": torch.ones(3)})
     opt = {"count": torch.zeros(())}
     scale = {"factor": torch.tensor(8.0), "good": torch.tensor(2, dtype=torch.int32)}
     with_scale = state.create(params, opt, scale, ema=False)
-    without = state.create({"w": torch.zeros(3)}, {"count": torch.zeros(())}, {}, ema=False)
+    without = state.create(pack({"w": torch.zeros(3)}), {"count": torch.zeros(())}, {}, ema=False)
     loaded = checkpoint.Checkpoint(None, {}, {n: t.clone() for n, t in state.flatten(with_scale).items()})
     assert resume.restore(loaded, without).params["w"].tolist() == [1, 1, 1]
     loaded = checkpoint.Checkpoint(None, {}, {n: t.clone() for n, t in state.flatten(without).items()})

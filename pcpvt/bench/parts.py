@@ -55,8 +55,9 @@ class Bench:
         self.plan = setup.plan_run(session, self.model, examples)
         self.batches = setup.train_batches(session, self.model, source)
         params, _ = setup.init_params(session, self.model)
-        optimizer = setup.optimizer(session, self.plan, params)
-        self.state = setup.init_state(session, params, optimizer)
+        groups = setup.param_groups(session, params)
+        optimizer = setup.optimizer(session, self.plan, groups)
+        self.state = setup.init_state(session, params, groups, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)
 
     @functools.cached_property

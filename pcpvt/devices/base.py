@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend, Kernels
+from pcpvt.models.layers import PLAIN, Attend, Kernels
 
 
 class Device:
@@ -59,6 +59,10 @@ class Device:
     def attend(self, dtype: torch.dtype) -> Attend:
         """The attention kernel for this dtype."""
         return F.scaled_dot_product_attention
+
+    def plain_kernels(self) -> Kernels:
+        """PyTorch's own operators, or exact ones in the place of those that are not exact on this device."""
+        return PLAIN
 
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
         """This device's kernels for the model; with `compiled` only those that a compiler does not fuse itself."""

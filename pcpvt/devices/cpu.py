@@ -40,9 +40,7 @@ class Cpu(Device):
         own = Kernels(self.attend(dtype))
         if compiled:
             return own
-        own = own._replace(
-            norm=cpu_kernels.norm, residual=cpu_kernels.residual, to_train_layout=cpu_kernels.to_train_layout
-        )
+        own = own._replace(norm=cpu_kernels.norm, residual=cpu_kernels.residual)
         if not cpu_kernels.usable(dtype):
             return own
         return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, prepack=cpu_kernels.prepack)

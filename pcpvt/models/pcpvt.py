@@ -93,6 +93,8 @@ class PCPVT(nn.Module):
         """
         if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
             raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
+        if drop_path_scale is not None:
+            drop_path_scale = drop_path_scale.to(images.dtype)
         x, branch, stages = images, 0, []
         for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
             x = embed(x, kernels)

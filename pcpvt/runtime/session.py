@@ -18,10 +18,11 @@ from pcpvt.distributed import collectives
 from pcpvt.distributed.collectives import World
 from pcpvt.errors import UserError
 from pcpvt.functional import precision
+from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import PLAIN, Kernels
+from pcpvt.models.layers import Kernels
 from pcpvt.runtime.console import warn_once
 
 
@@ -43,8 +44,7 @@ class Session(NamedTuple):
 
     def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters on the device in the compute dtype."""
-        here = {name: value.to(self.device.torch) for name, value in params.items()}
-        return precision.cast(here, self.policy, self.device.fp32_norms)
+        return precision.cast(pack(params).to(self.device.torch), self.policy, self.device.fp32_norms)
 
     def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """`compute`, with weights packed once for repeated evaluation."""
@@ -97,7 +97,7 @@ def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
 
 def _choose_kernels(config: ConfigDict, device: base.Device, policy: Policy) -> Kernels:
     """The device's kernels for the compute dtype, or the plain ones, as `config.kernels` and `config.compile` say."""
-    own = PLAIN
+    own = device.plain_kernels()
     if config.kernels != "plain":
         own = device.kernels(policy.compute, compiled=backend(device, config.compile) != "none")
     return compiled_blocks(own, device, config.compile, warn_once)

@@ -83,8 +83,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         params, notes = init_params(session, model, classes)
     else:  # memory that `restore` fills
         params = {n: torch.empty(shape, dtype=session.policy.params) for n, shape in pcpvt.shapes(model).items()}
-    opt = optimizer(session, plan, params)
-    start = init_state(session, params, opt)
+    groups = param_groups(session, params)
+    opt = optimizer(session, plan, groups)
+    start = init_state(session, params, groups, opt)
     if resumed is not None:
         start = resume.restore(resumed, start)
     resume.check_agreement(int(start.step))
@@ -150,12 +151,17 @@ def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
     return found
 
 
-def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
-    """Clipping and AdamW as the config says, over what is not frozen."""
+def param_groups(session: Session, params: pcpvt.Params) -> list[optim.Group]:
+    """The parameters that are not frozen, by weight decay and learning rate."""
     config, frozen = session.config, matched(session.config, "frozen", params)
     trained = {name: value for name, value in params.items() if name not in frozen}
     layer_decay = pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay)
-    groups = optim.groups(trained, config.weight_decay, layer_decay)
+    return optim.groups(trained, config.weight_decay, layer_decay)
+
+
+def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.Optimizer:
+    """Clipping and AdamW as the config says."""
+    config = session.config
     betas, skips = (config.beta1, config.beta2), session.device.fused_adamw_honors_found_inf
     adamw = optim.adamw(plan.schedule, groups, betas, config.eps, honors_found_inf=skips)
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
@@ -221,9 +227,11 @@ def stems(selected: Collection[str], names: Sequence[str], stem: str = "") -> li
     return [s for part, below in parts.items() if inside.intersection(below) for s in stems(selected, below, part)]
 
 
-def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
+def init_state(
+    session: Session, params: pcpvt.Params, groups: list[optim.Group], opt: optim.Optimizer
+) -> state.TrainState:
     """The state before the first step, on the device."""
     device = session.device.torch
-    params = session.kernels.to_train_layout({name: value.to(device) for name, value in params.items()})
+    laid_out = optim.lay_out(params, groups).to(device)
     scale = precision.loss_scale(session.policy).init(device)
-    return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
+    return state.create(laid_out, opt.init(laid_out), scale, ema=session.config.ema > 0, device=device)
