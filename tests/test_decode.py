@@ -1,5 +1,6 @@
 """Images of every format and mode are decoded to upright RGB; errors name the file."""
 
+import errno
 import io
 import struct
 import warnings
@@ -261,3 +262,11 @@ def test_a_picture_can_be_cropped_again():
     picture = decode.Picture(data)
     picture.crop((0, 0, 128, 128), (30, 30))
     np.testing.assert_array_equal(picture.crop((4, 4, 9, 9)), np.asarray(Image.open(io.BytesIO(data)))[4:13, 4:13])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_limits_of_the_system_are_no_fault_of_the_image(error):
+    with pytest.raises(type(error)), decode.decode_errors("a.jpg"):
+        raise error
+    with pytest.raises(decode.DecodeError, match=r"a\.jpg"), decode.decode_errors("a.jpg"):
+        raise OSError(errno.EIO, "Input/output error")

@@ -11,6 +11,7 @@ simplejpeg (installed where it has wheels), full-scale JPEGs decode 1.2 times as
 """
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -30,6 +31,7 @@ except ImportError:  # optional, for speed only
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; for larger images Pillow warns of a decompression bomb
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_BYTES = 1 << 30  # of a file; more than MAX_PIXELS take in any format
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -218,7 +220,8 @@ def _name(source: ImageSource) -> str:
 def decode_errors(name: str) -> Iterator[None]:
     """Turns any exception of a decoder (OSError, SyntaxError, struct.error, ...) into a DecodeError with a name.
 
-    Decoders' warnings are suppressed: they name no file, and serious defects are errors.
+    Decoders' warnings are suppressed: they name no file, and serious defects are errors. An error that says nothing
+    about the image, because the system is out of memory or open files, passes: skipping the image would change results.
     """
     try:
         with warnings.catch_warnings():
@@ -227,6 +230,8 @@ def decode_errors(name: str) -> Iterator[None]:
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         message = f"{name}: cannot be read as an image ({reason}): replace or remove the file"
         raise DecodeError(message) from error

@@ -17,7 +17,7 @@ from pcpvt import rng
 from pcpvt.data import augment, order
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.sources import Dataset
-from pcpvt.data.workers import block_signals_in_children, init_worker, worker_errors
+from pcpvt.data.workers import block_signals_in_children, explain, init_worker, worker_errors
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing
 from pcpvt.functional.objective import Batch
@@ -147,6 +147,10 @@ class _Timed(torch.utils.data.Dataset[_Read]):
             return _Read(self.batches[index], time.perf_counter() - began)
         except UserError as error:
             return _Read({}, 0.0, str(error))
+        except (RuntimeError, OSError, MemoryError) as error:
+            if line := explain(error):
+                return _Read({}, 0.0, line)
+            raise
 
 
 class Loader:
