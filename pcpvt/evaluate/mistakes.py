@@ -20,6 +20,7 @@ from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
+from pcpvt.errors import one_line
 from pcpvt.runtime import records
 from pcpvt.runtime.session import Session
 
@@ -95,7 +96,7 @@ def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, i
                 "name": dataset.name(int(i)),
                 **{name: int(table[name][i]) for name in ("label", "predicted")},
                 **{name: round(float(table[name][i]), 4) for name in ("confidence", "own")},
-                "picture": thumbnail(dataset[int(i)][0], size, crop),
+                "picture": thumbnail(dataset, int(i), size, crop),
             }
             for i in ids
         ],
@@ -113,15 +114,16 @@ def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: 
         try:
             summary = summarize(table, dataset, session.size, session.config.eval.crop)
             records.write_json(path, {"step": step, **summary})
-        except OSError as error:
-            warn(f"{path}: not written ({error.strerror or error}); the report will lack it")
+        except (OSError, MemoryError) as error:
+            warn(f"{path}: not written ({one_line(error)}); the report will lack it")
 
 
-def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:
+def thumbnail(dataset: Dataset, index: int, size: tuple[int, int], crop: float) -> str:
     """A sample's evaluation crop as a small JPEG data URI; empty when it cannot be read any more."""
     scale = min(1.0, THUMBNAIL / min(size))
     small = round(size[0] * scale), round(size[1] * scale)
     try:
+        image, _ = dataset[index]  # some readers decode here
         pixels = augment.eval_sample(image, small, crop)
     except DecodeError:
         return ""
