@@ -14,13 +14,14 @@ import contextlib
 import errno
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pcpvt.errors import UserError
@@ -30,6 +31,8 @@ try:
 except ImportError:  # optional, for speed only
     simplejpeg = None
 
+# What Pillow may decode: some of its other decoders run a program (EPS: Ghostscript) or are rarely tested.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; for larger images Pillow warns of a decompression bomb
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_BYTES = 1 << 30  # of a file; more than MAX_PIXELS take in any format
@@ -86,7 +89,7 @@ class Picture:
             image = source
         else:
             self._data = _read(source)
-            image = Image.open(io.BytesIO(self._data))
+            image = open_image(self._data)
         width, height = image.size
         check_pixels(height, width, self.name)
         if not self._data or not isinstance(image, JpegImageFile):
@@ -139,7 +142,7 @@ class Picture:
                 return simplejpeg.decode_jpeg(self._data)[box[1] : box[3], box[0] : box[2]]
         image: Image.Image = self._jpeg
         if self._loaded:  # an earlier crop may have had another scale
-            image = Image.open(io.BytesIO(self._data))
+            image = open_image(self._data)
         self._loaded = True
         if factor > 1:
             image.draft("RGB", (image.width // factor, image.height // factor))
@@ -177,6 +180,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif mode in ("PA", "RGBa") or (mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")  # directly to RGB, Pillow warns about the transparency it ignores
     return image.convert("RGB")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image in one of the FORMATS, of which only the header is read; raises an error of Pillow."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -232,6 +240,10 @@ def decode_errors(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in LIMITS:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"in none of the formats {', '.join(FORMATS)}"
+        else:
+            what = re.sub(r"<[^<>]* (?:object at 0x|name=)[^<>]*>", "the file", str(error))  # an open file's repr
+            reason = " ".join(f"{type(error).__name__}: {what}".split())[:200]
         message = f"{name}: cannot be read as an image ({reason}): replace or remove the file"
         raise DecodeError(message) from error

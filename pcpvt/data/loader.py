@@ -79,9 +79,9 @@ class TrainBatches:
             try:
                 image, label = self.dataset[candidate]
                 pixels, box = augment.train_sample(image, self.spec, generator, self.dataset.name(candidate))
-            except DecodeError:
+            except DecodeError as error:
                 if self.on_error == "error":
-                    raise
+                    raise or_skip(error) from error
                 continue
             return candidate, pixels, box, label
         raise UserError("config.data.path: no training image can be read: check the files")
@@ -123,10 +123,15 @@ class EvalBatches:
                 image, batch["label"][row] = self.dataset[sample]
                 pixels[row] = augment.eval_sample(image, self.size, self.crop, self.dataset.name(sample))
                 batch["valid"][row] = True
-            except DecodeError:
+            except DecodeError as error:
                 if self.on_error == "error":
-                    raise
+                    raise or_skip(error) from error
         return batch
+
+
+def or_skip(error: DecodeError) -> DecodeError:
+    """The error with the other remedy that a user of the loader has."""
+    return DecodeError(f"{error}, or skip such images with config.data.on_error=skip")
 
 
 class _Read(NamedTuple):

@@ -97,7 +97,9 @@ class TimmReader:
     def __init__(self, name: str, root: str, split: str):
         from pcpvt import torchvision_compat  # noqa: F401 - before timm
         import timm.data  # isort: skip
+        from PIL import EpsImagePlugin
 
+        EpsImagePlugin.gs_binary = False  # torchvision's datasets decode by themselves: they must not run Ghostscript
         try:
             if name == "tar":
                 file = os.path.join(root, f"{split}.tar")
