@@ -120,7 +120,7 @@ FIELDS = {
         RECIPE),
     "data.path": Field("", "image folder with train/<class>/* and val/<class>/*, or the root for data.name", FREE),
     "data.val_split": Field("validation", "of hfds/...: the split to evaluate on, such as test"),
-    "data.workers": Field(-1, "loader processes per training process; -1: by the host's cores, 0: none",
+    "data.workers": Field(-1, "loader processes per training process; -1: in all at most the host's cores, 0: none",
         FREE, at_least(-1)),
     "data.on_error": Field(
         "error", "unreadable image: error | skip (counted and named; training takes the next instead)",

@@ -23,6 +23,8 @@ from pcpvt.functional import mixing
 from pcpvt.functional.objective import Batch
 from pcpvt.models.pcpvt import draw_drop_path_scale
 
+MOST_WORKERS = 16  # loader processes of one loader that are started unasked
+
 
 @dataclasses.dataclass(eq=False)
 class TrainBatches:
@@ -218,5 +220,17 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def default_workers(dataset: Dataset, cores: int) -> int:
-    """Loader processes for `config.data.workers=-1`: none for data in memory, else one less than cores, at most 16."""
-    return 0 if dataset.in_memory else max(1, min(16, cores - 1))
+    """Loader processes of one loader for `config.data.workers=-1`: none for data in memory, else one less than cores.
+
+    Args:
+        cores: of this training process; 0 when it shares one with others, which then read by themselves.
+    """
+    return 0 if dataset.in_memory else min(MOST_WORKERS, max(cores - 1, min(1, cores)))
+
+
+def shared_workers(train: Dataset, val: Dataset, cores: int) -> tuple[int, int]:
+    """As `default_workers`, for a training and its evaluation: together at most `cores`, a quarter for evaluation."""
+    if train.in_memory or val.in_memory:
+        return default_workers(train, cores), default_workers(val, cores)
+    training = min(MOST_WORKERS, max(cores - max(1, cores // 4), min(1, cores)))
+    return training, min(MOST_WORKERS, cores - training)

@@ -26,15 +26,15 @@ class Draw(NamedTuple):
     copy: int  # 0 .. repeats - 1
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs; every loader process keeps them, 10 MB for ImageNet's
 def epoch_order(seed: int, epoch: int, examples: int, repeats: int = 1) -> np.ndarray:
-    """Indices and copies `[examples, 2]` of one epoch.
+    """Indices and copies, int32 `[examples, 2]`, of one epoch.
 
     With repeated augmentation (Hoffer et al. 2020) an epoch has as many draws as without, from 1 / `repeats` of the
     samples. The copies of a sample are within `repeats * BLOCK` positions, and in large datasets never adjacent, where
     mixing would pair them.
     """
-    order = rng.generator(seed, "order", epoch).permutation(examples)
+    order = rng.generator(seed, "order", epoch).permutation(examples).astype(np.int32)
     if repeats == 1:
         return np.stack([order, np.zeros_like(order)], 1)
     blocks = [order[i : i + BLOCK] for i in range(0, -(-examples // repeats), BLOCK)]
@@ -58,7 +58,7 @@ def rank_slice(items: _Items, rank: int, world: int) -> _Items:
     return items[rank * size : (rank + 1) * size]
 
 
-def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -> list[list[int]]:
+def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -> list[range]:
     """One process's evaluation batches: every index once over all processes, and the same number of batches on each.
 
     The last batches may be short or empty; the loader pads them with invalid rows, so shapes never change.
@@ -66,4 +66,4 @@ def evaluation_batches(examples: int, local_batch: int, rank: int, world: int) -
     per_round = local_batch * world
     rounds = -(-examples // per_round)
     starts = [r * per_round + rank * local_batch for r in range(rounds)]
-    return [list(range(min(s, examples), min(s + local_batch, examples))) for s in starts]
+    return [range(min(s, examples), min(s + local_batch, examples)) for s in starts]

@@ -41,13 +41,13 @@ class Split(NamedTuple):
     unreadable: UnreadableLog
 
 
-def open_split(session: Session, dataset: sources.Dataset, local_batch: int) -> Split:
-    """Prepare a data set for evaluation in batches of `local_batch` samples per process."""
+def open_split(session: Session, dataset: sources.Dataset, local_batch: int, workers: int | None = None) -> Split:
+    """Prepare a data set for evaluation in batches of `local_batch` samples, read by `workers`, per process."""
     config, world = session.config, session.world
     batches = EvalBatches(
         dataset, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
     )
-    loader = sessions.open_loader(session, batches, range(len(batches)))
+    loader = sessions.open_loader(session, batches, range(len(batches)), workers)
     return Split(dataset, loader, UnreadableLog(dataset, Console(world.is_main)))
 
 

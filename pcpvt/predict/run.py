@@ -18,6 +18,7 @@ from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError
 from pcpvt.data.loader import EvalBatches
+from pcpvt.data.shared import Samples
 from pcpvt.data.sources import Folder, image_files
 from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution
@@ -35,7 +36,7 @@ class Files(Folder):
     """Image files without labels, as a dataset."""
 
     def __init__(self, paths: list[str]):  # instead of a search below a root
-        self.classes, self.samples = [], [(path, 0) for path in paths]
+        self.classes, self.samples = [], Samples((path, 0) for path in paths)
 
 
 def find(pattern: str) -> list[str]:

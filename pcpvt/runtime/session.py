@@ -1,6 +1,5 @@
 """The session of one process (config, device, processes, precision, kernels), and how modes open data and models."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 from pcpvt import devices
 from pcpvt.config.cli import Command
 from pcpvt.data import sources
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers, shared_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
@@ -108,13 +107,20 @@ def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
 
 
 def workers(session: Session, dataset: sources.Dataset) -> int:
-    """Loader processes per training process: `config.data.workers`, or a share of the host's cores."""
+    """Loader processes of this process for its only loader."""
     configured = session.config.data.workers
-    return (
-        configured
-        if configured >= 0
-        else default_workers(dataset, base.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    )
+    return configured if configured >= 0 else default_workers(dataset, base.cores_per_process())
+
+
+def training_workers(session: Session, train: sources.Dataset, val: sources.Dataset) -> tuple[int, int]:
+    """Loader processes of this process for training and for evaluation, which both stay until the run ends.
+
+    `config.data.workers` is obeyed for training; for evaluation, at least one and at most so many as cores are left.
+    """
+    configured, cores = session.config.data.workers, base.cores_per_process()
+    if configured < 0:
+        return shared_workers(train, val, cores)
+    return configured, min(configured, max(1, cores - configured))
 
 
 def open_loader(

@@ -74,7 +74,8 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
     batches = train_batches(session, model, train_data)
-    reader = sessions.open_loader(session, batches, range(first_step, plan.steps))
+    train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
+    reader = sessions.open_loader(session, batches, range(first_step, plan.steps), train_workers)
     if first_step < plan.steps:
         reader.start()  # loader processes take seconds to start: they do so while the state is created
 
@@ -93,7 +94,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
         "image_size": list(session.size), "examples": plan.examples,
     }  # fmt: skip
-    split = evaluator.open_split(session, val_data, plan.eval_batch)
+    split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
     train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
