@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pcpvt.data import sources
-from pcpvt.data.decode import DecodeError
+from pcpvt.data.decode import RGB, DecodeError
 from pcpvt.data.loader import EvalBatches
 from pcpvt.evaluate import mistakes
 from pcpvt.report import run as report
@@ -85,7 +85,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(tmp_path, monkeypatch):
     rows = {"seen": [1, 1], "label": [0, 1], "predicted": [0, 0], "confidence": [0.5, 0.9], "own": [0.5, 0.1]}
     log = mistakes.PredictionLog(2)
     monkeypatch.setattr(log, "table", lambda: {n: np.array(v, bool if n == "seen" else None) for n, v in rows.items()})
-    session = Namespace(workdir=tmp_path, world=Namespace(is_main=True), size=(8, 8), config=Namespace())
+    session = Namespace(workdir=tmp_path, world=Namespace(is_main=True), size=(8, 8), config=Namespace(), reading=RGB)
     session.config.eval = Namespace(crop=1.0)
     warnings: list[str] = []
     mistakes.write(session, log, source, 3, warnings.append)

@@ -129,6 +129,18 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
         )
+    channels = config.model.in_chans
+    for name in ("randaugment", "color_jitter") if channels not in (1, 3) else ():
+        if config.augment[name]:
+            raise UserError(
+                f"config.augment.{name}: {config.augment[name]!r} is for grey or RGB and config.model.in_chans is "
+                f"{channels}: use --config.augment.{name}={'' if name == 'randaugment' else 0}"
+            )
+    if channels != 3 and config.bench.against:
+        raise UserError(
+            f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "
+            f"{channels}: leave it empty"
+        )
     if config.fresh and not config.finetune:
         raise UserError(
             f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"

@@ -17,7 +17,7 @@ from pcpvt.data.decode import decode_errors
 from pcpvt.data.shared import Samples
 from pcpvt.errors import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 
 
 def image_files(folder: str) -> list[str]:

@@ -46,7 +46,14 @@ def open_split(session: Session, dataset: sources.Dataset, local_batch: int, wor
     """Prepare a data set for evaluation in batches of `local_batch` samples, read by `workers`, per process."""
     config, world = session.config, session.world
     batches = EvalBatches(
-        dataset, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
+        dataset,
+        session.size,
+        config.eval.crop,
+        local_batch,
+        world.rank,
+        world.size,
+        config.data.on_error,
+        session.reading,
     )
     loader = sessions.open_loader(session, batches, range(len(batches)), workers)
     return Split(dataset, loader, UnreadableLog(dataset, Console(world.is_main)))

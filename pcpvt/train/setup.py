@@ -10,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from pcpvt.checkpoints.channels import adapt_channels
 from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan
@@ -133,6 +134,7 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     return loader.TrainBatches(
         dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
         batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
+        reading=session.reading,
     )  # fmt: skip
 
 
@@ -190,9 +192,10 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
+        theirs_adapted, adapted = adapt_channels(weights.params, config.model.in_chans, path)
+        fitted, said = match_params(theirs_adapted, pcpvt.shapes(model), path=path, fresh=fresh)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *adapted, *said]
         theirs = weights.classes
         if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
             notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
