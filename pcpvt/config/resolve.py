@@ -130,12 +130,6 @@ def check(config: ConfigDict) -> None:
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
         )
     channels = config.model.in_chans
-    for name in ("randaugment", "color_jitter") if channels not in (1, 3) else ():
-        if config.augment[name]:
-            raise UserError(
-                f"config.augment.{name}: {config.augment[name]!r} is for grey or RGB and config.model.in_chans is "
-                f"{channels}: use --config.augment.{name}={'' if name == 'randaugment' else 0}"
-            )
     if channels != 3 and config.bench.against:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "

@@ -122,8 +122,15 @@ def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:
-    """This process's training batches, by step."""
+    """This process's training batches, by step; UserError for augmentations that the images' channels do not allow."""
     config, world, a = session.config, session.world, session.config.augment
+    channels = config.model.in_chans
+    for name in ("randaugment", "color_jitter") if channels not in (1, 3) else ():
+        if a[name]:
+            raise UserError(
+                f"config.augment.{name}: {a[name]!r} is for grey or RGB and config.model.in_chans is {channels}: "
+                f"use --config.augment.{name}={'' if name == 'randaugment' else 0}"
+            )
     spec = augment.AugmentSpec(
         size=session.size, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, randaugment=a.randaugment,
         color_jitter=a.color_jitter, erase_prob=a.erase, crop_padding=a.crop_pad,
