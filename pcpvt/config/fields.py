@@ -128,6 +128,9 @@ FIELDS = {
     "data.on_error": Field(
         "error", "unreadable image: error | skip (counted and named; training takes the next instead)",
         FREE, one_of("error", "skip")),
+    "data.sampler": Field(
+        "uniform", "uniform (each image once an epoch) | balanced (each class equally often, an epoch as long)",
+        FIXED, one_of("uniform", "balanced")),
     "data.value_range": Field(tuple, "low,high of values of more than 8 bits; unset: as the file says",
         FIXED, value_range),
     "augment.scale": Field((0.08, 1.0), "area range of the random resized crop", RECIPE, area),

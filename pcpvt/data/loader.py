@@ -5,6 +5,7 @@ the training stream has no end (see `order`).
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,12 +44,20 @@ class TrainBatches:
     repeats: int = 1
     on_error: str = "error"
     reading: Reading = RGB
+    labels: np.ndarray | None = None  # of all samples, for a balanced sampler; None: a uniform one
     ranges: RangeWatch = dataclasses.field(default_factory=RangeWatch)
+
+    @functools.cached_property
+    def _balance(self) -> order.Balance | None:
+        return None if self.labels is None else order.Balance(self.labels)
+
+    def global_draws(self, step: int) -> list[order.Draw]:
+        """The draws of a step, over all processes."""
+        return order.global_batch(self.seed, step, self.batch, len(self.dataset), self.repeats, self._balance)
 
     def draws(self, step: int) -> list[order.Draw]:
         """The draws that this process reads in a step."""
-        draws = order.global_batch(self.seed, step, self.batch, len(self.dataset), self.repeats)
-        return order.rank_slice(draws, self.rank, self.world)
+        return order.rank_slice(self.global_draws(step), self.rank, self.world)
 
     def __getitem__(self, step: int) -> Batch:
         draws = self.draws(step)

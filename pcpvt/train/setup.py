@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
@@ -141,8 +142,16 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     return loader.TrainBatches(
         dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
         batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
-        reading=session.reading,
+        reading=session.reading, labels=labels_of(dataset) if config.data.sampler == "balanced" else None,
     )  # fmt: skip
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels of all samples, int32 `[n]`; of datasets that do not keep them they are read one by one."""
+    known = getattr(dataset, "labels", None)
+    if known is None:
+        known = [dataset[i][1] for i in range(len(dataset))]
+    return np.asarray(known() if callable(known) else known, np.int32)
 
 
 def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
