@@ -113,7 +113,7 @@ class Bench:
         batches: TrainBatches | EvalBatches = setup.train_batches(session, self.model, source)
         indices = range(1 << 30)
         if split == "val":
-            batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error")
+            batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error", session.reading)
             indices = range(max(1, len(source) // size))  # full batches only
         loader = sessions.open_loader(session, batches, indices, workers)
         while True:

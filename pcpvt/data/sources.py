@@ -6,7 +6,7 @@ uint8 array `[h, w, 3]`; the loader decodes and augments it.
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 
 from pcpvt import rng
 from pcpvt.data.decode import decode_errors
+from pcpvt.data.shared import Samples
 from pcpvt.errors import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 
 
 def image_files(folder: str) -> list[str]:
@@ -64,13 +65,19 @@ class Folder:
     def __init__(self, root: str):
         self.root = root
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.samples: list[tuple[str, int]] = []
+        self.samples = Samples(self._search())
+
+    def _search(self) -> Iterator[tuple[str, int]]:
         for label, name in enumerate(self.classes):
-            folder = os.path.join(root, name)
+            folder = os.path.join(self.root, name)
             paths = image_files(folder)
             if not paths:
                 raise UserError(f"{folder}: no images in this class folder: add some or remove the folder")
-            self.samples += [(path, label) for path in paths]
+            yield from ((path, label) for path in paths)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.samples.labels
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -97,7 +104,9 @@ class TimmReader:
     def __init__(self, name: str, root: str, split: str):
         from pcpvt import torchvision_compat  # noqa: F401 - before timm
         import timm.data  # isort: skip
+        from PIL import EpsImagePlugin
 
+        EpsImagePlugin.gs_binary = False  # torchvision's datasets decode by themselves: they must not run Ghostscript
         try:
             if name == "tar":
                 file = os.path.join(root, f"{split}.tar")

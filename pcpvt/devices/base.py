@@ -112,6 +112,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_per_process() -> int:
+    """This process's share of the host's cores, which it may be bound to; 0 where processes are more than cores."""
+    if os.environ.get("PCPVT_CORES"):  # set by `launch/cpu.sh`, obeyed by `main`
+        return cores()
+    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def keep_freed_memory() -> None:
     """Makes glibc's allocator keep freed memory of tensors and images, large ones too, for the next ones.
 

@@ -9,7 +9,6 @@ import torch
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
-from pcpvt.data import order
 from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
@@ -77,10 +76,10 @@ def run(session: Session) -> int:
 
 def _divergence_error(setup: TrainSetup, history: History, last_good: Path | None) -> UserError:
     """The error that ends a run; `nonfinite.json` lists the non-finite steps in a row with all their samples."""
-    session, plan, config = setup.session, setup.plan, setup.session.config
+    session, plan = setup.session, setup.plan
     steps: list[dict[str, Any]] = []
     for step, loss, grad_norm, _ in history.streak:
-        draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
+        draws = setup.batches.global_draws(step - 1)
         samples = [{"id": draw.index, "name": setup.batches.dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
     where = session.workdir / records.NONFINITE

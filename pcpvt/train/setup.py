@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from pcpvt.checkpoints.channels import adapt_channels
 from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan, short_run_notes
@@ -75,7 +77,8 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
     batches = train_batches(session, model, train_data)
-    reader = sessions.open_loader(session, batches, range(first_step, plan.steps))
+    train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
+    reader = sessions.open_loader(session, batches, range(first_step, plan.steps), train_workers)
     if first_step < plan.steps:
         reader.start()  # loader processes take seconds to start: they do so while the state is created
 
@@ -95,7 +98,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
         "image_size": list(session.size), "examples": plan.examples,
     }  # fmt: skip
-    split = evaluator.open_split(session, val_data, plan.eval_batch)
+    split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
     train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
@@ -122,8 +125,15 @@ def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:
-    """This process's training batches, by step."""
+    """This process's training batches, by step; UserError for augmentations that the images' channels do not allow."""
     config, world, a = session.config, session.world, session.config.augment
+    channels = config.model.in_chans
+    for name in ("randaugment", "color_jitter") if channels not in (1, 3) else ():
+        if a[name]:
+            raise UserError(
+                f"config.augment.{name}: {a[name]!r} is for grey or RGB and config.model.in_chans is {channels}: "
+                f"use --config.augment.{name}={'' if name == 'randaugment' else 0}"
+            )
     spec = augment.AugmentSpec(
         size=session.size, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, randaugment=a.randaugment,
         color_jitter=a.color_jitter, erase_prob=a.erase, crop_padding=a.crop_pad,
@@ -134,7 +144,16 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     return loader.TrainBatches(
         dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
         batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
+        reading=session.reading, labels=labels_of(dataset) if config.data.sampler == "balanced" else None,
     )  # fmt: skip
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels of all samples, int32 `[n]`; of datasets that do not keep them they are read one by one."""
+    known = getattr(dataset, "labels", None)
+    if known is None:
+        known = [dataset[i][1] for i in range(len(dataset))]
+    return np.asarray(known() if callable(known) else known, np.int32)
 
 
 def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
@@ -196,9 +215,10 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
+        theirs_adapted, adapted = adapt_channels(weights.params, config.model.in_chans, path)
+        fitted, said = match_params(theirs_adapted, pcpvt.shapes(model), path=path, fresh=fresh)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *adapted, *said]
         theirs = weights.classes
         if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
             notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")

@@ -25,7 +25,7 @@ _PEAK_16_BIT = (
 def forward_flops(model: PCPVT, size: tuple[int, int]) -> int:
     """Floating-point operations of one image `(height, width)` in the forward pass: matrix products, convolutions."""
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *size, 3, device="meta"))
+        model(torch.empty(1, *size, model.in_chans, device="meta"))
     return counter.get_total_flops()
 
 
