@@ -2,7 +2,7 @@
 
     from pcpvt import api
     net = api.load("runs/pcpvt_s")                                           # model, params, classes, size, crop
-    image = api.read("photo.jpg", net.size, net.crop)                        # uint8 [1, h, w, 3]
+    image = api.read("photo.jpg", net.size, net.crop, net.reading)           # uint8 [1, h, w, 3]
     print(api.classify(net.model, net.params, image, net.classes))           # [[("cat", 0.93), ("dog", 0.04), ...]]
     maps = api.features(net.model, net.params, image)                        # four maps [1, c, h, w], strides 4 to 32
     state, metrics = api.train_step(net.model)(api.train_state(net.params), dict(image=image, label=torch.tensor([3])))
@@ -11,6 +11,7 @@ Images are uint8 and NHWC everywhere; the functions normalise them. For more, se
 `intermediates`, with attention maps on request) and `pcpvt.functional`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pcpvt import devices
 from pcpvt.checkpoints.load import class_names, load_model
+from pcpvt.config.fields import DEVICES
 from pcpvt.data import augment
-from pcpvt.data.decode import ImageSource
+from pcpvt.data.decode import RGB, ImageSource, Picture, Reading
 from pcpvt.functional import mixing, optim, schedules
 from pcpvt.functional import state as states
 from pcpvt.functional import step as steps
-from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective, make_predict
+from pcpvt.functional.objective import make_objective, make_predict, normalisation
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
+from pcpvt.models.layers import PLAIN, Kernels
 from pcpvt.models.pcpvt import PCPVT, Params
 
 Step = Callable[[TrainState, dict[str, Tensor]], tuple[TrainState, dict[str, Tensor]]]
@@ -40,6 +44,7 @@ class Loaded(NamedTuple):
     classes: list[str]  # names of the outputs
     size: tuple[int, int]  # (height, width) of the images it is evaluated with
     crop: float  # side of the evaluation crop divided by the resized short side
+    reading: Reading = RGB  # the channels of its images, and the range of values of more than 8 bits
 
 
 def load(path: str | Path, which: str = "auto") -> Loaded:
@@ -53,62 +58,77 @@ def load(path: str | Path, which: str = "auto") -> Loaded:
     """
     loaded = load_model(path, which=which)
     height, width = loaded.meta.get("image_size", (224, 224))
-    crop = loaded.meta.get("config", {}).get("eval.crop", 0.875)
-    return Loaded(loaded.model, loaded.params, class_names(loaded), (height, width), crop)
+    config = loaded.meta.get("config", {})
+    limits = config.get("data.value_range")
+    reading = Reading(loaded.model.in_chans, tuple(limits) if limits else None)
+    return Loaded(
+        loaded.model, loaded.params, class_names(loaded), (height, width), config.get("eval.crop", 0.875), reading
+    )
 
 
-def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875) -> Tensor:
-    """An image preprocessed for evaluation, uint8 `[1, height, width, 3]`: short side resized, centre cropped.
+def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875, reading: Reading = RGB) -> Tensor:
+    """An image preprocessed for evaluation, uint8 `[1, height, width, channels]`: short side resized, centre cropped.
 
     Args:
-        source: a path, bytes, an open file, a PIL image, or a uint8 array `[h, w, 3]`.
+        source: a path, bytes, an open file, a PIL image, or an array `[h, w(, bands)]`.
+        reading: its channels, and the range of values of more than 8 bits; of a loaded network: `Loaded.reading`.
 
     Raises:
         DecodeError: the image cannot be read.
     """
-    return torch.from_numpy(augment.eval_sample(source, size, crop).copy())[None]
+    picture = Picture(source, reading=reading)
+    if picture.depth.unused:
+        warnings.warn(picture.depth.unused, stacklevel=2)
+    return torch.from_numpy(augment.eval_sample(picture, size, crop).copy())[None]
 
 
 def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:
-    """Logits `[b, classes]` of uint8 images `[b, h, w, 3]`; without gradients."""
-    return make_predict(model)(params, images)
+    """Logits `[b, classes]` of uint8 images `[b, h, w, channels]`; without gradients."""
+    return make_predict(model, kernels=_kernels(images))(params, images)
 
 
 def classify(
     model: PCPVT, params: Params, images: Tensor, classes: Sequence[str], top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """The `top` most probable classes of each of the uint8 images `[b, h, w, 3]`, with their probabilities."""
+    """The `top` most probable classes of each of the uint8 images `[b, h, w, channels]`, with their probabilities."""
     values, indices = logits(model, params, images).softmax(-1).topk(min(top, model.num_classes))
     rows = zip(indices.tolist(), values.tolist(), strict=True)
     return [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]
 
 
 def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
-    """Four maps `[b, c, h, w]` at strides 4 to 32 of uint8 images `[b, h, w, 3]`; differentiable in `params`."""
-    return pcpvt.features(model, params, mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD))
+    """Four maps `[b, c, h, w]` at strides 4 to 32 of uint8 images `[b, h, w, channels]`; differentiable in `params`."""
+    normalised = mixing.decode_images(images, None, *normalisation(model.in_chans))
+    return pcpvt.features(model, params, normalised, kernels=_kernels(images))
 
 
 def train_state(params: Params) -> TrainState:
     """The state before the first step, AdamW's moments at zero; copies the params, since steps reuse the memory."""
-    own = {name: value.clone() for name, value in params.items()}
-    optimizer = _optimizer(own, 0.0, 0.0)
-    return states.create(own, optimizer.init(own), {}, ema=False, device=next(iter(own.values())).device)
+    groups = optim.groups(params, 0.0)
+    own = optim.lay_out(params, groups)
+    return states.create(own, _adamw(groups, 0.0).init(own), {}, ema=False, device=own.flat.device)
 
 
 def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
     """`step(state, batch) -> (state, metrics)`: loss, gradient, AdamW; reuses the memory of the state it is given.
 
-    The batch holds `image`, uint8 `[b, h, w, 3]`, and `label`, int64 `[b]`, and may hold the draws of `data.loader`.
-    Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.
+    The batch holds `image`, uint8 `[b, h, w, channels]`, and `label`, int64 `[b]`, and may hold the draws of
+    `data.loader`. Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.
     """
-    objective = make_objective(model, smoothing=smoothing)
 
     def step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
-        optimizer = _optimizer(state.params, lr, weight_decay)
+        objective = make_objective(model, smoothing=smoothing, kernels=_kernels(batch["image"]))
+        optimizer = optim.chain(_adamw(optim.groups(state.params, weight_decay), lr))
         return steps.make_step(objective, optimizer, global_batch=len(batch["label"]))(state, batch)
 
     return step
 
 
-def _optimizer(params: Params, lr: float, weight_decay: float) -> optim.Optimizer:
-    return optim.chain(optim.adamw(schedules.constant(lr), optim.groups(params, weight_decay)))
+def _kernels(images: Tensor) -> Kernels:
+    """Exact kernels of the images' device."""
+    kind = images.device.type
+    return devices.get(kind).plain_kernels() if kind in DEVICES else PLAIN
+
+
+def _adamw(groups: list[optim.Group], lr: float) -> optim.Optimizer:
+    return optim.adamw(schedules.constant(lr), groups)

@@ -134,7 +134,9 @@ def entry() -> None:
         from absl import app
 
         from pcpvt.config import cli
+        from pcpvt.devices import installed
 
+        installed.check()
         app.run(main, flags_parser=functools.partial(cli.parse, modes=MODES))
     except (Exception, signals.Stopped) as error:
         # A module that was being imported may have replaced Stopped by an error of its own.

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "pcpvt"
 # Upper rooms first; a room imports itself and rooms below it.
 ROOMS = [
     "main", "api", "bench", "train", "export", "predict", "evaluate", "report", "runtime", "checkpoints", "config",
-    "data", "readers", "distributed", "devices", "functional", "models", "rng", "errors", "torchvision_compat",
+    "data", "images", "readers", "distributed", "devices", "functional", "models", "rng", "errors",
+    "torchvision_compat",
 ]  # fmt: skip
 PURE = {"functional", "models"}
 PURE_IMPORTS = {"torch", "einops", "numpy", "math", "re", "typing", "collections", "functools", "hashlib", "__future__"}

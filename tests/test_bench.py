@@ -177,13 +177,13 @@ def test_any_other_training_failure_ends_the_bench_with_its_message(monkeypatch)
 
 def test_a_training_of_the_bench_has_its_config_whatever_the_command_line_was(tmp_path):
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
-    config.update_from_flattened_dict({"image_size": 64, "lr": 0.5, "checkpoint": "FILE", "augment.scale": (0.2, 1.0)})
+    config.update_from_flattened_dict({"image_size": 64, "lr": 0.5, "checkpoint": "FILE", "restarts": 3})
     words = parts.train_command(sessions.start(config, tmp_path), tmp_path / "run", {"steps": 3, "processes": 2})
     assert words[1:3] == ["-m", "pcpvt.main"]
     command = cli.parse(words[2:], main.MODES, flags.FlagValues())
     found, _ = main.read_config(command)
     changed = {"epochs": None, "steps": 3, "processes": 2, "data.name": "synthetic", "num_classes": 1000}
-    changed |= {"checkpoint": "", "eval_every": "0", "save_every": "0"}
+    changed |= {"checkpoint": "", "restarts": 0, "eval_every": "0", "save_every": "0"}
     assert (command.mode, command.workdir) == ("train", tmp_path / "run")
     assert stored.flat(found) == {**stored.flat(config), **changed}
 

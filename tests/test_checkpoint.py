@@ -18,6 +18,7 @@ from pcpvt.checkpoints.atomic import remove_leftovers, write_atomically
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.errors import UserError
 from pcpvt.functional import state
+from pcpvt.functional.flat import pack
 from pcpvt.runtime.console import Console
 from pcpvt.train import resume
 
@@ -150,7 +151,7 @@ def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, s
 
 
 def test_saving_does_not_block_steps_and_is_not_changed_by_them(tmp_path, monkeypatch):
-    first = state.create({"w": torch.ones(1000)}, {"count": torch.zeros(())}, {}, ema=True)
+    first = state.create(pack({"w": torch.ones(1000)}), {"count": torch.zeros(())}, {}, ema=True)
     writing, go = threading.Event(), threading.Event()
     original = checkpoint.write_tensors
 

@@ -86,6 +86,12 @@ def test_a_command_is_written_out_in_words_that_mean_the_same():
         assert copied._replace(get_config=None) == command._replace(get_config=None)
 
 
+def test_the_launcher_gets_the_parsed_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("pcpvt.distributed.launch.launch", lambda config, words, *_: words)
+    command = parse("-mode", "train", "--config", "configs/pcpvt_s.py:cpu2", "--workdir", str(tmp_path))
+    assert main.main(command) == ["--mode=train", "--config=configs/pcpvt_s.py:cpu2", f"--workdir={tmp_path}"]
+
+
 def test_a_value_is_quoted_for_a_shell():
     line = parse("--workdir=my runs/a", "--config.frozen=^head$", "--config.seed=3").line()
     assert line == "python -m pcpvt.main --config.frozen='^head$' --config.seed=3 --workdir='my runs/a'"
@@ -234,6 +240,7 @@ def test_checkpoint_without_a_config_is_taken_as_weights_from_elsewhere(tmp_path
 def test_torchruns_count_is_not_refused_where_arg_names_none(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     path = checkpoint.save(tmp_path, weights(), {"step": 1, "config": {"processes": 8, "device": "cpu", "epochs": 1.0}})
     assert read("--mode=eval", "--config=configs/pcpvt_s.py", f"--config.checkpoint={path}").processes == 2
     assert "torchrun started 2 processes" in error_of("--config=configs/pcpvt_s.py:cpu3")

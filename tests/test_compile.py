@@ -61,7 +61,9 @@ def recipe_batches(model, count: int, n: int) -> list[dict[str, torch.Tensor]]:
 def train(value_and_grad, steps: int = 3, kernels: Kernels = PLAIN):
     """The state and the losses after a few steps of two micro-batches each."""
     model, params = nano_state(torch.float32)
-    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups)
+    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), groups))
     policy = precision.parse("bfloat16")
     objective = make_objective(model, smoothing=0.1, policy=policy, kernels=kernels)
     step = make_step(

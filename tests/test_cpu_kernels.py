@@ -14,6 +14,7 @@ from reference import images, nano
 from pcpvt import devices, rng
 from pcpvt.devices import cpu_kernels
 from pcpvt.functional import precision
+from pcpvt.functional.flat import pack
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import attend_plain, gelu_linear_plain, norm_plain, residual_plain
 
@@ -90,7 +91,7 @@ def test_prepacked_parameters_give_the_same_logits(dtype):
     skip_unless_usable(dtype)
     model, params = nano()
     cpu, x = devices.get("cpu"), images(2, 64, 64, 3).to(dtype)
-    params = precision.cast(params, precision.Policy(compute=dtype), cpu.fp32_norms)
+    params = precision.cast(pack(params), precision.Policy(compute=dtype), cpu.fp32_norms)
     packed = cpu.kernels(dtype).prepack(params)
     assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
     with torch.no_grad():

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pcpvt import rng
-from pcpvt.data import order
+from pcpvt.data import order, sources
 from pcpvt.data.augment import AugmentSpec
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers, shared_workers
+from pcpvt.data.shared import Samples
 from pcpvt.data.sources import Arrays
+from pcpvt.devices import base
 from pcpvt.errors import UserError
 from pcpvt.functional.mixing import MixSpec
 from pcpvt.models import pcpvt
+from pcpvt.runtime import session as sessions
 
 
 def dataset(n: int = 50, size: int = 16) -> Arrays:
@@ -148,7 +157,7 @@ def test_an_unreadable_training_image_stops_or_is_replaced_by_the_next(tmp_path)
     batches = train_batches()
     batches.dataset = Broken(tmp_path)
     hits = [step for step in range(4) if {3, 4} & {d.index for d in batches.draws(step)}]
-    with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read"):
+    with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read.*config\.data\.on_error=skip$"):
         list(Loader(batches, hits, 0))
     with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read"):  # the same line from a loader process
         list(Loader(batches, hits, 1))
@@ -161,7 +170,7 @@ def test_an_unreadable_training_image_stops_or_is_replaced_by_the_next(tmp_path)
 def test_evaluation_never_replaces_a_sample(tmp_path):
     broken = Broken(tmp_path)
     strict = EvalBatches(broken, (16, 16), 1.0, 8, 0, 1, "error")
-    with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read"):
+    with pytest.raises(UserError, match=r"test\[[34]\]: cannot be read.*config\.data\.on_error=skip$"):
         strict[0]
     batch = EvalBatches(broken, (16, 16), 1.0, 8, 0, 1, "skip")[0]
     assert batch["id"].tolist() == list(range(8))
@@ -174,7 +183,44 @@ def test_in_memory_data_need_no_workers():
     assert default_workers(dataset(), 8) == 0
     on_disk = dataset()
     on_disk.in_memory = False
-    assert [default_workers(on_disk, n) for n in (1, 2, 8, 64)] == [1, 1, 7, 16]
+    assert [default_workers(on_disk, n) for n in (0, 1, 2, 8, 64)] == [0, 1, 1, 7, 16]
+
+
+def test_loader_processes_of_a_training_are_no_more_than_cores(monkeypatch):
+    on_disk = dataset()
+    on_disk.in_memory = False
+    found = {n: shared_workers(on_disk, on_disk, n) for n in range(200)}
+    assert all(sum(workers) <= n for n, workers in found.items())
+    assert [found[n] for n in (0, 1, 2, 4, 16, 24, 64)] == [(0, 0), (1, 0), (1, 1), (3, 1), (12, 4), (16, 8), (16, 16)]
+    monkeypatch.setattr(base, "cores", lambda: 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    session = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(workers=-1)))
+    assert sessions.training_workers(session, on_disk, on_disk) == (3, 1)
+    monkeypatch.setenv("PCPVT_CORES", "0,1,2,3 4,5,6,7")  # the process is bound to its share, and `cores` counts that
+    monkeypatch.setattr(base, "cores", lambda: 4)
+    assert sessions.training_workers(session, on_disk, on_disk) == (3, 1)
+    for configured, workers in {0: (0, 0), 2: (2, 2), 3: (3, 1), 6: (6, 1)}.items():
+        session.config.data.workers = configured
+        assert sessions.training_workers(session, on_disk, on_disk) == workers
+
+
+def test_loader_processes_share_the_list_of_samples(tmp_path):
+    pairs = [(f"/data/{os.fsdecode(bytes([0xFF]))}é {i}.jpg", i % 7) for i in range(100)] + [("", 3)]
+    samples = Samples(iter(pairs))
+    assert list(samples) == pairs and samples[-1] == ("", 3) and len(samples) == 101
+    assert samples.labels.tolist() == [label for _, label in pairs] and list(Samples([])) == []
+    with pytest.raises(IndexError):
+        samples[101]
+    large = Samples((f"{i:050}", 0) for i in range(20_000))
+    pickled = pickle.dumps(large)
+    assert len(pickled) < 200  # a reference
+    code = "import pickle, sys; x = pickle.load(sys.stdin.buffer); print(x[7], len(x), x.labels.sum())"
+    done = subprocess.run([sys.executable, "-c", code], input=pickled, capture_output=True, check=True)
+    assert done.stdout.decode().split()[0] == f"('{7:050}',"
+    path = tmp_path / "train" / "a"
+    path.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(path / "x.png")
+    assert isinstance(sources.open_split("folder", str(tmp_path), "train", (8, 8)).samples, Samples)
 
 
 def test_a_generator_depends_on_its_whole_key_only():

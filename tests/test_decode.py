@@ -1,5 +1,6 @@
 """Images of every format and mode are decoded to upright RGB; errors name the file."""
 
+import errno
 import io
 import struct
 import warnings
@@ -7,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from pcpvt.data import decode
+from pcpvt import api
+from pcpvt.data import decode, sources
 from pcpvt.errors import UserError
 from pcpvt.rng import generator
 
@@ -261,3 +263,53 @@ def test_a_picture_can_be_cropped_again():
     picture = decode.Picture(data)
     picture.crop((0, 0, 128, 128), (30, 30))
     np.testing.assert_array_equal(picture.crop((4, 4, 9, 9)), np.asarray(Image.open(io.BytesIO(data)))[4:13, 4:13])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_limits_of_the_system_are_no_fault_of_the_image(error):
+    with pytest.raises(type(error)), decode.decode_errors("a.jpg"):
+        raise error
+    with pytest.raises(decode.DecodeError, match=r"a\.jpg"), decode.decode_errors("a.jpg"):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A program `gs` on the PATH; returns the file that it leaves when it runs."""
+    trace = tmp_path / "bin" / "ran"
+    trace.parent.mkdir()
+    (trace.parent / "gs").write_text(f"#!/bin/sh\necho x > {trace}\n")
+    (trace.parent / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(trace.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace
+
+
+def test_only_the_named_formats_are_decoded_and_no_program_runs(ghostscript, tmp_path):
+    image, path = Image.fromarray(smooth(20, 30)), tmp_path / "a.jpg"
+    for form in ("EPS", "PDF", "ICO", "PCX", "TGA", "JPEG2000"):
+        image.save(path, form)
+        for read in (pixels, lambda path: api.read(path, (8, 8))):
+            with pytest.raises(decode.DecodeError, match=r"a\.jpg: .* \(in none of the formats BMP, GIF, JPEG, PNG, "):
+                read(path)
+    assert not ghostscript.exists()
+    for form in decode.FORMATS:
+        assert pixels(encoded(image, form)).shape == (20, 30, 3)
+
+
+def test_datasets_that_decode_by_themselves_run_no_program(ghostscript, monkeypatch):
+    import pcpvt.torchvision_compat  # noqa: F401 - before timm
+    import timm.data  # isort: skip
+
+    data = type("Data", (list,), {"class_to_idx": {"cat": 0, "dog": 1}})([(0, 0), (1, 1)])
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *_, **__: data)
+    sources.open_split("torch/pets", "", "val", (16, 16))
+    with pytest.raises(OSError, match="Ghostscript"):
+        Image.open(io.BytesIO(encoded(Image.new("RGB", (8, 8)), "EPS"))).convert("RGB")
+    assert not ghostscript.exists()
+
+
+def test_names_of_open_files_in_a_decoders_words_are_left_out():
+    with pytest.raises(decode.DecodeError) as caught, decode.decode_errors("a.jpg"):
+        raise OSError(f"cannot decode {io.BytesIO()!r} at all")
+    assert str(caught.value).startswith("a.jpg: cannot be read as an image (OSError: cannot decode the file at all): ")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,22 @@ def test_cuda_device():
     q, k, v = (torch.randn(2, 2, 49, 32, device=cuda.torch) for _ in range(3))
     torch.testing.assert_close(cuda.attend(torch.float32)(q, k, v), attend_plain(q, k, v), rtol=1e-4, atol=1e-4)
     cuda.synchronize()
+
+
+@pytest.mark.parametrize("autoload", ["1", "0"])
+def test_a_cuda_build_beside_torch_npu_is_refused_before_torch_is_imported(tmp_path, autoload):
+    """The torch here ends the process when it is imported, as the real pair does."""
+    for name in ("torch", "torch_npu"):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("import os; os._exit(134)")
+        (tmp_path / f"{name}-2.13.0.dist-info").mkdir()
+        (tmp_path / f"{name}-2.13.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 2.13.0\n")
+    (tmp_path / "torch" / "lib" / "libtorch_cuda.so").touch()
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}", "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    command = [sys.executable, "-m", "pcpvt.main", "--config=configs/pcpvt_s.py:npu1", f"--workdir={tmp_path}/run"]
+    ended = subprocess.run(command, env=env, cwd=PACKAGE.parent, capture_output=True, text=True)
+    if autoload == "0":
+        assert ended.returncode == 134  # torch alone is imported
+        return
+    assert ended.returncode == 2 and ended.stderr.startswith("pcpvt: error: torch 2.13.0: a CUDA build"), ended.stderr
+    assert "torch==2.13.0+cpu" in ended.stderr and ended.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -213,6 +214,27 @@ def test_killed_loader_process_ends_the_run_with_its_state_saved(images, tmp_pat
     ended = miniature.run(words, {"at": "step", "n": 6, "do": "SIGKILL", "to": "child"})
     assert ended.code == 2 and "config.data.workers: a loader process died" in ended.error
     assert steps(tmp_path)[-1] >= 6
+
+
+def test_limit_of_open_files_is_one_line_and_what_was_done_is_saved(images, tmp_path):
+    words = on_images(images, tmp_path, data__workers=2, steps=5000, eval_every="0")
+    process = miniature.start(words, {"at": "step", "n": 6, "do": "sleep:1"})
+    miniature.await_line(process, "fault:")
+    limit = len(os.listdir(f"/proc/{process.pid}/fd")) + 8
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    ended = miniature.end(process)
+    assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
+    assert "config.data.workers: no more files can be opened" in ended.error and f"ulimit -n is {limit}" in ended.error
+    assert steps(tmp_path)[-1] >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [22, 26, 30, 34, 40])
+def test_limit_of_open_files_at_the_start_is_one_line(images, tmp_path, limit):
+    words = on_images(images, tmp_path, data__workers=2, steps=5000, eval_every="0")
+    ended = miniature.run(words, under=["bash", "-c", f'ulimit -n {limit}; exec "$@"', "bash"])
+    assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
+    assert "config.data.workers" in ended.error and f"ulimit -n is {limit}" in ended.error
 
 
 def test_full_shared_memory_is_named(images, tmp_path):

@@ -287,3 +287,13 @@ def test_volcano_manifest_is_consistent_and_fits_npu_pod(fake: dict[str, str]) -
     exports, _ = dry_run(f"{volcano} npu_pod.sh {shlex.join(container['args'])}", fake)
     cards = container["resources"]["limits"]["huawei.com/Ascend910"]
     assert settings(exports, "NPROC_PER_NODE") == [str(cards)]
+
+
+def test_dockerfile_copies_what_exists_and_its_image_is_the_manifests() -> None:
+    text = (LAUNCH / "npu.Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.+)$", text, re.M) for name in line.split()[:-1]]
+    assert {"pcpvt", "configs", "launch", "setup.cfg"} <= set(copied)
+    assert [name for name in copied if not (LAUNCH.parent / name).exists()] == []
+    entry = re.search(r'^ENTRYPOINT \["(.+)"\]$', text, re.M)
+    assert entry and (LAUNCH.parent / entry[1]).exists() and "WORKDIR /opt/pcpvt" in text
+    assert " -t pcpvt-npu ." in text and "image: pcpvt-npu" in (LAUNCH / "volcano_npu.yaml").read_text()

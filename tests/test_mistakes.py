@@ -1,7 +1,9 @@
 """`details.json` (confusions, mistakes) at any world size, and how the report shows it, also when it is damaged."""
 
+import errno
 import json
 import shutil
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from pcpvt.data import sources
+from pcpvt.data.decode import RGB, DecodeError
 from pcpvt.data.loader import EvalBatches
 from pcpvt.evaluate import mistakes
 from pcpvt.report import run as report
@@ -66,6 +69,31 @@ def test_unreadable_samples_are_not_counted(tmp_path):
     assert found["images"] == [1, 1] and found["right"] == [1, 0] and found["confusions"] == [[1, 0, 1]]
     assert [m["name"] for m in found["mistakes"]] == [str(tmp_path / "val" / "b" / "good.png")]
     assert found["mistakes"][0]["picture"].startswith("data:image/jpeg;base64,")
+
+
+class Vanishing(sources.Arrays):
+    """A reader that decodes by itself, as timm's `torch/...`, and fails: with DecodeError, or on the whole system."""
+
+    error: Exception = DecodeError("x[1]: cannot be read as an image")
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(tmp_path, monkeypatch):
+    source = Vanishing(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2), ["a", "b"], "x")
+    rows = {"seen": [1, 1], "label": [0, 1], "predicted": [0, 0], "confidence": [0.5, 0.9], "own": [0.5, 0.1]}
+    log = mistakes.PredictionLog(2)
+    monkeypatch.setattr(log, "table", lambda: {n: np.array(v, bool if n == "seen" else None) for n, v in rows.items()})
+    session = Namespace(workdir=tmp_path, world=Namespace(is_main=True), size=(8, 8), config=Namespace(), reading=RGB)
+    session.config.eval = Namespace(crop=1.0)
+    warnings: list[str] = []
+    mistakes.write(session, log, source, 3, warnings.append)
+    found = json.loads((tmp_path / "details.json").read_text())
+    assert [(m["name"], m["picture"]) for m in found["mistakes"]] == [("x[1]", "")] and warnings == []
+    source.error = OSError(errno.EMFILE, "Too many open files")
+    mistakes.write(session, log, source, 4, warnings.append)
+    assert len(warnings) == 1 and "details.json: not written" in warnings[0] and "open files" in warnings[0]
 
 
 def test_a_thousand_classes_stay_light(tmp_path):

@@ -35,6 +35,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def exact_gelu(x: Tensor) -> Tensor:
+    if x.device.type == "npu":
+        import torch_npu
+
+        return torch_npu.npu_gelu(x)
+    return F.gelu(x)
+
+
 def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
     """The loss of a small model with the layer kinds of a vision transformer; images `[b, 3, h, w]`."""
     x = F.conv2d(image, params["patch"], stride=4)
@@ -42,7 +50,7 @@ def objective(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor
     x = x.flatten(2).mT
     q, k, v = F.linear(F.layer_norm(x, x.shape[-1:]), params["qkv"]).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     x = x + attend(q, k, v).transpose(1, 2).flatten(2)
-    x = x + F.linear(F.gelu(F.linear(x, params["fc1"])), params["fc2"])
+    x = x + F.linear(exact_gelu(F.linear(x, params["fc1"])), params["fc2"])
     return F.cross_entropy(F.linear(x.mean(1), params["head"]).float(), label, label_smoothing=0.1)
 
 
@@ -74,6 +82,22 @@ def by_autograd(params, *batch):
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@on_npu()
+def test_gelu_is_the_tanh_form_unless_it_is_npu_gelu():
+    import torch_npu
+
+    x = torch.linspace(-3, 3, 101)
+    there = x.to("npu").requires_grad_()
+    for approximate in ("none", "tanh"):
+        expected = F.gelu(x, approximate=approximate)
+        assert torch.equal(torch_npu.npu_gelu(there, approximate=approximate).cpu(), expected)
+    assert torch.equal(F.gelu(there).cpu(), F.gelu(x, approximate="tanh"))
+    leaf = x.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
+    (taken,) = torch.autograd.grad(torch_npu.npu_gelu(there).sum(), there)
+    assert torch.equal(taken.cpu(), exact)
 
 
 @on_npu()

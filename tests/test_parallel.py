@@ -31,9 +31,9 @@ def train(rank: int = 0, size: int = 1, dtype: str = "float64", *, poison: int =
     model, params = nano_state(torch.float64)
     policy = precision.parse(dtype)
     params = {name: value.to(policy.params) for name, value in params.items()}
-    optimizer = optim.chain(
-        optim.clip_by_global_norm(1.0), optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05))
-    )
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups)
+    optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(schedules.constant(1e-3), groups))
     objective = make_objective(model, smoothing=0.1, policy=policy)
     current = {"step": 0}
 

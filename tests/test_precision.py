@@ -9,6 +9,7 @@ from test_step import batches, nano_state
 
 from pcpvt import devices
 from pcpvt.functional import optim, precision, schedules, state
+from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_objective
 from pcpvt.functional.precision import DynamicScale, Overflow, Policy
 from pcpvt.functional.step import autograd_value_and_grad, make_step
@@ -56,7 +57,7 @@ def test_gradients_of_norms_accumulate_in_float32(dtype):
         return torch.autograd.grad(out, list(leaves.values()), ahead)
 
     exact = gradients({name: value.double() for name, value in params.items()}, x.double(), ahead.double())
-    taken = gradients(precision.cast(params, policy, devices.get("cpu").fp32_norms), x, ahead)
+    taken = gradients(precision.cast(pack(params), policy, devices.get("cpu").fp32_norms), x, ahead)
     for gradient, reference in zip(taken, exact, strict=True):
         # Measured: off by 3e-5, where sums in 16 bits are off by 1 % to 97 % of the largest.
         torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=0.01)
@@ -64,7 +65,7 @@ def test_gradients_of_norms_accumulate_in_float32(dtype):
 
 def test_fp32_norms_keeps_all_norms_and_nothing_else_in_float32():
     model, params = nano_state(torch.float32)
-    mixed = precision.cast(params, Policy(compute=torch.bfloat16), fp32_norms=True)
+    mixed = precision.cast(pack(params), Policy(compute=torch.bfloat16), fp32_norms=True)
     float32 = {name for name, value in mixed.items() if value.dtype == torch.float32}
     expected = {
         f"{name}.{leaf}"
@@ -73,7 +74,7 @@ def test_fp32_norms_keeps_all_norms_and_nothing_else_in_float32():
         for leaf in ("weight", "bias")
     }
     assert float32 == expected and len(float32) > 20
-    narrow = precision.cast(params, Policy(compute=torch.bfloat16))
+    narrow = precision.cast(pack(params), Policy(compute=torch.bfloat16))
     assert {value.dtype for value in narrow.values()} == {torch.bfloat16}
 
 
@@ -125,7 +126,9 @@ def test_parameters_are_cast_once_a_step_and_the_loss_is_float32():
 
         return value_and_grad
 
-    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), optim.groups(params, 0.05)))
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups)
+    optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), groups))
     step = make_step(watched, optimizer, global_batch=8, grad_accum_steps=4, policy=policy, value_and_grad=seam)
     ts, metrics = step(state.create(params, optimizer.init(params), {}, ema=False), batches(1, 32, 8)[0])
     assert {p.dtype for p in seen} == {torch.bfloat16} and len({p.data_ptr() for p in seen}) == 1
@@ -145,9 +148,11 @@ class Fp16:
         policy = precision.parse("float16")
         self.factor = 1.0
         objective = make_objective(model, policy=policy)
+        groups = optim.groups(params, 0.05)
+        params = optim.lay_out(params, groups)
         adamw = optim.adamw(
             schedules.constant(1e-3),
-            optim.groups(params, 0.05),
+            groups,
             honors_found_inf=honors_found_inf,
         )
         optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)
@@ -236,11 +241,11 @@ def test_the_scale_stays_within_its_bounds():
 
 def test_the_scale_is_saved_in_checkpoints(tmp_path):
     from pcpvt.checkpoints import checkpoint
+    from pcpvt.checkpoints.writer import copy_to_host
 
     run = Fp16()
     run.step(float("inf"))
     run.step()
-    flat = state.flatten(run.state)
-    path = checkpoint.save(tmp_path, flat, {"step": 2})
-    restored = state.unflatten(run.state, checkpoint.read(path).tensors)
-    assert restored.scale["factor"] == 2.0**9 and restored.scale["good"] == 1
+    path = checkpoint.save(tmp_path, copy_to_host(state.flatten(run.state)), {"step": 2})
+    saved = checkpoint.read(path).tensors
+    assert saved["scale/factor"] == 2.0**9 and saved["scale/good"] == 1

@@ -19,6 +19,7 @@ from pcpvt.config.fields import base
 from pcpvt.distributed.signals import PREEMPTED
 from pcpvt.errors import UserError
 from pcpvt.functional import state
+from pcpvt.functional.flat import pack
 from pcpvt.train import preflight, resume
 
 SIGTERM_AFTER = {"at": "step", "do": "SIGTERM"}
@@ -80,8 +81,8 @@ def test_two_stops_within_one_epoch_and_other_workers_change_no_bit(whole, tmp_p
 
 def test_stop_in_the_last_evaluation_leaves_only_that_to_do(whole, tmp_path):
     words = miniature.words(tmp_path, ema=0.9)
-    # 364 images in 8 batches: the first evaluation, at step 8, has the first 8.
-    ended = miniature.run(words, {"at": "evaluation", "n": 10, "do": "SIGTERM"})
+    # 364 images in 8 batches of weights and averages: the first evaluation, at step 8, has the first 16.
+    ended = miniature.run(words, {"at": "evaluation", "n": 19, "do": "SIGTERM"})
     assert ended.code == PREEMPTED, ended.err
     assert miniature.newest(tmp_path).meta["metrics"] is None
     ended = miniature.run(words)
@@ -251,11 +252,11 @@ def test_refused_change_touches_nothing(whole, tmp_path):
 def test_precision_may_change_and_brings_its_own_loss_scale():
     import torch
 
-    params = {"w": torch.ones(3)}
+    params = pack({"w": torch.ones(3)})
     opt = {"count": torch.zeros(())}
     scale = {"factor": torch.tensor(8.0), "good": torch.tensor(2, dtype=torch.int32)}
     with_scale = state.create(params, opt, scale, ema=False)
-    without = state.create({"w": torch.zeros(3)}, {"count": torch.zeros(())}, {}, ema=False)
+    without = state.create(pack({"w": torch.zeros(3)}), {"count": torch.zeros(())}, {}, ema=False)
     loaded = checkpoint.Checkpoint(None, {}, {n: t.clone() for n, t in state.flatten(with_scale).items()})
     assert resume.restore(loaded, without).params["w"].tolist() == [1, 1, 1]
     loaded = checkpoint.Checkpoint(None, {}, {n: t.clone() for n, t in state.flatten(without).items()})

@@ -11,7 +11,7 @@ import miniature
 import pytest
 
 from pcpvt.checkpoints import checkpoint
-from pcpvt.distributed.signals import ONE_SIGNAL, PREEMPTED
+from pcpvt.distributed.signals import ONE_SIGNAL, PREEMPTED, STOPPING
 from pcpvt.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_a_save_in_progress_is_finished_after_the_grace_period(arg, tmp_path):
     )
     words = miniature.words(tmp_path, arg, grace=1, timeout=3, save_every="0", eval_every="0")
     ended = miniature.run(words, slow, {"at": "step", "n": 5, "do": "SIGTERM", "to": "group"})
-    assert ended.code == PREEMPTED and ended.err == "", ended.err
+    assert ended.code == PREEMPTED and ended.err == STOPPING, ended.err
     assert saved(tmp_path) == [5] or (arg == "cpu2" and saved(tmp_path))
 
 
@@ -89,7 +89,7 @@ def test_signal_to_the_process_group_with_loader_processes(tmp_path):
     miniature.await_line(process, "step 9/400")
     os.killpg(process.pid, signal.SIGTERM)
     ended = miniature.end(process)
-    assert ended.code == PREEMPTED and ended.err == "", ended.err
+    assert ended.code == PREEMPTED and ended.err == STOPPING, ended.err
     assert f"at step {saved(tmp_path / 'run')[-1]}; saved" in ended.out
 
 
@@ -120,6 +120,7 @@ def test_run_ends_after_the_grace_period_without_a_step(tmp_path):
     miniature.await_line(process, "fault:")
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == STOPPING and time.monotonic() - began < 1.5  # an answer at once
     ended = miniature.end(process)
     assert ended.code == 128 + signal.SIGTERM and "config.grace" in ended.error
     assert 1.5 < time.monotonic() - began < 8 and saved(tmp_path) == [4]
@@ -134,7 +135,7 @@ def test_processes_agree_on_the_step_to_stop_at(target, tmp_path):
     miniature.await_line(process, "step 3/")
     (os.killpg if target == "group" else os.kill)(process.pid, signal.SIGTERM)
     ended = miniature.end(process)
-    assert ended.code == PREEMPTED and ended.err == "", ended.err
+    assert ended.code == PREEMPTED and ended.err == STOPPING, ended.err
     assert f"at step {saved(tmp_path)[-1]}; saved" in ended.out
 
 

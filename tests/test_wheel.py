@@ -186,6 +186,28 @@ def test_pcpvt_step_does_not_fall_back_to_the_cpu(soc, attention):
     assert ended.stdout.count("_fused_adamw_") == 2, "once per gradient implementation"
 
 
+# Launches of a step; when a change makes them fewer, lower the budget and the figures in the README.
+BUDGET = {
+    "Ascend910B2": {"train": 870, "train_ema": 873, "eval": 277},
+    "Ascend910A": {"train": 1058, "train_ema": 1061, "eval": 338},
+}
+
+
+@pytest.mark.parametrize(("product", "step"), [(p, step) for p, steps in BUDGET.items() for step in steps])
+def test_a_step_stays_within_its_launches_and_waits_once_at_most(product, step):
+    real_environment(product)  # skips without the wheel
+    sys.path.insert(0, str(WHEEL))
+    try:
+        import launches
+    finally:
+        sys.path.remove(str(WHEEL))
+    found = launches.count(product, step)
+    assert 0.9 * BUDGET[product][step] < found.total <= BUDGET[product][step], found.operators.most_common(12)
+    assert sum(found.waits.values()) == (0 if step == "eval" else 1), found.waits
+    forms = ["aclnnGeluV2 none"] if step == "eval" else ["aclnnGeluV2 none", "aclnnGeluBackwardV2 none"]
+    assert found.gelus == dict.fromkeys(forms, 16), "exact GELU, once per block"
+
+
 @on_wheel
 def test_operator_without_a_kernel_is_reported():
     import torch

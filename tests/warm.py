@@ -130,6 +130,7 @@ def _serve(requests: socket.socket) -> list[str]:
         if os.fork() == 0:
             requests.close()
             _fork_program(files)
+            atexit.register(gc.unfreeze)  # triton 3.9 reports every object that is not freed in the end
             return _prepare(json.loads(request), *files)
         for file in files:
             os.close(file)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pcpvt.config.plan import Plan
 from pcpvt.functional import mixing
-from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, Batch
+from pcpvt.functional.objective import Batch, normalisation
 from pcpvt.models.pcpvt import TIMM_NAMES
 from pcpvt.runtime.session import Session
 
@@ -47,8 +47,9 @@ def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn
 
     config, device, dtype = session.config, session.device, session.policy.compute
     options = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
+    options["in_chans"] = config.model.in_chans
     network = timm.create_model(TIMM_NAMES[config.model.name], **options).to(device.torch)
-    images = mixing.decode_images(batch["image"], None, IMAGENET_MEAN, IMAGENET_STD).permute(0, 3, 1, 2)
+    images = mixing.decode_images(batch["image"], None, *normalisation(config.model.in_chans)).permute(0, 3, 1, 2)
     layout = torch.channels_last if device.name == "cuda" else torch.contiguous_format  # the fast one on each
     network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
     images = images.contiguous(memory_format=layout)

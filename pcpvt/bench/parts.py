@@ -55,8 +55,9 @@ class Bench:
         self.plan = setup.plan_run(session, self.model, examples)
         self.batches = setup.train_batches(session, self.model, source)
         params, _ = setup.init_params(session, self.model)
-        optimizer = setup.optimizer(session, self.plan, params)
-        self.state = setup.init_state(session, params, optimizer)
+        groups = setup.param_groups(session, params)
+        optimizer = setup.optimizer(session, self.plan, groups)
+        self.state = setup.init_state(session, params, groups, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)
 
     @functools.cached_property
@@ -113,7 +114,7 @@ class Bench:
         batches: TrainBatches | EvalBatches = setup.train_batches(session, self.model, source)
         indices = range(1 << 30)
         if split == "val":
-            batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error")
+            batches = EvalBatches(source, session.size, session.config.eval.crop, size, 0, 1, "error", session.reading)
             indices = range(max(1, len(source) // size))  # full batches only
         loader = sessions.open_loader(session, batches, indices, workers)
         while True:
@@ -230,7 +231,7 @@ def train_command(session: Session, workdir: Path, changes: dict[str, Any]) -> l
     config = copy.deepcopy(session.config)
     config.epochs = config.examples = None  # `changes` give the steps
     config.checkpoint, config.eval_every, config.save_every, config.data.name = "", "0", "0", "synthetic"
-    config.num_classes = config.num_classes or 1000
+    config.num_classes, config.restarts = config.num_classes or 1000, 0  # a failure is a result
     config.update_from_flattened_dict(changes)
     workdir.mkdir(parents=True, exist_ok=True)
     records.write_json(workdir / "config.json", config.to_dict())

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.checkpoints import checkpoint, foreign
+from pcpvt.checkpoints.channels import FIRST, adapt_channels
 from pcpvt.checkpoints.checkpoint import CheckpointError
 from pcpvt.config import stored
 from pcpvt.errors import UserError, one_line, warn
@@ -41,8 +42,9 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    path: str | Path, *, model: str = "", num_classes: int | None = None, which: str = "auto", pad: str = "pad"
-) -> LoadedModel:
+    path: str | Path, *, model: str = "", num_classes: int | None = None, which: str = "auto", pad: str = "pad",
+    in_chans: int | None = None,
+) -> LoadedModel:  # fmt: skip
     """The weights of one file, with their model.
 
     Args:
@@ -51,6 +53,7 @@ def load_model(
         num_classes: outputs that the model must have; None: as many as the file's head has.
         which: "params", "ema", or "auto" (see `foreign.read`).
         pad: see `models.pcpvt.PCPVT`.
+        in_chans: channels of the images; None: those of the file.
 
     Raises:
         UserError: one line, when the file is missing, damaged, or of another model.
@@ -61,9 +64,17 @@ def load_model(
         raise UserError(f"{path}: the model cannot be told from {_depths(weights.params)} blocks per stage: name it")
     head = weights.params.get("head.weight")
     outputs = num_classes or (head.shape[0] if head is not None and head.ndim == 2 else 1000)
-    built = pcpvt.build(name, outputs, pad)
-    params, notes = match_params(weights.params, pcpvt.shapes(built), path=path, exact=True)
-    return LoadedModel(path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *notes])
+    params, adapted = weights.params, list[str]()
+    first = params.get(FIRST)
+    if in_chans is None:
+        in_chans = first.shape[1] if first is not None and first.ndim == 4 else 3
+    else:
+        params, adapted = adapt_channels(params, in_chans, path)
+    built = pcpvt.build(name, outputs, pad, in_chans)
+    params, notes = match_params(params, pcpvt.shapes(built), path=path, exact=True)
+    return LoadedModel(
+        path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *adapted, *notes]
+    )
 
 
 def read_weights(path: str | Path, which: str = "auto") -> tuple[str, foreign.Weights]:
@@ -78,6 +89,7 @@ def read_weights(path: str | Path, which: str = "auto") -> tuple[str, foreign.We
 def load_configured(config: ConfigDict, workdir: Path) -> LoadedModel:
     """The weights that a config asks for; without `config.checkpoint` the best of the workdir."""
     options = {"num_classes": config.num_classes, "which": config.weights, "pad": config.model.pad}
+    options["in_chans"] = config.model.in_chans
     return load_model(config.checkpoint or workdir, model=config.model.name, **options)
 
 

@@ -81,6 +81,14 @@ def interval(value: tuple) -> str:
     return f"{value} is no range: give (low, high) with {1 / LARGEST:g} <= low <= high <= {LARGEST:g}"
 
 
+def value_range(value: tuple) -> str:
+    """(low, high) of values."""
+    numbers = len(value) == 2 and all(isinstance(n, int | float) for n in value)
+    if numbers and -1e38 <= value[0] < value[1] <= 1e38:
+        return ""
+    return f"{value} is no range: give low,high with low < high, such as 0,4095"
+
+
 def area(value: tuple) -> str:
     """(low, high) as shares of an image's area."""
     return interval(value) or (f"{value} exceeds the image: give (low, high) up to 1" if value[1] > 1 else "")

@@ -13,6 +13,7 @@ from ml_collections.config_dict import placeholder
 
 from pcpvt.config.checks import (  # isort: skip
     Check, anything, area, at_least, below, between, duration, interval, model, one_of, precision, randaugment, regex,
+    value_range,
 )  # fmt: skip
 from pcpvt.config.stored import nested
 from pcpvt.errors import UserError
@@ -53,6 +54,8 @@ FIELDS = {
     "model.drop_path": Field(0.2, "drop-path rate of the last block; rises linearly from 0", RECIPE, below(1)),
     "model.pad": Field("pad", "sides that 32 does not divide: pad (zeros, nothing is lost) | error",
         FIXED, one_of("pad", "error")),
+    "model.in_chans": Field(3, "channels of the images: 1 (grey), 3 (RGB), or bands as they are stored",
+        FIXED, between(1, 1024)),
     "num_classes": Field(int, "outputs of the head; unset: counted from the data", FIXED, at_least(1)),
     "image_size": Field(224, "image height in pixels", RECIPE, at_least(1)),
     "image_width": Field(int, "image width in pixels; unset: as high as wide", FIXED, at_least(1)),
@@ -79,7 +82,7 @@ FIELDS = {
     "layer_decay": Field(1.0, "learning-rate factor per block, counted from the head; 1: none",
         RECIPE, between(1e-3, 1)),
     "frozen": Field("", "regex over parameter names that are not trained", FIXED, regex),
-    "ema": Field(0.0, "decay of the weights' moving average, which is then what is evaluated; 0: none",
+    "ema": Field(0.0, "decay of the weights' average, which then counts; at step t at most (1+t)/(10+t); 0: none",
         FIXED, below(1)),
     "label_smoothing": Field(0.1, "mass spread over all classes", RECIPE, below(1)),
     "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),
@@ -128,11 +131,16 @@ FIELDS = {
         0.0, "share of each class's training images that is held out as validation; 0: none", FIXED, below(1)),
     "data.image_column": Field("", "of hfds/... and .csv: column of images or paths; unset: by its name or type"),
     "data.label_column": Field("", "of hfds/... and .csv: column of labels; unset: by its name or type"),
-    "data.workers": Field(-1, "loader processes per training process; -1: by the host's cores, 0: none",
+    "data.workers": Field(-1, "loader processes per training process; -1: in all at most the host's cores, 0: none",
         FREE, at_least(-1)),
     "data.on_error": Field(
         "error", "unreadable image: error | skip (counted and named; training takes the next instead)",
         FREE, one_of("error", "skip")),
+    "data.sampler": Field(
+        "uniform", "uniform (each image once an epoch) | balanced (each class equally often, an epoch as long)",
+        FIXED, one_of("uniform", "balanced")),
+    "data.value_range": Field(tuple, "low,high of values of more than 8 bits; unset: as the file says",
+        FIXED, value_range),
     "augment.scale": Field((0.08, 1.0), "area range of the random resized crop", RECIPE, area),
     "augment.ratio": Field((0.75, 4 / 3), "aspect range of the random resized crop", FIXED, interval),
     "augment.crop_pad": Field(0, "pixels of padding before a random crop, instead of the resized crop; 0: off",

@@ -10,6 +10,9 @@ from pcpvt.errors import UserError
 from pcpvt.functional import schedules
 
 UNITS = ("epochs", "steps", "examples")
+# Of a run that is not longer than its warm-up. The recipes' own shares are smaller (at most 2 of 15 epochs), and four
+# fifths of the run are left for the higher rates.
+WARMUP_SHARE = 1 / 5
 
 
 class Plan(NamedTuple):
@@ -107,16 +110,44 @@ def eval_batch(config: ConfigDict) -> int:
 
 
 def _schedule(config: ConfigDict, plan: Plan) -> schedules.Schedule:
-    amount, unit = duration(config, "warmup_") or (0, "steps")
+    amount, unit, asked = _warmup(config, plan)
+    cut = asked >= plan.steps
     if config.schedule == "constant":
         return schedules.constant(plan.lr)
     if config.schedule == "reference":
-        warmup_epochs = amount if unit == "epochs" else amount * plan.batch / plan.examples
         # plan.epochs is more than config.epochs when the last step ends after the last epoch.
         epochs = config.epochs or plan.epochs
+        warmup_epochs = amount if unit == "epochs" else amount * plan.batch / plan.examples
+        warmup_epochs = WARMUP_SHARE * epochs if cut else warmup_epochs
         return schedules.reference(plan.lr, epochs, warmup_epochs, plan.epoch, config.warmup_lr, config.min_lr)
-    warmup_steps = min(in_steps(amount, unit, plan.batch, plan.examples), plan.steps)
+    warmup_steps = int(WARMUP_SHARE * plan.steps) if cut else asked
     return schedules.warmup_cosine(plan.lr, plan.steps, warmup_steps, config.warmup_lr, config.min_lr)
+
+
+def _warmup(config: ConfigDict, plan: Plan) -> tuple[float, str, int]:
+    """The warm-up that is asked for: amount, unit, steps."""
+    amount, unit = duration(config, "warmup_") or (0, "steps")
+    return amount, unit, in_steps(amount, unit, plan.batch, plan.examples)
+
+
+def short_run_notes(config: ConfigDict, plan: Plan) -> list[str]:
+    """What is different, or should be, because the run is short for its config."""
+    notes = []
+    amount, unit, asked = _warmup(config, plan)
+    warmup = f"config.warmup_{unit}: {amount:g} ({asked} steps)"
+    if asked and config.schedule != "constant":
+        if asked >= plan.steps:
+            notes.append(f"{warmup} is as long as the run of {plan.steps} steps or longer: a fifth of the run is used")
+        elif 2 * asked > plan.steps:
+            notes.append(f"{warmup} is most of the run of {plan.steps} steps: set it lower if that is not meant")
+    window = 1 / (1 - config.ema)
+    if config.ema and window > plan.steps:
+        last = schedules.ema_decay(config.ema, plan.steps - 1)
+        notes.append(
+            f"config.ema: {config.ema:g} averages over about {window:,.0f} steps and the run has {plan.steps}: the "
+            f"decay rises with the step, here to {last:.4g}, which is about {1 / (1 - last):.0f} steps"
+        )
+    return notes
 
 
 def _interval(text: str, batch: int, examples: int) -> int:

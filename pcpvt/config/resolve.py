@@ -145,6 +145,17 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
         )
+    if config.data.sampler == "balanced" and config.augment.repeats > 1:
+        raise UserError(
+            f"config.augment.repeats: {config.augment.repeats} with config.data.sampler=balanced, which draws images "
+            "several times by itself: use 1"
+        )
+    channels = config.model.in_chans
+    if channels != 3 and config.bench.against:
+        raise UserError(
+            f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "
+            f"{channels}: leave it empty"
+        )
     if config.fresh and not config.finetune:
         raise UserError(
             f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"

@@ -21,6 +21,8 @@ from pcpvt.data.decode import ImageSource, Picture, check_pixels
 from pcpvt.data.randaugment import rand_augment
 from pcpvt.functional.mixing import NOISE_SCALE, NOISE_ZERO
 
+GREY_FILL = 114  # ImageNet's mean luminance, where `AugmentSpec.fill` has its mean colour
+
 
 class AugmentSpec(NamedTuple):
     """How a training sample is augmented."""
@@ -42,12 +44,12 @@ class AugmentSpec(NamedTuple):
 
 
 def train_sample(
-    source: ImageSource, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
+    source: ImageSource | Picture, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """An augmented training image.
 
     Args:
-        source: see `decode.Picture`.
+        source: a `decode.Picture`, or what one is made from.
         rng: the sample's own generator.
         name: the source's name in messages.
 
@@ -58,7 +60,7 @@ def train_sample(
     Raises:
         DecodeError: the source cannot be read.
     """
-    picture = Picture(source, name)
+    picture = source if isinstance(source, Picture) else Picture(source, name)
     if spec.crop_padding or not spec.scale:
         pixels = _resized_centre(picture, spec.size, spec.size, spec.interpolation)
     else:
@@ -69,7 +71,10 @@ def train_sample(
     if spec.hflip and rng.random() < spec.hflip:
         pixels = _tensor(pixels).flip(1).numpy()
     if spec.randaugment:
-        pixels = rand_augment(pixels, spec.randaugment, spec.interpolation, spec.fill, rng)
+        grey = pixels.shape[-1] == 1  # as an RGB image of equal bands, which the operations keep equal
+        rgb, fill = (np.repeat(pixels, 3, -1), (GREY_FILL,) * 3) if grey else (pixels, spec.fill)
+        rgb = rand_augment(rgb, spec.randaugment, spec.interpolation, fill, rng)
+        pixels = rgb[..., :1] if grey else rgb
     if spec.color_jitter:
         pixels = jitter_colors(pixels, spec.color_jitter, rng)
     if spec.erase_prob and rng.random() < spec.erase_prob:
@@ -78,12 +83,12 @@ def train_sample(
 
 
 def eval_sample(
-    source: ImageSource, size: tuple[int, int], crop: float, name: str = "", *, exact: bool = False
+    source: ImageSource | Picture, size: tuple[int, int], crop: float, name: str = "", *, exact: bool = False
 ) -> np.ndarray:
     """An evaluation image: resized bicubically in proportion, the centre cropped; JPEGs are decoded at full scale.
 
     Args:
-        source, name: see `decode.Picture`.
+        source, name: a `decode.Picture`, or what one is made from.
         size: (height, width) of the result.
         crop: the share of the resized image's short side that the result takes, at most 1; if `size` is not square,
             the resized image covers (height, width) / crop. Rounded as in timm.
@@ -97,7 +102,8 @@ def eval_sample(
         DecodeError: the source cannot be read, or is so elongated that it would exceed `MAX_PIXELS` when resized.
     """
     cover = max(size[0], int(size[0] / crop)), max(size[1], int(size[1] / crop))
-    return _resized_centre(Picture(source, name), size, cover, "bicubic", exact)
+    picture = source if isinstance(source, Picture) else Picture(source, name)
+    return _resized_centre(picture, size, cover, "bicubic", exact)
 
 
 def _resized_centre(
@@ -123,7 +129,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, exact:
     if pixels.shape[:2] == size:
         return pixels
     if exact:
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling[interpolation.upper()]))
+        bands = np.split(pixels, pixels.shape[-1], -1) if pixels.shape[-1] != 3 else [pixels]
+        how = Image.Resampling[interpolation.upper()]
+        resized = [np.asarray(Image.fromarray(band.squeeze()).resize(size[::-1], how)) for band in bands]
+        return resized[0] if len(resized) == 1 and pixels.shape[-1] == 3 else np.stack(resized, -1)
     # Contiguous and with a batch axis: otherwise PyTorch takes the layout for planar and is half as fast.
     channels_last = _tensor(pixels)[None].permute(0, 3, 1, 2)
     out = F.interpolate(channels_last, size, mode=interpolation, antialias=True)
@@ -161,11 +170,12 @@ def pad_and_crop(
 
 def jitter_colors(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """torchvision's ColorJitter: brightness, contrast, saturation, in random order, each by U(1 - s, 1 + s)."""
-    image = Image.fromarray(pixels)
+    grey = pixels.shape[-1] == 1
+    image = Image.fromarray(np.repeat(pixels, 3, -1) if grey else pixels)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(3):
         image = enhancers[i](image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-    return np.asarray(image)
+    return np.asarray(image)[..., :1] if grey else np.asarray(image)
 
 
 def erase_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -190,7 +200,7 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
         A copy of the pixels with the codes, and the box, int32 (top, bottom, left, right).
     """
     top, bottom, left, right = erase_box(pixels.shape[0], pixels.shape[1], rng)
-    draws = rng.integers(0, 1 << 16, (bottom - top, right - left, 3), np.uint16)
+    draws = rng.integers(0, 1 << 16, (bottom - top, right - left, pixels.shape[-1]), np.uint16)
     out = pixels.copy()
     out[top:bottom, left:right] = _noise_codes()[draws]
     return out, np.array((top, bottom, left, right), np.int32)

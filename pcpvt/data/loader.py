@@ -5,8 +5,9 @@ the training stream has no end (see `order`).
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from pcpvt import rng
 from pcpvt.data import augment, order
-from pcpvt.data.decode import DecodeError
+from pcpvt.data.decode import RGB, DecodeError, Picture, Reading
 from pcpvt.data.sources import Dataset
-from pcpvt.data.workers import block_signals_in_children, init_worker, worker_errors
-from pcpvt.errors import UserError
+from pcpvt.data.workers import block_signals_in_children, explain, init_worker, worker_errors
+from pcpvt.errors import UserError, warn
 from pcpvt.functional import mixing
 from pcpvt.functional.objective import Batch
+from pcpvt.images.depth import RangeWatch
 from pcpvt.models.pcpvt import draw_drop_path_scale
+
+MOST_WORKERS = 16  # loader processes of one loader that are started unasked
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,17 +43,27 @@ class TrainBatches:
     world: int = 1
     repeats: int = 1
     on_error: str = "error"
+    reading: Reading = RGB
+    labels: np.ndarray | None = None  # of all samples, for a balanced sampler; None: a uniform one
+    ranges: RangeWatch = dataclasses.field(default_factory=RangeWatch)
+
+    @functools.cached_property
+    def _balance(self) -> order.Balance | None:
+        return None if self.labels is None else order.Balance(self.labels)
+
+    def global_draws(self, step: int) -> list[order.Draw]:
+        """The draws of a step, over all processes."""
+        return order.global_batch(self.seed, step, self.batch, len(self.dataset), self.repeats, self._balance)
 
     def draws(self, step: int) -> list[order.Draw]:
         """The draws that this process reads in a step."""
-        draws = order.global_batch(self.seed, step, self.batch, len(self.dataset), self.repeats)
-        return order.rank_slice(draws, self.rank, self.world)
+        return order.rank_slice(self.global_draws(step), self.rank, self.world)
 
     def __getitem__(self, step: int) -> Batch:
         draws = self.draws(step)
         height, width = self.spec.size
         batch = {
-            "image": _shared((len(draws), height, width, 3), torch.uint8),
+            "image": _shared((len(draws), height, width, self.reading.channels), torch.uint8),
             "label": torch.empty(len(draws), dtype=torch.int64),
             "id": torch.empty(len(draws), dtype=torch.int64),
         }
@@ -78,11 +92,13 @@ class TrainBatches:
             candidate = (index + offset) % len(self.dataset)
             try:
                 image, label = self.dataset[candidate]
-                pixels, box = augment.train_sample(image, self.spec, generator, self.dataset.name(candidate))
-            except DecodeError:
+                picture = Picture(image, self.dataset.name(candidate), self.reading)
+                pixels, box = augment.train_sample(picture, self.spec, generator)
+            except DecodeError as error:
                 if self.on_error == "error":
-                    raise
+                    raise or_skip(error) from error
                 continue
+            self.ranges.see(picture.depth)
             return candidate, pixels, box, label
         raise UserError("config.data.path: no training image can be read: check the files")
 
@@ -101,6 +117,8 @@ class EvalBatches:
     rank: int
     world: int
     on_error: str
+    reading: Reading = RGB
+    ranges: RangeWatch = dataclasses.field(default_factory=RangeWatch)
 
     def __post_init__(self) -> None:
         self.batches = order.evaluation_batches(len(self.dataset), self.local_batch, self.rank, self.world)
@@ -109,7 +127,7 @@ class EvalBatches:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Batch:
-        shape = (self.local_batch, *self.size, 3)
+        shape = (self.local_batch, *self.size, self.reading.channels)
         batch = {
             "image": _shared(shape, torch.uint8).zero_(),
             "label": torch.zeros(self.local_batch, dtype=torch.int64),
@@ -121,12 +139,19 @@ class EvalBatches:
             batch["id"][row] = sample
             try:
                 image, batch["label"][row] = self.dataset[sample]
-                pixels[row] = augment.eval_sample(image, self.size, self.crop, self.dataset.name(sample))
+                picture = Picture(image, self.dataset.name(sample), self.reading)
+                pixels[row] = augment.eval_sample(picture, self.size, self.crop)
+                self.ranges.see(picture.depth)
                 batch["valid"][row] = True
-            except DecodeError:
+            except DecodeError as error:
                 if self.on_error == "error":
-                    raise
+                    raise or_skip(error) from error
         return batch
+
+
+def or_skip(error: DecodeError) -> DecodeError:
+    """The error with the other remedy that a user of the loader has."""
+    return DecodeError(f"{error}, or skip such images with config.data.on_error=skip")
 
 
 class _Read(NamedTuple):
@@ -135,6 +160,7 @@ class _Read(NamedTuple):
     batch: Batch
     seconds: float
     error: str = ""
+    warning: str = ""
 
 
 class _Timed(torch.utils.data.Dataset[_Read]):
@@ -144,9 +170,14 @@ class _Timed(torch.utils.data.Dataset[_Read]):
     def __getitem__(self, index: int) -> _Read:
         began = time.perf_counter()
         try:
-            return _Read(self.batches[index], time.perf_counter() - began)
+            batch = self.batches[index]
+            return _Read(batch, time.perf_counter() - began, warning=self.batches.ranges.warning())
         except UserError as error:
             return _Read({}, 0.0, str(error))
+        except (RuntimeError, OSError, MemoryError) as error:
+            if line := explain(error):
+                return _Read({}, 0.0, line)
+            raise
 
 
 class Loader:
@@ -156,6 +187,7 @@ class Loader:
         workers: the number of loader processes; 0 reads in this process.
         start: how processes start; see `Device.worker_start`.
         pin: copy into page-locked memory, so that transfers to the device overlap with computation.
+        warn: called with a warning about how images are read, once.
 
     Attributes:
         seconds: the time that one process took to read the last batch.
@@ -163,7 +195,7 @@ class Loader:
 
     def __init__(
         self, batches: TrainBatches | EvalBatches, indices: Sequence[int], workers: int, *,
-        start: str = "forkserver", pin: bool = False,
+        start: str = "forkserver", pin: bool = False, warn: Callable[[str], None] = warn,
     ):  # fmt: skip
         self.loader = torch.utils.data.DataLoader(
             _Timed(batches), batch_size=None, sampler=indices, num_workers=workers, collate_fn=_identity,
@@ -171,7 +203,7 @@ class Loader:
             persistent_workers=workers > 0, worker_init_fn=init_worker, pin_memory=pin,
             generator=torch.Generator(),  # for the workers' seeds (unused), in place of torch's global generator
         )  # fmt: skip
-        self.workers, self.seconds = workers, 0.0
+        self.workers, self.seconds, self._warn, self._warned = workers, 0.0, warn, False
         self._started: Iterator[_Read] | None = None
 
     def start(self) -> None:
@@ -194,6 +226,9 @@ class Loader:
             for read in iterator:
                 if read.error:
                     raise UserError(read.error)
+                if read.warning and not self._warned:
+                    self._warned = True
+                    self._warn(read.warning)
                 self.seconds = read.seconds
                 yield read.batch
 
@@ -209,5 +244,17 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def default_workers(dataset: Dataset, cores: int) -> int:
-    """Loader processes for `config.data.workers=-1`: none for data in memory, else one less than cores, at most 16."""
-    return 0 if dataset.in_memory else max(1, min(16, cores - 1))
+    """Loader processes of one loader for `config.data.workers=-1`: none for data in memory, else one less than cores.
+
+    Args:
+        cores: of this training process; 0 when it shares one with others, which then read by themselves.
+    """
+    return 0 if dataset.in_memory else min(MOST_WORKERS, max(cores - 1, min(1, cores)))
+
+
+def shared_workers(train: Dataset, val: Dataset, cores: int) -> tuple[int, int]:
+    """As `default_workers`, for a training and its evaluation: together at most `cores`, a quarter for evaluation."""
+    if train.in_memory or val.in_memory:
+        return default_workers(train, cores), default_workers(val, cores)
+    training = min(MOST_WORKERS, max(cores - max(1, cores // 4), min(1, cores)))
+    return training, min(MOST_WORKERS, cores - training)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pcpvt import rng
+from pcpvt.data.shared import Samples
 from pcpvt.data.torch_sets import TorchSet
 from pcpvt.errors import UserError
 from pcpvt.readers import folder, manifest, splits
@@ -71,7 +72,7 @@ class Files:
 
     def __init__(self, listing: Listing, split: str, root: str):
         self.classes, self.split, self.root = listing.classes, splits.shown(split), root
-        self.samples = list(zip(listing.paths, listing.labels.tolist(), strict=True))
+        self.samples = Samples(zip(listing.paths, listing.labels.tolist(), strict=True))
         self.labels, self.places, self.remarks = listing.labels, listing.places, listing.notes(root)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend, Kernels
+from pcpvt.models.layers import PLAIN, Attend, Kernels
 
 
 class Device:
@@ -60,6 +60,10 @@ class Device:
         """The attention kernel for this dtype."""
         return F.scaled_dot_product_attention
 
+    def plain_kernels(self) -> Kernels:
+        """PyTorch's own operators, or exact ones in the place of those that are not exact on this device."""
+        return PLAIN
+
     def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
         """This device's kernels for the model; with `compiled` only those that a compiler does not fuse itself."""
         return Kernels(self.attend(dtype))
@@ -106,6 +110,13 @@ class Device:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_per_process() -> int:
+    """This process's share of the host's cores, which it may be bound to; 0 where processes are more than cores."""
+    if os.environ.get("PCPVT_CORES"):  # set by `launch/cpu.sh`, obeyed by `main`
+        return cores()
+    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pcpvt.devices import cpu_kernels
-from pcpvt.devices.base import Device, cores, keep_freed_memory
+from pcpvt.devices.base import Device, cores, cores_per_process, keep_freed_memory
 from pcpvt.models.layers import Attend, Kernels
 
 
@@ -21,7 +21,7 @@ class Cpu(Device):
     def bind(self, index: int) -> None:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(max(1, cores_per_process()))
 
     def describe(self) -> str:
         model = _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine()
@@ -40,9 +40,7 @@ class Cpu(Device):
         own = Kernels(self.attend(dtype))
         if compiled:
             return own
-        own = own._replace(
-            norm=cpu_kernels.norm, residual=cpu_kernels.residual, to_train_layout=cpu_kernels.to_train_layout
-        )
+        own = own._replace(norm=cpu_kernels.norm, residual=cpu_kernels.residual)
         if not cpu_kernels.usable(dtype):
             return own
         return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, prepack=cpu_kernels.prepack)

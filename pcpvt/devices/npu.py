@@ -1,19 +1,21 @@
 """Ascend NPUs through torch_npu, which `import torch` loads by itself where it is installed.
 
 The facts stated here, every `torch.npu.NAME` below and the names that `Device` uses of `torch.npu` are checked against
-the torch_npu 2.13 wheel by tests/test_wheel.py.
+the torch_npu 2.13 wheel by tests/test_wheel.py. docs/npu.md lists the operators that differ from PyTorch's.
 """
 
 # mypy: disable-error-code="attr-defined"
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from pcpvt.devices import visible
 from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.functional.precision import Overflow
-from pcpvt.models.layers import Attend
+from pcpvt.models.layers import PLAIN, Attend, Kernels
 
 
 def attend_primitive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -22,11 +24,17 @@ def attend_primitive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.ops.aten._softmax(scores, -1, False) @ v
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`models.layers.norm_plain`: the kernel takes 16-bit `x` beside float32 weights and sums in float32."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
 class Npu(Device):
     name = "npu"
     backend = "cpu:gloo,npu:hccl"
     worker_start = "spawn"  # CANN does not survive a fork
     supports_vmap = False
+    fp32_norms = True  # saves a cast of each gradient: the kernel sums them in float32
     pins_memory = True
     fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf
     environment = {  # noqa: RUF012 - constant
@@ -55,6 +63,7 @@ class Npu(Device):
     def bind(self, index: int) -> None:
         torch.npu.set_compile_mode(jit_compile=False)  # use prebuilt kernels: no compilation per shape
         torch.npu.config.allow_internal_format = False
+        torch.npu.conv.allow_hf32 = False  # on by default, unlike that of matmul; float32 must mean float32
         torch.npu.set_device(index)
         self.torch = torch.device("npu", index)
 
@@ -72,12 +81,15 @@ class Npu(Device):
         # device's status register records the overflow; torch_npu's own GradScaler reads it too.
         if compute != torch.float16 or torch.npu.utils.is_support_inf_nan():
             return None
-        from torch_npu import npu_get_float_status
+        from torch_npu import npu_clear_float_status, npu_get_float_status
+
+        def clear() -> None:  # torch.npu.clear_npu_overflow_flag waits for a copy from the host
+            npu_clear_float_status(torch.empty(8, device=self.torch))
 
         def overflowed() -> Tensor:
             return (npu_get_float_status(torch.zeros(8, device=self.torch))[0] != 0).to(torch.float32)
 
-        return Overflow(torch.npu.clear_npu_overflow_flag, overflowed)
+        return Overflow(clear, overflowed)
 
     def attend(self, dtype: torch.dtype) -> Attend:
         if not torch.npu.is_bf16_supported():  # the 910A, which has no fused attention either
@@ -85,6 +97,21 @@ class Npu(Device):
         from torch_npu import npu_fusion_attention
 
         def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=q.shape[-1] ** -0.5)[0]
+            # In BSND, the memory order of the model's tokens, nothing is transposed.
+            q, k, v = (rearrange(t, "b n s d -> b s n d") for t in (q, k, v))
+            out = npu_fusion_attention(q, k, v, q.shape[2], "BSND", scale=q.shape[-1] ** -0.5)[0]
+            return rearrange(out, "b s n d -> b n s d")
 
         return fused
+
+    def plain_kernels(self) -> Kernels:
+        from torch_npu import npu_gelu
+
+        def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            # F.gelu is the tanh form on NPUs, whatever its argument says (docs/npu.md).
+            return npu_gelu(F.linear(x, weight, bias), approximate="none")
+
+        return PLAIN._replace(gelu_linear=gelu_linear)
+
+    def kernels(self, dtype: torch.dtype, *, compiled: bool = False) -> Kernels:
+        return self.plain_kernels()._replace(attend=self.attend(dtype), norm=norm)

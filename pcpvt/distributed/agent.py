@@ -32,7 +32,7 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, logs: LogsSpecs, restarts: Callable[[Failures], str], limit: float):
-        super().__init__(spec, logs, shutdown_timeout=int(limit))
+        super().__init__(spec, logs)
         self._restarts, self._limit = restarts, int(limit)
         self._starts, self._reason = 0, ""
 

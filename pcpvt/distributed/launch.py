@@ -76,7 +76,7 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _forward)
     signal.signal(signal.SIGUSR1, _ask_for_stacks)
-    signals.finish_step_first(limit, "the processes did not end within {:g} s of a signal")
+    signals.finish_step_first(limit, "the processes did not end within {:g} s of a signal", answer="")
     result, why = None, "it has left"
     try:
         result = agent.run()  # None when the others have ended the run

@@ -32,6 +32,7 @@ AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
 SAVE_LIMIT = 300.0  # seconds for a checkpoint that is being written; S takes 209 MB, which a slow disk writes in 20 s
 LAUNCHER = "PCPVT_LAUNCHER"  # environment variable: the launcher's process id
 NOTHING_NEW = "pcpvt: stopped by a signal with nothing new to save; the same command starts again\n"
+STOPPING = "pcpvt: stopping after this step, which is saved; a second signal (Ctrl-C) ends the run at once, unsaved\n"
 
 
 class Stopped(BaseException):
@@ -46,6 +47,7 @@ class _Request:
     ignored = False
     grace = AT_ONCE
     late = ""  # what is said when the grace period ends
+    answer = ""  # what is said when a signal has arrived
     saving = False
     changed_at = 0.0  # of time.monotonic: when a save began or ended
 
@@ -65,13 +67,17 @@ def install() -> None:
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
-def finish_step_first(grace: float, late: str = "no step ended within {:g} s of a signal (config.grace)") -> None:
+def finish_step_first(
+    grace: float, late: str = "no step ended within {:g} s of a signal (config.grace)", answer: str = STOPPING
+) -> None:
     """From now on a signal is only recorded; the process is ended `grace` seconds later if it has not ended itself.
 
     Args:
         late: the reason that is printed then, with the seconds filled in.
+        answer: what the first process prints as soon as a signal arrives.
     """
-    _request.finishes_step, _request.grace, _request.late = True, grace, late.format(grace)
+    _request.grace, _request.late, _request.answer = grace, late.format(grace), answer
+    _request.finishes_step = True
 
 
 @contextlib.contextmanager
@@ -124,6 +130,8 @@ def _watch(pipe: int) -> None:
         elif requested_at is None:
             if numbers:
                 requested_at, _request.signal = now, numbers[0]
+                if _request.finishes_step and os.environ.get("RANK", "0") == "0":
+                    _print(_request.answer)
         elif numbers and now - requested_at >= ONE_SIGNAL:
             _end("a second signal ended it", 128 + numbers[0])
         elif now >= _limit(requested_at):
@@ -145,12 +153,17 @@ def _end(reason: str, code: int) -> None:
     """Ends this process and all its descendants at once, from any thread; with no reason, nothing is lost."""
     lost = "what was not saved is lost; the same command goes on from the last checkpoint"
     line = f"pcpvt: error: {reason}: {lost}\n" if reason else NOTHING_NEW
-    with contextlib.suppress(OSError):  # standard error may be closed
-        os.write(sys.stderr.fileno(), line.encode())
+    _print(line)
     if reason:
         stacks.write()
     kill_descendants()
     os._exit(code)
+
+
+def _print(line: str) -> None:
+    """Writes to standard error from any thread."""
+    with contextlib.suppress(OSError, ValueError):  # it may be closed
+        os.write(sys.stderr.fileno(), line.encode())
 
 
 def kill(pid: int, number: int) -> None:

@@ -51,7 +51,8 @@ def members(session: Session) -> list[LoadedModel]:
         # The first one settles what the others must be.
         outputs = loaded[0].model.num_classes if loaded else config.num_classes
         which = name if own else config.weights
-        loaded.append(load_model(path, model=config.model.name, num_classes=outputs, which=which, pad=config.model.pad))
+        options = {"which": which, "pad": config.model.pad, "in_chans": config.model.in_chans}
+        loaded.append(load_model(path, model=config.model.name, num_classes=outputs, **options))
     return loaded
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pcpvt.config import stored
@@ -41,13 +42,20 @@ class Split(NamedTuple):
     unreadable: UnreadableLog
 
 
-def open_split(session: Session, dataset: sources.Dataset, local_batch: int) -> Split:
-    """Prepare a data set for evaluation in batches of `local_batch` samples per process."""
+def open_split(session: Session, dataset: sources.Dataset, local_batch: int, workers: int | None = None) -> Split:
+    """Prepare a data set for evaluation in batches of `local_batch` samples, read by `workers`, per process."""
     config, world = session.config, session.world
     batches = EvalBatches(
-        dataset, session.size, config.eval.crop, local_batch, world.rank, world.size, config.data.on_error
+        dataset,
+        session.size,
+        config.eval.crop,
+        local_batch,
+        world.rank,
+        world.size,
+        config.data.on_error,
+        session.reading,
     )
-    loader = sessions.open_loader(session, batches, range(len(batches)))
+    loader = sessions.open_loader(session, batches, range(len(batches)), workers)
     return Split(dataset, loader, UnreadableLog(dataset, Console(world.is_main)))
 
 
@@ -73,7 +81,7 @@ def evaluate(
         AssertionError: when not every sample was seen exactly once.
     """
     batches: list[list[metrics.Sums]] = []
-    skipped = 0.0
+    skipped: list[Tensor] = []
     for batch in session.device.prefetch(split.loader):
         if stop():
             return None
@@ -82,10 +90,11 @@ def evaluate(
             observe(batch, scores[0][0])
         batches.append([sums for _, sums in scores])  # read from the device after the last batch
         if session.config.data.on_error == "skip":
-            for index in batch["id"][(batch["id"] >= 0) & ~batch["valid"]].tolist():
-                split.unreadable.add(index, "left out of the evaluation")
-                skipped += 1
-    unreadable = int(collectives.sum_numbers([skipped])[0])
+            skipped.append(torch.where(batch["valid"], -1, batch["id"]))  # -1: also of rows without a sample
+    left_out = [index for ids in skipped for index in ids.tolist() if index >= 0]
+    for index in left_out:
+        split.unreadable.add(index, "left out of the evaluation")
+    unreadable = int(collectives.sum_numbers([float(len(left_out))])[0])
     summaries = []
     for model in zip(*batches, strict=True):
         local = {name: sum(sums[name].item() for sums in model) for name in model[0]}
@@ -114,4 +123,6 @@ def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], 
 def report(summary: Mapping[str, Any]) -> str:
     """The metrics as one line, the same in training and evaluation."""
     text = f"top-1 {summary['acc1']:.3f} %   top-5 {summary['acc5']:.3f} %   loss {summary['loss']:.6f}"
+    if "acc1_raw" in summary:
+        text += f"   (weights before averaging: top-1 {summary['acc1_raw']:.3f} %   loss {summary['loss_raw']:.6f})"
     return text + (f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else "")

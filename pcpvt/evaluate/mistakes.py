@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from pcpvt.data import augment
-from pcpvt.data.decode import DecodeError
+from pcpvt.data.decode import RGB, DecodeError, Picture, Reading
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
+from pcpvt.errors import one_line
+from pcpvt.images import bands
 from pcpvt.runtime import records
 from pcpvt.runtime.session import Session
 
@@ -68,7 +70,9 @@ class PredictionLog:
         }  # fmt: skip
 
 
-def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float) -> dict[str, Any]:
+def summarize(
+    table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float, reading: Reading = RGB
+) -> dict[str, Any]:
     """What the report shows of a `PredictionLog.table`, as JSON values.
 
     `classes`; `images` and `right` per class; `confusions`, [label, predicted, count] without the right ones, most
@@ -95,7 +99,7 @@ def summarize(table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, i
                 "name": dataset.name(int(i)),
                 **{name: int(table[name][i]) for name in ("label", "predicted")},
                 **{name: round(float(table[name][i]), 4) for name in ("confidence", "own")},
-                "picture": thumbnail(dataset[int(i)][0], size, crop),
+                "picture": thumbnail(dataset, int(i), size, crop, reading),
             }
             for i in ids
         ],
@@ -111,20 +115,21 @@ def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: 
     table, path = predictions.table(), session.workdir / records.DETAILS
     if session.world.is_main:
         try:
-            summary = summarize(table, dataset, session.size, session.config.eval.crop)
+            summary = summarize(table, dataset, session.size, session.config.eval.crop, session.reading)
             records.write_json(path, {"step": step, **summary})
-        except OSError as error:
-            warn(f"{path}: not written ({error.strerror or error}); the report will lack it")
+        except (OSError, MemoryError) as error:
+            warn(f"{path}: not written ({one_line(error)}); the report will lack it")
 
 
-def thumbnail(image: Any, size: tuple[int, int], crop: float) -> str:
+def thumbnail(dataset: Dataset, index: int, size: tuple[int, int], crop: float, reading: Reading) -> str:
     """A sample's evaluation crop as a small JPEG data URI; empty when it cannot be read any more."""
     scale = min(1.0, THUMBNAIL / min(size))
     small = round(size[0] * scale), round(size[1] * scale)
     try:
-        pixels = augment.eval_sample(image, small, crop)
+        image, _ = dataset[index]  # some readers decode here
+        pixels = augment.eval_sample(Picture(image, dataset.name(index), reading), small, crop)
     except DecodeError:
         return ""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=85)
+    Image.fromarray(bands.shown(pixels)).save(out, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

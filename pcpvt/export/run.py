@@ -42,7 +42,7 @@ from pcpvt import rng
 from pcpvt.checkpoints import foreign
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError, suppress_logging
-from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
+from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
 from pcpvt.models.pcpvt import PCPVT, Params
@@ -60,7 +60,7 @@ COMPARED = (1, 3)  # batch sizes
 DESCRIPTION = "description.json"  # the name of the description inside a .pt2 archive
 
 Size = tuple[int, int]  # height, width
-Network = Callable[[Tensor], Any]  # of a written file: normalised images `[b, 3, h, w]` to logits `[b, classes]`
+Network = Callable[[Tensor], Any]  # of a written file: normalised images `[b, channels, h, w]` to logits `[b, classes]`
 
 
 def run(session: Session) -> int:
@@ -101,7 +101,8 @@ def run(session: Session) -> int:
     say(f"written to {path}, {result['bytes'] / 1e6:.1f} MB, in {duration(seconds)}")
     if export.format == "timm" and cases:
         name, outputs = pcpvt.TIMM_NAMES[config.model.name], loaded.model.num_classes
-        say(f'timm.create_model("{name}", num_classes={outputs}, checkpoint_path="{path}")')
+        channels = "" if loaded.model.in_chans == 3 else f"in_chans={loaded.model.in_chans}, "
+        say(f'timm.create_model("{name}", num_classes={outputs}, {channels}checkpoint_path="{path}")')
     if export.format == "onnx":
         say(f"for Ascend, where CANN is (not verified here): {atc(path, session.size)}")
     return 0
@@ -123,12 +124,14 @@ def destination(session: Session) -> Path:
 
 def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
     """The description in the file: `labels` names the outputs, `classes` is None unless training named them."""
+    channels, values = session.reading
+    (mean, std), colours = normalisation(channels), "RGB" if channels == 3 else "as they are read"
     return {
         "model": session.config.model.name,
-        "input": "images: float32 [batch, 3, height, width], RGB, (pixel / 255 - mean) / std",
+        "input": f"images: float32 [batch, {channels}, height, width], {colours}, (pixel / 255 - mean) / std",
         "output": "logits: float32 [batch, classes]",
         "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
-        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
+        "mean": list(mean), "std": list(std), "in_chans": channels, "value_range": values and list(values),
         "classes": loaded.classes, "labels": class_names(loaded), "checkpoint": Path(loaded.path).name,
         "weights": loaded.which, "step": loaded.meta.get("step"),
     }  # fmt: skip
@@ -147,7 +150,9 @@ def write(session: Session, loaded: LoadedModel, path: Path, description: str) -
 
         name, classes = pcpvt.TIMM_NAMES[config.model.name], model.num_classes
         with suppress_logging():
-            network: Network = timm.create_model(name, num_classes=classes, checkpoint_path=str(path)).eval()
+            network: Network = timm.create_model(
+                name, num_classes=classes, in_chans=model.in_chans, checkpoint_path=str(path)
+            ).eval()
         height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)
         sizes = [(height, width)]  # timm pads others differently
     else:
@@ -174,7 +179,7 @@ class Deployed(nn.Module):
     def __init__(self, model: PCPVT, params: Params, dynamic_size: bool):
         super().__init__()
         with torch.device("meta"):
-            self.model = PCPVT(model.spec, model.num_classes, model.pad)
+            self.model = PCPVT(model.spec, model.num_classes, model.pad, model.in_chans)
             for parent in list(self.model.modules()) if dynamic_size else []:
                 for name, child in parent.named_children():
                     if isinstance(child, PatchLinear):
@@ -207,7 +212,7 @@ def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tup
     deployed = Deployed(model, params, dynamic_size)
     shapes = {"images": {0: Dim("batch"), **axes}}
     with suppress_logging():
-        program = torch.export.export(deployed, (torch.zeros(2, 3, *sizes[-1]),), dynamic_shapes=shapes)
+        program = torch.export.export(deployed, (torch.zeros(2, model.in_chans, *sizes[-1]),), dynamic_shapes=shapes)
     return program, sizes
 
 
@@ -218,7 +223,9 @@ def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Networ
     """
     cases = []
     for size, batch in itertools.product(sizes, COMPARED):
-        noise = rng.generator(0, "export", batch, *size).standard_normal((batch, 3, *size), dtype=np.float32)
+        noise = rng.generator(0, "export", batch, *size).standard_normal(
+            (batch, model.in_chans, *size), dtype=np.float32
+        )
         images = torch.from_numpy(noise)
         with torch.no_grad():
             expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))

@@ -71,12 +71,12 @@ def decode_images(image: Tensor, erase: Tensor | None, mean: Sequence[float], st
     """Normalised images, with the noise of random erasing decoded inside the erasing boxes.
 
     Args:
-        image: uint8 `[B, H, W, 3]`.
+        image: uint8 `[B, H, W, C]`.
         erase: int32 `[B, 4]` (top, bottom, left, right), or None. See `data.augment.erase` for the codes.
         mean, std: per channel, for values in 0..1.
 
     Returns:
-        float32 `[B, H, W, 3]`.
+        float32 `[B, H, W, C]`.
     """
     pixels = image.float()
     normalised = (pixels - 255 * _channels(mean, pixels)) / (255 * _channels(std, pixels))

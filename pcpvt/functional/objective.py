@@ -17,17 +17,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Batch = dict[str, Tensor]
 
 
+def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of images with so many channels, for values in 0..1.
+
+    ImageNet's for RGB; for other channels the average of its three, 0.449 and 0.226.
+    """
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    mean, std = (round(sum(values) / 3, 6) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (mean,) * channels, (std,) * channels
+
+
 def make_objective(
     model: pcpvt.PCPVT, *, smoothing: float = 0.0, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params are in the compute dtype already.
 
-    The batch holds uint8 images `[b, h, w, 3]`, labels, and the random draws that the recipe uses: `erase`, `lam` and
-    `box`, `drop_path_scale` (see `data.loader`). The loss is computed in the policy's output dtype.
+    The batch holds uint8 images `[b, h, w, channels]`, labels, and the recipe's random draws: `erase`, `lam`
+    and `box`, `drop_path_scale` (see `data.loader`). The loss is computed in the policy's output dtype.
     """
 
     def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
-        x = mixing.decode_images(batch["image"], batch.get("erase"), IMAGENET_MEAN, IMAGENET_STD)
+        x = mixing.decode_images(batch["image"], batch.get("erase"), *normalisation(model.in_chans))
         if "lam" in batch:
             x = mixing.mix_images(x, batch["lam"], batch["box"])
         targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
@@ -41,10 +52,10 @@ def make_objective(
 def make_predict(
     model: pcpvt.PCPVT, *, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
 ) -> Callable[[pcpvt.Params, Tensor], Tensor]:
-    """`(params, uint8 images [b, h, w, 3]) -> logits [b, classes]`; params are in the compute dtype already."""
+    """`(params, uint8 images [b, h, w, channels]) -> logits [b, classes]`; params are in the compute dtype already."""
 
     def predict(params: pcpvt.Params, images: Tensor) -> Tensor:
-        x = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD)
+        x = mixing.decode_images(images, None, *normalisation(model.in_chans))
         with torch.no_grad():
             return pcpvt.apply(model, params, x.to(policy.compute), kernels=kernels).to(policy.output)
 

@@ -5,12 +5,14 @@ parameters in the same pass, are faster. Updates reuse the memory of the state a
 learning rate is a float computed on the host from the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pcpvt.functional.flat import Flat, norm, pack
+from pcpvt.functional.precision import is_norm
 from pcpvt.functional.schedules import Schedule
 from pcpvt.models.pcpvt import Params
 
@@ -18,15 +20,15 @@ Tree = dict[str, Any]
 
 
 class Gradients(NamedTuple):
-    """Gradients with a common divisor that is not applied yet: their value is `leaves / divisor`.
+    """Gradients with a common divisor that is not applied yet: their value is `flat / divisor`.
 
     Unscaling the loss and clipping then change two scalars only, and the fused update divides: one pass over the
     parameters instead of three.
     """
 
-    leaves: Params
+    flat: Tensor  # [n], in the order of the parameters that are trained
     divisor: Tensor  # float32 []
-    norm: Tensor  # float32 [], Euclidean norm of leaves / divisor; inf or nan when any element is
+    norm: Tensor  # float32 [], Euclidean norm of flat / divisor; inf or nan when any element is
 
 
 Transform = Callable[[Gradients], Gradients]
@@ -35,8 +37,8 @@ Transform = Callable[[Gradients], Gradients]
 class Optimizer(NamedTuple):
     """`update(gradients, state, params, step, skip) -> (params, state)`; a `skip` of 1 (float32 []) changes neither."""
 
-    init: Callable[[Params], Tree]
-    update: Callable[[Gradients, Tree, Params, int, Tensor], tuple[Params, Tree]]
+    init: Callable[[Flat], Tree]
+    update: Callable[[Gradients, Tree, Flat, int, Tensor], tuple[Flat, Tree]]
 
 
 class Group(NamedTuple):
@@ -47,18 +49,9 @@ class Group(NamedTuple):
     lr_scale: float = 1.0
 
 
-def gradients(leaves: Params, divisor: Tensor, params: Params) -> Gradients:
-    """Gradients with their norm, in the memory layout of the parameters.
-
-    The fused kernels ignore strides, and a sum over processes is returned contiguous.
-    """
-    leaves = {name: _with_layout_of(params[name], leaf) for name, leaf in leaves.items()}
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(leaves.values()))))
-    return Gradients(leaves, divisor, norm / divisor)
-
-
-def _with_layout_of(param: Tensor, leaf: Tensor) -> Tensor:
-    return leaf if leaf.stride() == param.stride() else torch.empty_like(param, dtype=leaf.dtype).copy_(leaf)
+def gradients(flat: Tensor, divisor: Tensor) -> Gradients:
+    """Gradients with their norm."""
+    return Gradients(flat, divisor, norm(flat) / divisor)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
@@ -66,7 +59,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def clip(grads: Gradients) -> Gradients:
         excess = ((grads.norm + 1e-6) / max_norm).clamp(min=1.0)
-        return Gradients(grads.leaves, grads.divisor * excess, grads.norm / excess)
+        return Gradients(grads.flat, grads.divisor * excess, grads.norm / excess)
 
     return clip
 
@@ -77,12 +70,20 @@ def no_decay(name: str, shape: torch.Size) -> bool:
 
 
 def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0) -> list[Group]:
-    """The parameters grouped by (weight decay, lr scale), in a stable order."""
-    parts: dict[tuple[float, float], list[str]] = {}
+    """The parameters grouped by (weight decay, lr scale), in a stable order: first those with decay, last norms.
+
+    Norms are apart because they may have a compute dtype of their own (`precision.cast`).
+    """
+    parts: dict[tuple[bool, bool, float], list[str]] = {}
     for name, value in params.items():
-        decay = 0.0 if no_decay(name, value.shape) else weight_decay
-        parts.setdefault((decay, lr_scale(name)), []).append(name)
-    return [Group(tuple(names), decay, scale) for (decay, scale), names in parts.items()]
+        parts.setdefault((is_norm(name), no_decay(name, value.shape), lr_scale(name)), []).append(name)
+    ordered = sorted(parts.items(), key=lambda part: part[0][:2])
+    return [Group(tuple(names), 0.0 if bare else weight_decay, scale) for (_, bare, scale), names in ordered]
+
+
+def lay_out(params: Params, groups: Sequence[Group]) -> Flat:
+    """The parameters in one flat tensor, group by group, and then those in no group, which are not trained."""
+    return pack(params, [name for group in groups for name in group.names])
 
 
 def adamw(
@@ -98,17 +99,13 @@ def adamw(
             them, the host reads both numbers once per step and applies them, with bit-identical results.
     """
 
-    def init(params: Params) -> Tree:
+    def init(params: Flat) -> Tree:
         trained = [name for group in groups for name in group.names]
-        device = next(iter(params.values())).device
-        return {
-            "count": torch.zeros((), dtype=torch.float32, device=device),
-            "mu": {name: torch.zeros_like(params[name]) for name in trained},
-            "nu": {name: torch.zeros_like(params[name]) for name in trained},
-        }
+        count = torch.zeros((), dtype=torch.float32, device=params.flat.device)
+        return {"count": count, "mu": params.zeros(trained), "nu": params.zeros(trained)}
 
-    def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
-        lr, mu, nu, leaves = schedule(step), state["mu"], state["nu"], grads.leaves
+    def update(grads: Gradients, state: Tree, params: Flat, step: int, skip: Tensor) -> tuple[Flat, Tree]:
+        lr, mu, nu = schedule(step), state["mu"], state["nu"]
         count = state["count"] + (1.0 - skip)
         grad_scale: Tensor | None = grads.divisor
         found_inf: Tensor | None = skip
@@ -116,16 +113,15 @@ def adamw(
             skipped, divisor = torch.stack([skip, grads.divisor.to(skip.dtype)]).tolist()
             if skipped:
                 return params, state
-            torch._foreach_div_(list(leaves.values()), divisor)
+            grads.flat.div_(divisor)
             grad_scale = found_inf = None
         elif grads.divisor.dtype == torch.float64:  # the kernel would divide by it in float32
-            torch._foreach_div_(list(leaves.values()), [grads.divisor] * len(leaves))
+            grads.flat.div_(grads.divisor)
             grad_scale = None
         for group in groups:
-            names = group.names
-            p, g, m, v = ([tensors[name] for name in names] for tensors in (params, leaves, mu, nu))
+            part = params.span(group.names)
             torch._fused_adamw_(
-                p, g, m, v, [], [count] * len(names),
+                [params.flat[part]], [grads.flat[part]], [mu.flat[part]], [nu.flat[part]], [], [count],
                 lr=lr * group.lr_scale, beta1=betas[0], beta2=betas[1], weight_decay=group.weight_decay, eps=eps,
                 amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
             )  # fmt: skip
@@ -140,7 +136,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
     (optimizer,) = (link for link in links if isinstance(link, Optimizer))
     assert optimizer is links[-1]
 
-    def update(grads: Gradients, state: Tree, params: Params, step: int, skip: Tensor) -> tuple[Params, Tree]:
+    def update(grads: Gradients, state: Tree, params: Flat, step: int, skip: Tensor) -> tuple[Flat, Tree]:
         for transform in transforms:
             grads = transform(grads)
         return optimizer.update(grads, state, params, step, skip)
@@ -148,11 +144,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
     return Optimizer(optimizer.init, update)
 
 
-def ema_update(ema: Params, params: Params, decay: float, skip: Tensor) -> Params:
+def ema_update(ema: Flat, params: Flat, decay: float, skip: Tensor) -> None:
     """ema <- decay * ema + (1 - decay) * params, in place; unchanged where `skip` is 1."""
-    if ema:
-        weight = (1.0 - decay) * (1.0 - skip)
-        names = list(ema)
-        weights = [weight.to(ema[n].dtype) for n in names]  # a list of tensors: `skip` is not copied to the host
-        torch._foreach_lerp_([ema[n] for n in names], [params[n] for n in names], weights)
-    return ema
+    weight = (1.0 - decay) * (1.0 - skip)  # a tensor: `skip` is not copied to the host
+    ema.flat.lerp_(params.flat, weight.to(ema.flat.dtype))

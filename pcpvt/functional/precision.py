@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from pcpvt.models.pcpvt import Params
+from pcpvt.functional.flat import Flat
+from pcpvt.models.layers import Params
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -29,21 +29,16 @@ class Policy(NamedTuple):
         return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in self._asdict().items())
 
 
-def cast(params: Params, policy: Policy, fp32_norms: bool = False) -> Params:
+def is_norm(name: str) -> bool:
+    """Whether a parameter is one of a LayerNorm."""
+    return _NORM.search(name) is not None
+
+
+def cast(params: Flat, policy: Policy, fp32_norms: bool = False) -> Params:
     """Parameters in the compute dtype; `fp32_norms` keeps those of norms in float32 at least (`layers.LayerNorm`)."""
-    wide = torch.promote_types(policy.compute, torch.float32)
-    dtypes = {n: wide if fp32_norms and _NORM.search(n) else policy.compute for n in params}
-    return {n: to_patch_layout(v.to(dtypes[n])) for n, v in params.items()}
-
-
-def to_patch_layout(value: Tensor) -> Tensor:
-    """The same tensor; the weight of a patch projection `[o, c, p, q]` is stored in the order of its linear map.
-
-    That is `[o, p q c]`. Parameters stored like this from the start, and their gradients, need no copy in a step.
-    """
-    if value.ndim != 4:
-        return value
-    return rearrange(rearrange(value, "o c p q -> o p q c").contiguous(), "o p q c -> o c p q")
+    narrow = params.to(policy.compute)
+    wide = params.to(torch.promote_types(policy.compute, torch.float32)) if fp32_norms else narrow
+    return {name: (wide if is_norm(name) else narrow)[name] for name in params}
 
 
 FLOAT32 = Policy()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, computed in float64 on the host."""
+"""Schedules of the learning rate and of the EMA's decay: pure functions of the step, in float64 on the host."""
 
 import math
 from collections.abc import Callable
@@ -47,3 +47,14 @@ def reference(
         return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * t / epochs))
 
     return schedule
+
+
+def ema_decay(limit: float, step: int) -> float:
+    """The EMA's decay at a step, counted from 0: min(limit, (1 + step) / (10 + step)).
+
+    The average begins as the initial weights, which a constant decay near 1 would keep in it for the whole of a short
+    run. With this one it covers about the last ninth of the steps, until the limit is reached after 9 / (1 - limit).
+
+    Source: TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
+    """
+    return min(limit, (1 + step) / (10 + step))

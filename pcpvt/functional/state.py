@@ -5,23 +5,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pcpvt.models.pcpvt import Params
+from pcpvt.functional.flat import Flat
 
 
 class TrainState(NamedTuple):
     """The state after a step. The next step consumes it and may reuse its memory (donation)."""
 
     step: Tensor  # int64 [], on the host: global batches consumed, applied or skipped
-    params: Params  # the master weights
-    ema: Params  # moving average of the parameters; empty without EMA
+    params: Flat  # the master weights
+    ema: Flat  # moving average of the parameters; empty without EMA
     opt: dict  # optimizer state: a tree of dicts with tensor leaves
     scale: dict  # loss-scale state: a tree of dicts with tensor leaves; empty without loss scaling
     skipped: Tensor  # int32 [], consecutive steps whose update was skipped as non-finite
 
 
-def create(params: Params, opt: dict, scale: dict, *, ema: bool, device: torch.device | str = "cpu") -> TrainState:
+def create(params: Flat, opt: dict, scale: dict, *, ema: bool, device: torch.device | str = "cpu") -> TrainState:
     """The state before the first step."""
-    average = {name: value.clone() for name, value in params.items()} if ema else {}
+    average = params.clone() if ema else params.zeros([])
     skipped = torch.zeros((), dtype=torch.int32, device=device)
     return TrainState(torch.zeros((), dtype=torch.int64), params, average, opt, scale, skipped)
 
@@ -35,13 +35,3 @@ def flatten(tree, prefix: str = "") -> dict[str, Tensor]:
     for name, value in items.items():
         flat.update(flatten(value, f"{prefix}/{name}" if prefix else name))
     return flat
-
-
-def unflatten(template, flat: dict[str, Tensor], prefix: str = ""):
-    """The inverse of `flatten`: `template` gives the structure, `flat` the leaves."""
-    if isinstance(template, Tensor):
-        return flat[prefix]
-    named = hasattr(template, "_asdict")
-    items = template._asdict() if named else template
-    values = {name: unflatten(v, flat, f"{prefix}/{name}" if prefix else name) for name, v in items.items()}
-    return type(template)(**values) if named else values

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pcpvt.functional import metrics, optim, precision
+from pcpvt.functional import metrics, optim, precision, schedules
 from pcpvt.functional.metrics import Sums
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.precision import FLOAT32, UNSCALED, DynamicScale, NoScale, Overflow, Policy
@@ -22,27 +22,25 @@ Objective = Callable[[Params, Batch, Tensor], Tensor]  # (params, batch, factor)
 
 def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
     """Gradients by `torch.autograd.grad`: works on every device, and is the faster way in eager mode."""
+    chosen = None if trainable is None else set(trainable)
 
     def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
-        names = list(params) if trainable is None else [n for n in params if n in trainable]
-        leaves = {n: params[n].detach().requires_grad_() for n in names}
+        leaves = {n: v.detach().requires_grad_() for n, v in params.items() if chosen is None or n in chosen}
         value = objective({**params, **leaves}, *args)
         # Parameters of a branch that drop path skips for every sample get no gradient: zeros take its place.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return value.detach(), dict(zip(names, grads, strict=True))
+        return value.detach(), dict(zip(leaves, grads, strict=True))
 
     return value_and_grad
 
 
 def functional_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
     """Gradients by `torch.func.grad_and_value`: forward and backward as one traceable function."""
+    chosen = None if trainable is None else set(trainable)
 
     def value_and_grad(params: Params, *args) -> tuple[Tensor, Params]:
-        names = list(params) if trainable is None else [n for n in params if n in trainable]
-        fixed = {n: v for n, v in params.items() if n not in names}
-        grads, value = torch.func.grad_and_value(lambda leaves: objective({**fixed, **leaves}, *args))(
-            {n: params[n] for n in names}
-        )
+        leaves = {n: v for n, v in params.items() if chosen is None or n in chosen}
+        grads, value = torch.func.grad_and_value(lambda own: objective({**params, **own}, *args))(leaves)
         return value, grads
 
     return value_and_grad
@@ -70,7 +68,8 @@ def make_step(
         optimizer: see `optim.chain`.
         global_batch: samples over all replicas; the loss is their mean, so results do not depend on the replicas.
         grad_accum_steps: micro-batches per step; exact, because no layer mixes samples. Must divide the batch.
-        trainable: names to differentiate; None means all.
+        ema_decay: of the averaged weights, once enough steps are done (see `schedules.ema_decay`).
+        trainable: names to differentiate, the first of the parameters (`optim.lay_out`); None means all.
         value_and_grad: the gradient implementation, compiled or not; called once, here.
         psum: sum over replicas of a list of tensors. Skipping is decided after it, so all replicas agree.
         fp32_norms: norms compute in float32, for devices whose kernel does not sum their gradients in float32.
@@ -93,28 +92,29 @@ def make_step(
         if overflow is not None:
             overflow.clear()
 
+        def gradient(part: Batch) -> tuple[Tensor, Tensor]:
+            value, leaves = differentiate(compute, part, factor)
+            return value, state.params.gather(leaves, policy.params)
+
         first, *others = split(batch, grad_accum_steps)
-        loss, new = differentiate(compute, first, factor)
-        leaves = {n: g.to(policy.params) for n, g in new.items()}
+        loss, total = gradient(first)
         for part in others:
-            value, new = differentiate(compute, part, factor)
-            loss = loss + value
-            torch._foreach_add_(list(leaves.values()), [new[n].to(policy.params) for n in leaves])
+            value, addend = gradient(part)
+            loss, total = loss + value, total.add_(addend)
 
         overflowed = [] if overflow is None else [overflow.seen()]
-        sums = psum([loss, *leaves.values(), *overflowed])
-        loss, summed, overflowed = sums[0], sums[1 : 1 + len(leaves)], sums[1 + len(leaves) :]
-        leaves = dict(zip(leaves, summed, strict=True))
-        grads = optim.gradients(leaves, divisor, state.params)
+        total, loss, *overflowed = psum([total, loss, *overflowed])
+        grads = optim.gradients(total, divisor)
         good = torch.isfinite(grads.norm) & torch.isfinite(loss)
         for flag in overflowed:
             good = good & (flag == 0)
         skip = 1.0 - good.to(torch.float32)
         params, opt = optimizer.update(grads, state.opt, state.params, int(state.step), skip)
-        ema = optim.ema_update(state.ema, params, ema_decay, skip)
+        if state.ema:
+            optim.ema_update(state.ema, params, schedules.ema_decay(ema_decay, int(state.step)), skip)
         flag = skip.to(torch.int32)
         skipped = (state.skipped + flag) * flag
-        new_state = TrainState(state.step + 1, params, ema, opt, scaler.update(state.scale, skip), skipped)
+        new_state = TrainState(state.step + 1, params, state.ema, opt, scaler.update(state.scale, skip), skipped)
         return new_state, {"loss": loss / divisor, "grad_norm": grads.norm, "skipped": skipped}
 
     return step

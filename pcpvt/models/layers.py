@@ -54,9 +54,9 @@ def residual_plain(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scal
     Args:
         x: `[b, h, w, c]`.
         branch: keeps the shape and treats each sample independently.
-        drop_path_scale: float32 `[b]`, 0 where the branch is dropped and 1/keep_prob elsewhere.
+        drop_path_scale: `[b]`, of x's dtype, 0 where the branch is dropped and 1/keep_prob elsewhere.
     """
-    return x + branch(x) * rearrange(drop_path_scale, "b -> b 1 1 1").to(x.dtype)
+    return torch.addcmul(x, branch(x), rearrange(drop_path_scale, "b -> b 1 1 1"))
 
 
 class Kernels(NamedTuple):
@@ -68,7 +68,6 @@ class Kernels(NamedTuple):
     norm: Norm = norm_plain
     residual: Residual = residual_plain
     block_fn: BlockFn = lambda block, *args: block(*args)  # calls one block of a stage; may be compiled
-    to_train_layout: ParamsFn = lambda params: params  # parameters to train, in the memory layout the kernels read
     prepack: ParamsFn = lambda params: params  # parameters for inference, in the form the kernels read fastest
 
 
@@ -136,7 +135,7 @@ class Attention(nn.Module):
         q = kernels.linear(x, self.q.weight, self.q.bias)
         kv = kernels.linear(reduced, self.kv.weight, self.kv.bias)
         q = rearrange(q, "b h w (n d) -> b n (h w) d", n=self.heads)
-        k, v = rearrange(kv, "b h w (two n d) -> two b n (h w) d", two=2, n=self.heads)
+        k, v = (rearrange(half, "b h w (n d) -> b n (h w) d", n=self.heads) for half in kv.chunk(2, -1))
         out = rearrange(kernels.attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
         return kernels.linear(out, self.proj.weight, self.proj.bias)
 

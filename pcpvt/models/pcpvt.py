@@ -43,18 +43,19 @@ TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pc
 class PCPVT(nn.Module):
     """The structure of the model; call it through `apply`, `features` or `torch.func.functional_call`."""
 
-    def __init__(self, spec: Spec, num_classes: int, pad: str = "pad"):
+    def __init__(self, spec: Spec, num_classes: int, pad: str = "pad", in_chans: int = 3):
         """
         Args:
             spec: the model size.
             num_classes: outputs of the head.
             pad: how a side that 32 does not divide is handled: "pad" pads with zeros (see `layers.PatchLinear`),
                 "error" raises ValueError.
+            in_chans: channels of the images.
         """
         super().__init__()
         assert pad in ("pad", "error"), pad
-        self.spec, self.num_classes, self.pad = spec, num_classes, pad
-        channels = (3, *spec.dims)
+        self.spec, self.num_classes, self.pad, self.in_chans = spec, num_classes, pad, in_chans
+        channels = (in_chans, *spec.dims)
         self.patch_embeds = nn.ModuleList(map(PatchEmbed, channels[:-1], channels[1:], spec.patches))
         self.pos_block = nn.ModuleList(map(Peg, spec.dims))
         self.blocks = nn.ModuleList(
@@ -80,7 +81,7 @@ class PCPVT(nn.Module):
         attention: bool = False,
         dense: bool = False,
     ) -> Tensor | list[Tensor]:
-        """Logits `[b, num_classes]` of normalised images `[b, H, W, 3]`.
+        """Logits `[b, num_classes]` of normalised images `[b, H, W, in_chans]`.
 
         Args:
             images: NHWC, any height and width.
@@ -93,6 +94,8 @@ class PCPVT(nn.Module):
         """
         if self.pad == "error" and (images.shape[1] % STRIDE or images.shape[2] % STRIDE):
             raise ValueError(f"image size {tuple(images.shape[1:3])} is not divisible by {STRIDE} and pad is 'error'")
+        if drop_path_scale is not None:
+            drop_path_scale = drop_path_scale.to(images.dtype)
         x, branch, stages = images, 0, []
         for s, (embed, position, blocks) in enumerate(zip(self.patch_embeds, self.pos_block, self.blocks, strict=True)):
             x = embed(x, kernels)
@@ -125,10 +128,10 @@ def _capturing(kernels: Kernels, capture: Capture, name: str) -> Kernels:
     return kernels._replace(attend=attend, block_fn=PLAIN.block_fn)
 
 
-def build(name: str, num_classes: int, pad: str = "pad") -> PCPVT:
+def build(name: str, num_classes: int, pad: str = "pad", in_chans: int = 3) -> PCPVT:
     """A model on the meta device; `name` is a key of SPECS."""
     with torch.device("meta"):
-        return PCPVT(SPECS[name], num_classes, pad)
+        return PCPVT(SPECS[name], num_classes, pad, in_chans)
 
 
 def shapes(model: PCPVT) -> dict[str, torch.Size]:

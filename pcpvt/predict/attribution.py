@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pcpvt.errors import UserError
 from pcpvt.functional import mixing
-from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
+from pcpvt.functional.objective import normalisation
+from pcpvt.images import bands
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
 
@@ -40,7 +41,7 @@ def attribute(model: PCPVT, params: Params, images: Tensor, labels: Tensor) -> t
     """
     params = {name: value.detach() for name, value in params.items()}
     dtype = next(iter(params.values())).dtype
-    target = mixing.decode_images(images, None, IMAGENET_MEAN, IMAGENET_STD).to(dtype)
+    target = mixing.decode_images(images, None, *normalisation(model.in_chans)).to(dtype)
     plain = target.mean((1, 2), keepdim=True).expand_as(target)
     total, previous, logits = torch.zeros(()), None, []
     for step in range(STEPS + 1):
@@ -89,7 +90,7 @@ def write(folder: Path, names: list[str], model: PCPVT, params: Params, images: 
             part = slice(start, start + BATCH)
             heats, _ = attribute(model, params, images[part], labels[part])
             for name, image, heat in zip(names[part], images[part].cpu().numpy(), heats.cpu().numpy(), strict=True):
-                draw(image, heat).save(folder / f"{name}.png")
+                draw(bands.shown(image), heat).save(folder / f"{name}.png")
     except OSError as error:
         raise UserError(
             f"--workdir: {folder}: heat maps cannot be written ({error.strerror or error}): free space, choose "

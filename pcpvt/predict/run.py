@@ -16,7 +16,7 @@ from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
-from pcpvt.data.decode import DecodeError
+from pcpvt.data.decode import DecodeError, Picture, Reading
 from pcpvt.data.loader import EvalBatches
 from pcpvt.data.sources import Files
 from pcpvt.errors import UserError, silence
@@ -102,7 +102,8 @@ def classify(session: Session, loaded: LoadedModel, paths: list[str], console: C
     """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
     config, device = session.config, session.device
     size = min(eval_batch(config), len(paths))
-    batches = EvalBatches(Files(unlabelled(paths), "", ""), session.size, config.eval.crop, size, 0, 1, on_error="skip")
+    files = Files(unlabelled(paths), "", "")
+    batches = EvalBatches(files, session.size, config.eval.crop, size, 0, 1, "skip", session.reading)
     loader = sessions.open_loader(session, batches, range(len(batches)), None if len(paths) > FEW else 0)
     predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
@@ -112,7 +113,7 @@ def classify(session: Session, loaded: LoadedModel, paths: list[str], console: C
         probabilities = predict(weights, batch["image"]).softmax(-1)[valid]
         ids, readable = batch["id"].cpu(), valid.cpu()
         for index in ids[(ids >= 0) & ~readable].tolist():
-            console.warn(_reason(paths[index], session.size))
+            console.warn(_reason(paths[index], session.size, session.reading))
         indices = ids[readable].tolist()
         if config.predict.explain and indices:
             named, labels = [names[i] for i in indices], probabilities.argmax(-1)
@@ -134,10 +135,10 @@ def unique_names(paths: list[str]) -> list[str]:
     return list(names)
 
 
-def _reason(path: str, size: tuple[int, int]) -> str:
+def _reason(path: str, size: tuple[int, int], reading: Reading) -> str:
     """Why a file was skipped: a loader process reports only that it was, so the file is read again."""
     try:
-        augment.eval_sample(path, size, 1.0)
+        augment.eval_sample(Picture(path, reading=reading), size, 1.0)
     except DecodeError as error:
         return str(error)
     return f"{path}: could not be read a moment ago"

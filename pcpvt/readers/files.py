@@ -18,7 +18,7 @@ from PIL import features
 # The suffixes of the formats that `data.decode` reads.
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm", ".pnm",
+    ".pbm", ".pnm", ".npy",
 }  # fmt: skip
 HEIF = {".heic", ".heif"}  # read where pillow-heif is installed
 if importlib.util.find_spec("pillow_heif"):

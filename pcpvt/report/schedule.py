@@ -1,7 +1,7 @@
 """`--mode=schedule`: the learning rate of any config, without training: printed, as CSV and as a chart."""
 
 from pcpvt.checkpoints.atomic import write_atomically
-from pcpvt.config.plan import make_plan
+from pcpvt.config.plan import make_plan, short_run_notes
 from pcpvt.report.charts import Series, chart
 from pcpvt.report.run import render
 from pcpvt.runtime import session as sessions
@@ -22,6 +22,8 @@ def run(session: Session) -> int:
         source = sessions.open_data(session, "train")
         examples, classes = len(source), len(source.classes)
     plan = make_plan(config, examples=examples, num_classes=classes, micro_batch=config.batch_size)
+    for note in short_run_notes(config, plan):
+        console.say(f"note: {note}")
 
     def rows(count: int) -> list[tuple[float, int, float]]:
         """(epoch, step, learning rate) of at most `count` steps, evenly spread from the first to the last."""

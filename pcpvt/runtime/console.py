@@ -65,10 +65,19 @@ class Console:
         self.warn(f"{category.__name__}: {message} ({filename}:{lineno})")
 
 
-def warn_once(text: str) -> None:
-    """Print a warning that several processes may meet: only the first of them prints it."""
-    if collectives.first_to_say(text):
+_said: set[str] = set()  # subjects of `warn_once`
+
+
+def warn_once(text: str, about: str = "") -> None:
+    """Print a warning that several processes may meet: only the first of them prints it.
+
+    Args:
+        about: a subject, of which this process prints only the first warning; by default each text.
+    """
+    if about not in _said and collectives.first_to_say(about or text):
         Console().warn(text)
+    if about:
+        _said.add(about)
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """The session of one process (config, device, processes, precision, kernels), and how modes open data and models."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +12,19 @@ from pcpvt import devices
 from pcpvt.config.checks import parse_duration
 from pcpvt.config.cli import Command
 from pcpvt.data import sources
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
+from pcpvt.data.decode import Reading
+from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers, shared_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
 from pcpvt.distributed.collectives import World
 from pcpvt.errors import UserError
 from pcpvt.functional import precision
+from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import PLAIN, Kernels
+from pcpvt.models.layers import Kernels
 from pcpvt.readers.manifest import Columns
 from pcpvt.readers.splits import Splits
 from pcpvt.runtime.console import warn_once
@@ -45,10 +46,14 @@ class Session(NamedTuple):
     def checkpoints(self) -> Path:
         return self.workdir / "checkpoints"
 
+    @property
+    def reading(self) -> Reading:
+        """How images are read."""
+        return reading(self.config)
+
     def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters on the device in the compute dtype."""
-        here = {name: value.to(self.device.torch) for name, value in params.items()}
-        return precision.cast(here, self.policy, self.device.fp32_norms)
+        return precision.cast(pack(params).to(self.device.torch), self.policy, self.device.fp32_norms)
 
     def inference(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """`compute`, with weights packed once for repeated evaluation."""
@@ -80,6 +85,11 @@ def start(config: ConfigDict, workdir: Path, command: Command | None = None) -> 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
     return config.image_size, config.image_width or config.image_size
+
+
+def reading(config: ConfigDict) -> Reading:
+    """How images are read, as a config says."""
+    return Reading(config.model.in_chans, config.data.value_range and tuple(config.data.value_range))
 
 
 def open_data(session: Session, split: str) -> sources.Dataset:
@@ -134,24 +144,31 @@ def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
 
 def _choose_kernels(config: ConfigDict, device: base.Device, policy: Policy) -> Kernels:
     """The device's kernels for the compute dtype, or the plain ones, as `config.kernels` and `config.compile` say."""
-    own = PLAIN
+    own = device.plain_kernels()
     if config.kernels != "plain":
         own = device.kernels(policy.compute, compiled=backend(device, config.compile) != "none")
     return compiled_blocks(own, device, config.compile, warn_once)
 
 
 def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
-    return pcpvt.build(config.model.name, num_classes, config.model.pad)
+    return pcpvt.build(config.model.name, num_classes, config.model.pad, config.model.in_chans)
 
 
 def workers(session: Session, dataset: sources.Dataset) -> int:
-    """Loader processes per training process: `config.data.workers`, or a share of the host's cores."""
+    """Loader processes of this process for its only loader."""
     configured = session.config.data.workers
-    return (
-        configured
-        if configured >= 0
-        else default_workers(dataset, base.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    )
+    return configured if configured >= 0 else default_workers(dataset, base.cores_per_process())
+
+
+def training_workers(session: Session, train: sources.Dataset, val: sources.Dataset) -> tuple[int, int]:
+    """Loader processes of this process for training and for evaluation, which both stay until the run ends.
+
+    `config.data.workers` is obeyed for training; for evaluation, at least one and at most so many as cores are left.
+    """
+    configured, cores = session.config.data.workers, base.cores_per_process()
+    if configured < 0:
+        return shared_workers(train, val, cores)
+    return configured, min(configured, max(1, cores - configured))
 
 
 def open_loader(
@@ -160,4 +177,6 @@ def open_loader(
     """A loader of the batches with these indices, by `processes` loader processes (default: see `workers`)."""
     if processes is None:
         processes = workers(session, batches.dataset)
-    return Loader(batches, indices, processes, start=session.device.worker_start, pin=session.device.pins_memory)
+    device = session.device
+    say = functools.partial(warn_once, about="value_range") if session.world.is_main else lambda _: None
+    return Loader(batches, indices, processes, start=device.worker_start, pin=device.pins_memory, warn=say)

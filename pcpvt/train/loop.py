@@ -15,7 +15,6 @@ from pcpvt.distributed import collectives, signals, stacks
 from pcpvt.errors import UserError
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate
-from pcpvt.functional.objective import Batch
 from pcpvt.functional.state import TrainState
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
@@ -23,7 +22,8 @@ from pcpvt.train.history import History, Rate, Window
 from pcpvt.train.setup import TrainSetup, checkpoint_meta
 from pcpvt.train.writers import Writer
 
-Pending = list[tuple[int, dict[str, Tensor]]]  # (steps done, the step's metrics), still on the device
+# (steps done, the step's metrics, with on_error=skip its samples' ids), still on the device
+Pending = list[tuple[int, dict[str, Tensor], Tensor | None]]
 SHORT_WAIT = 300.0  # seconds that ranks wait for one another after the first step, at least: as long as a save may take
 PATIENCE = 20  # times the slowest step that they wait otherwise
 MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
@@ -60,15 +60,16 @@ def train(
             if step == 0:
                 for writer in writers:
                     writer.first_batch(batch)
-            replaced = _count_replaced(setup, unreadable, batch, step) if config.data.on_error == "skip" else 0
+            # A copy: the batch's own would keep its shared memory, and a file descriptor, until it is read.
+            ids = batch["id"].clone() if config.data.on_error == "skip" else None
 
             # Step. The new state reuses the memory of the old one.
             state, metrics = setup.step(state, batch)
             step += 1
             stacks.at_step(step)
             # The evaluation in the history belongs to the former parameters.
-            history = history._replace(metrics=None, replaced=history.replaced + replaced)
-            pending.append((step, metrics))
+            history = history._replace(metrics=None)
+            pending.append((step, metrics, ids))
 
             # Decide what is due.
             ends = step == plan.steps
@@ -78,7 +79,7 @@ def train(
 
             # Read the metrics if something needs them; the first two steps are timed for the preflight.
             if logs or saves or len(pending) >= MAX_PENDING or step - start <= 2:
-                history, pending = _read_metrics(history, pending, config.max_skipped, writers), []
+                history, pending = _read(setup, unreadable, history, pending, writers), []
                 if history.diverged(config.max_skipped):
                     break
 
@@ -110,11 +111,11 @@ def train(
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver)
     except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
-        history = _read_metrics(history, pending, config.max_skipped, writers)
+        history = _read(setup, unreadable, history, pending, writers, with_others=False)
         saver.save(state, checkpoint_meta(setup, history))
         saver.finish()
         raise
-    history = _read_metrics(history, pending, config.max_skipped, writers)
+    history = _read(setup, unreadable, history, pending, writers)
     if history.diverged(config.max_skipped):
         saver.finish()
     else:
@@ -138,16 +139,41 @@ def stop_requested() -> bool:
     return collectives.any_true(signals.stop_requested())
 
 
-def _read_metrics(history: History, pending: Pending, max_skipped: int, writers: Sequence[Writer]) -> History:
-    """Add the pending metrics, up to the step at which the run counts as diverged, and report non-finite steps."""
-    for step, metrics in pending:
+def _read(
+    setup: TrainSetup, unreadable: UnreadableLog, history: History, pending: Pending, writers: Sequence[Writer],
+    *, with_others: bool = True,
+) -> History:  # fmt: skip
+    """Add the pending steps' metrics, up to the step at which the run counts as diverged, and replaced images.
+
+    Args:
+        with_others: add up the replaced images of all processes, which must all call this; otherwise only this one's.
+    """
+    config = setup.session.config
+    if config.data.on_error == "skip":
+        replaced = _name_replaced(setup, unreadable, pending)
+        if with_others:
+            replaced = int(collectives.sum_numbers([float(replaced)])[0])
+        history = history._replace(replaced=history.replaced + replaced)
+    for step, metrics, _ in pending:
         history = histories.add_metrics(history, step, metrics)
         if history.streak:
             for writer in writers:
                 writer.bad_step(history.streak[-1])
-        if history.diverged(max_skipped):
+        if history.diverged(config.max_skipped):
             break
     return history
+
+
+def _name_replaced(setup: TrainSetup, unreadable: UnreadableLog, pending: Pending) -> int:
+    """Name the unreadable images that this process has replaced in the pending steps; returns their number."""
+    count = 0
+    for step, _, ids in pending:
+        assert ids is not None
+        for draw, used in zip(setup.batches.draws(step - 1), ids.tolist(), strict=True):
+            if draw.index != used:
+                unreadable.add(draw.index, f"sample {used} is used instead")
+                count += 1
+    return count
 
 
 def _due(every: int, step: int) -> bool:
@@ -158,29 +184,28 @@ def _evaluation_due(plan: Plan, step: int) -> bool:
     return _due(plan.eval_every, step) or (plan.eval_every > 0 and step >= plan.steps)
 
 
-def _count_replaced(setup: TrainSetup, unreadable: UnreadableLog, batch: Batch, step: int) -> int:
-    """Name the unreadable images that were replaced in a batch; returns their number over all processes."""
-    count = 0.0
-    for draw, used in zip(setup.batches.draws(step), batch["id"].tolist(), strict=True):
-        if draw.index != used:
-            unreadable.add(draw.index, f"sample {used} is used instead")
-            count += 1
-    return int(collectives.sum_numbers([count])[0])
-
-
 def _evaluate(
     setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[History, bool]:
-    """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation."""
+    """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation.
+
+    With EMA the metrics are those of the averaged weights; `acc1_raw` and `loss_raw` are those of the weights.
+    """
     session, data, step = setup.session, setup.split.dataset, int(state.step)
     began, predictions = time.perf_counter(), mistakes.PredictionLog(len(data))
-    params = session.inference(state.ema or state.params)
+    weights = [session.inference(params) for params in (state.ema, state.params) if params]
     summaries = evaluate(
-        session, setup.split, lambda batch: [setup.eval_step(params, batch)], observe=predictions, stop=stop_requested
+        session,
+        setup.split,
+        lambda batch: [setup.eval_step(params, batch) for params in weights],
+        observe=predictions,
+        stop=stop_requested,
     )
     if summaries is None:
         return history, True
-    (metrics,) = summaries
+    metrics, *raw = summaries
+    for summary in raw:
+        metrics |= {f"{name}_raw": summary[name] for name in ("acc1", "loss")}
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)

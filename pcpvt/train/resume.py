@@ -158,4 +158,6 @@ def restore(loaded: checkpoint.Checkpoint, template: state.TrainState) -> state.
         raise checkpoint.CheckpointError(
             f"{loaded.path}: holds another run's state ({', '.join(wrong[:3])}{more} differ): use another --workdir"
         )
-    return state.unflatten(template, {name: value.copy_(found[name]) for name, value in expected.items()})
+    for name, value in expected.items():
+        value.copy_(found[name])
+    return template

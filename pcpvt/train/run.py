@@ -9,7 +9,6 @@ import torch
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
-from pcpvt.data import order
 from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
@@ -78,10 +77,10 @@ def run(session: Session) -> int:
 
 def _divergence_error(setup: TrainSetup, history: History, last_good: Path | None) -> UserError:
     """The error that ends a run; `nonfinite.json` lists the non-finite steps in a row with all their samples."""
-    session, plan, config = setup.session, setup.plan, setup.session.config
+    session, plan = setup.session, setup.plan
     steps: list[dict[str, Any]] = []
     for step, loss, grad_norm, _ in history.streak:
-        draws = order.global_batch(config.seed, step - 1, plan.batch, plan.examples, config.augment.repeats)
+        draws = setup.batches.global_draws(step - 1)
         samples = [{"id": draw.index, "name": setup.batches.dataset.name(draw.index)} for draw in draws]
         steps.append({"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
     where = session.workdir / records.NONFINITE
@@ -130,6 +129,7 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     return {
         "mode": "train",
         **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
+        **{name: best[name] for name in ("acc1_raw", "loss_raw") if name in best},
         "best_step": best_step, "images": step * plan.batch,
         "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),

@@ -6,13 +6,15 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from pcpvt.checkpoints.channels import adapt_channels
 from pcpvt.checkpoints.load import match_params, read_weights
 from pcpvt.config import stored
-from pcpvt.config.plan import Plan, make_plan
+from pcpvt.config.plan import Plan, make_plan, short_run_notes
 from pcpvt.data import augment, loader
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
@@ -69,11 +71,13 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     plan = plan_run(session, model, len(train_data))
     classes = list(train_data.classes)
 
+    short = short_run_notes(config, plan)
     resumed = resume.newest(session, console)
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
     batches = train_batches(session, model, train_data)
-    reader = sessions.open_loader(session, batches, range(first_step, plan.steps))
+    train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
+    reader = sessions.open_loader(session, batches, range(first_step, plan.steps), train_workers)
     if first_step < plan.steps:
         reader.start()  # loader processes take seconds to start: they do so while the state is created
 
@@ -81,8 +85,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         params, notes = init_params(session, model, classes)
     else:  # memory that `restore` fills
         params = {n: torch.empty(shape, dtype=session.policy.params) for n, shape in pcpvt.shapes(model).items()}
-    opt = optimizer(session, plan, params)
-    start = init_state(session, params, opt)
+    groups = param_groups(session, params)
+    opt = optimizer(session, plan, groups)
+    start = init_state(session, params, groups, opt)
     if resumed is not None:
         start = resume.restore(resumed, start)
     resume.check_agreement(int(start.step))
@@ -92,12 +97,12 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
         "image_size": list(session.size), "examples": plan.examples,
     }  # fmt: skip
-    split = evaluator.open_split(session, val_data, plan.eval_batch)
+    split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
     train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
         session, console, split, model, plan, batches, reader, train, score, peak, meta,
-        resumed.path if resumed else None, notes, began,
+        resumed.path if resumed else None, [*short, *notes], began,
     )  # fmt: skip
     return setup, start, History.from_meta(resumed.meta) if resumed else History()
 
@@ -119,8 +124,15 @@ def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:
-    """This process's training batches, by step."""
+    """This process's training batches, by step; UserError for augmentations that the images' channels do not allow."""
     config, world, a = session.config, session.world, session.config.augment
+    channels = config.model.in_chans
+    for name in ("randaugment", "color_jitter") if channels not in (1, 3) else ():
+        if a[name]:
+            raise UserError(
+                f"config.augment.{name}: {a[name]!r} is for grey or RGB and config.model.in_chans is {channels}: "
+                f"use --config.augment.{name}={'' if name == 'randaugment' else 0}"
+            )
     spec = augment.AugmentSpec(
         size=session.size, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, randaugment=a.randaugment,
         color_jitter=a.color_jitter, erase_prob=a.erase, crop_padding=a.crop_pad,
@@ -131,7 +143,16 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     return loader.TrainBatches(
         dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
         batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
+        reading=session.reading, labels=labels_of(dataset) if config.data.sampler == "balanced" else None,
     )  # fmt: skip
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels of all samples, int32 `[n]`; of datasets that do not keep them they are read one by one."""
+    known = getattr(dataset, "labels", None)
+    if known is None:
+        known = [dataset[i][1] for i in range(len(dataset))]
+    return np.asarray(known() if callable(known) else known, np.int32)
 
 
 def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
@@ -148,12 +169,17 @@ def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
     return found
 
 
-def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optimizer:
-    """Clipping and AdamW as the config says, over what is not frozen."""
+def param_groups(session: Session, params: pcpvt.Params) -> list[optim.Group]:
+    """The parameters that are not frozen, by weight decay and learning rate."""
     config, frozen = session.config, matched(session.config, "frozen", params)
     trained = {name: value for name, value in params.items() if name not in frozen}
     layer_decay = pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay)
-    groups = optim.groups(trained, config.weight_decay, layer_decay)
+    return optim.groups(trained, config.weight_decay, layer_decay)
+
+
+def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.Optimizer:
+    """Clipping and AdamW as the config says."""
+    config = session.config
     betas, skips = (config.beta1, config.beta2), session.device.fused_adamw_honors_found_inf
     adamw = optim.adamw(plan.schedule, groups, betas, config.eps, honors_found_inf=skips)
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
@@ -188,9 +214,10 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
+        theirs_adapted, adapted = adapt_channels(weights.params, config.model.in_chans, path)
+        fitted, said = match_params(theirs_adapted, pcpvt.shapes(model), path=path, fresh=fresh)
         params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *adapted, *said]
         theirs = weights.classes
         if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
             notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
@@ -219,9 +246,11 @@ def stems(selected: Collection[str], names: Sequence[str], stem: str = "") -> li
     return [s for part, below in parts.items() if inside.intersection(below) for s in stems(selected, below, part)]
 
 
-def init_state(session: Session, params: pcpvt.Params, opt: optim.Optimizer) -> state.TrainState:
+def init_state(
+    session: Session, params: pcpvt.Params, groups: list[optim.Group], opt: optim.Optimizer
+) -> state.TrainState:
     """The state before the first step, on the device."""
     device = session.device.torch
-    params = session.kernels.to_train_layout({name: value.to(device) for name, value in params.items()})
+    laid_out = optim.lay_out(params, groups).to(device)
     scale = precision.loss_scale(session.policy).init(device)
-    return state.create(params, opt.init(params), scale, ema=session.config.ema > 0, device=device)
+    return state.create(laid_out, opt.init(laid_out), scale, ema=session.config.ema > 0, device=device)

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pcpvt.models.pcpvt import PCPVT
 
 # Dense 16-bit tensor throughput in TFLOP/s, by the model number in the device's name, from the makers' data sheets.
-# CPUs are missing because no data sheet gives theirs, Ascend's because none was at hand.
+# CPUs are missing because no data sheet gives theirs, Ascend's because none names chips: published figures of a "910A"
+# range from 256 to 320 by board, of a "910B" from 256 to 376, while the device's name (Ascend910B2) tells no board.
 _PEAK_16_BIT = (
     ("H200", 989), ("H100 NVL", 835), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("V100-PCIE", 112),
     ("V100", 125), ("T4", 65),
@@ -24,7 +25,7 @@ _PEAK_16_BIT = (
 def forward_flops(model: PCPVT, size: tuple[int, int]) -> int:
     """Floating-point operations of one image `(height, width)` in the forward pass: matrix products, convolutions."""
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *size, 3, device="meta"))
+        model(torch.empty(1, *size, model.in_chans, device="meta"))
     return counter.get_total_flops()
 
 

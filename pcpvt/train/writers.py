@@ -14,7 +14,7 @@ from torch import Tensor
 from pcpvt.config.plan import Plan
 from pcpvt.evaluate.evaluator import report
 from pcpvt.functional import mixing
-from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, Batch
+from pcpvt.functional.objective import Batch, normalisation
 from pcpvt.runtime import environment, records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -125,7 +125,9 @@ class TensorBoardWriter(Writer):
     def first_batch(self, batch: Batch) -> None:
         """The first images of the batch, exactly as the network sees them; see `network_input`."""
         few = {name: value[:IMAGES].cpu() for name, value in batch.items()}
-        self._write("add_images", "train/images", network_input(few), 0, dataformats="NHWC")
+        pixels = network_input(few)
+        shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1]
+        self._write("add_images", "train/images", shown, 0, dataformats="NHWC")
 
     def close(self) -> None:
         self._write("close")
@@ -145,15 +147,16 @@ class TensorBoardWriter(Writer):
 
 
 def network_input(batch: Batch) -> Tensor:
-    """A training batch as the network sees it, converted back to pixels: uint8 `[b, h, w, 3]`, `b` even if mixed.
+    """A training batch as the network sees it, converted back to pixels: uint8 `[b, h, w, c]`, `b` even if mixed.
 
     Uses the step's own functions, so random erasing and mixing are shown; erasing's noise, drawn in normalised space,
     appears as coloured noise around ImageNet's mean.
     """
-    x = mixing.decode_images(batch["image"], batch.get("erase"), IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = normalisation(batch["image"].shape[-1])
+    x = mixing.decode_images(batch["image"], batch.get("erase"), mean, std)
     if "lam" in batch:
         x = mixing.mix_images(x, batch["lam"], batch["box"])
-    pixels = 255 * (x * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN))
+    pixels = 255 * (x * torch.tensor(std) + torch.tensor(mean))
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 

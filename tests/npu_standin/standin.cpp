@@ -190,6 +190,14 @@ void reads_storage(const OperatorHandle& op, Stack* stack) {
   op.redispatchBoxed(c10::DispatchKeySet(DispatchKey::AutogradCPU), stack);  // the composition itself
 }
 
+// F.gelu is the tanh form on NPUs although its argument says "none". The argument's other value, which F.gelu is not
+// called with, stands for npu_gelu's exact form here: a third value would be refused when a graph is captured.
+void swapped_gelu(const OperatorHandle& op, Stack* stack) {
+  IValue& approximate = stack->back();
+  approximate = std::string(approximate.toStringRef() == "none" ? "tanh" : "none");
+  run_on_cpu(op, stack);
+}
+
 template <auto* kernel>
 void implement(torch::Library& library, const std::set<std::string>& names) {
   for (const auto& name : names) library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<kernel>());
@@ -202,6 +210,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("record_stream", [](Tensor&, c10::Stream) {});
   implement<&fused_adamw>(m, {"aten::_fused_adamw_"});
+  implement<&swapped_gelu>(m, {"aten::gelu", "aten::gelu_", "aten::gelu_backward"});
   const std::set<std::string> refused{"aten::_foreach_add.Tensor", "aten::_foreach_add_.Tensor",
       "aten::_foreach_mul.Tensor", "aten::_foreach_mul_.Tensor", "aten::_foreach_div.Tensor",
       "aten::_foreach_div_.Tensor", "aten::_foreach_lerp.ScalarList", "aten::_foreach_lerp_.ScalarList",
@@ -211,7 +220,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   std::set<std::string> rest{"aten::copy_", "aten::convolution", "aten::convolution_backward"};
   for (const auto& name : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(DispatchKey::CPU))
     if (name.name.rfind("aten::", 0) == 0) rest.insert(c10::toString(name));
-  for (auto* own : {"empty.memory_format", "empty_strided", "record_stream", "_fused_adamw_"})
+  for (auto* own : {"empty.memory_format", "empty_strided", "record_stream", "_fused_adamw_", "gelu", "gelu_", "gelu_backward"})
     rest.erase(std::string("aten::") + own);
   for (const auto& name : refused) rest.erase(name);
   implement<&run_on_cpu>(m, rest);

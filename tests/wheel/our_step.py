@@ -40,9 +40,11 @@ def steps(device, value_and_grad) -> None:
     policy = precision.parse(device.precision())
     model = pcpvt.build("pcpvt_nano", CLASSES)
     params = {name: torch.zeros(shape, device="npu") for name, shape in pcpvt.shapes(model).items()}
+    groups = optim.groups(params, 0.05)
+    params = optim.lay_out(params, groups)
     adamw = optim.adamw(
         schedules.constant(1e-3),
-        optim.groups(params, 0.05),
+        groups,
         honors_found_inf=device.fused_adamw_honors_found_inf,
     )
     optimizer = optim.chain(optim.clip_by_global_norm(5.0), adamw)

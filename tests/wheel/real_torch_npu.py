@@ -5,6 +5,9 @@
 torch_npu links against CANN's libraries. Stubs in which every function returns 0 replace them, so its operators, their
 schemas and its Python API are registered as on an Ascend host, but no kernel computes anything: with fake tensors
 dispatch, shapes and errors can be tested, but not values. pip downloads the wheel (42 MB) once, to ~/.cache/pcpvt.
+
+With `record=True` the stubs have the operators' kernels too, which do nothing but leave a line (recorder.c), so that a
+program runs on real tensors whose values are meaningless; `launches.py` counts these lines.
 """
 
 from __future__ import annotations
@@ -56,19 +59,28 @@ OPENED_LATER = {
     "libopapi.so",
     "libaml_fwk.so",
 }  # with dlopen, so they are not among the linked libraries
-# Names of functions that are looked up with dlsym, as in the binary. Those of kernels (aclnn) are left undefined.
-BY_NAME = re.compile(rb"(?<=\0)(?!aclnn)(?:acl|Hccl|Hcom|rt|aml|dsmi|Prof|Msprof)\w{3,60}(?=\0)")
+RECORDED = """
+void* record_tensor(); long record_call();
+void* aclCreateTensor(const long* shape, unsigned long axes, int dtype, const long* strides) {
+  return record_tensor(shape, axes, dtype, strides);
+}
+"""
+# Names of functions that are looked up with dlsym, as in the binary. Those of kernels begin with aclnn.
+BY_NAME = re.compile(rb"(?<=\0)(?:acl|Hccl|Hcom|rt|aml|dsmi|Prof|Msprof)\w{3,90}(?=\0)")
+RECORDER = "libpcpvt_recorder.so"
 
 
 class Unavailable(Exception):
     """The wheel cannot be used on this machine; the message is a reason to skip a test."""
 
 
-def environment(soc: str | None = "Ascend910B2") -> dict[str, str]:
+def environment(soc: str | None = "Ascend910B2", *, record: bool = False) -> dict[str, str]:
     """This process's environment, changed so that `import torch` loads the real torch_npu; fills the cache if needed.
 
     Args:
         soc: product name of the one simulated device; None means no device.
+        record: whether kernels exist and calls are recorded; PCPVT_NPU_RECORDER is then the recorder's path. Without,
+            calling a kernel raises an error that names it.
 
     Raises:
         Unavailable: without a package index, pip or a compiler, or with a torch that torch_npu cannot be loaded into.
@@ -83,8 +95,8 @@ def environment(soc: str | None = "Ascend910B2") -> dict[str, str]:
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         site = _unpack(cache, _fetch(cache, importlib.metadata.version("torch").split("+")[0]))
-        stubs = _build_stubs(cache, site, libraries)
-    env = {**os.environ, **({"PCPVT_REAL_NPU_SOC": soc} if soc else {})}
+        stubs = _build_stubs(cache, site, libraries, record)
+    env = {**os.environ, **({"PCPVT_REAL_NPU_SOC": soc} if soc else {}), "PCPVT_NPU_RECORDER": str(stubs / RECORDER)}
     for name, folder in (("PYTHONPATH", site), ("LD_LIBRARY_PATH", stubs)):
         env[name] = os.pathsep.join([str(folder), *filter(None, [env.get(name)])])
     return env
@@ -111,9 +123,11 @@ def _unpack(cache: Path, wheel: Path) -> Path:
     return site
 
 
-def _build_stubs(cache: Path, site: Path, torch_libraries: Path) -> Path:
+def _build_stubs(cache: Path, site: Path, torch_libraries: Path, record: bool) -> Path:
     """One stub library for each missing one; each defines all functions that no other library defines."""
-    key = f"{site.name} {torch_libraries} {importlib.metadata.version('torch')}".encode() + Path(__file__).read_bytes()
+    recorder = Path(__file__).with_name("recorder.c")
+    key = f"{site.name} {torch_libraries} {importlib.metadata.version('torch')} {record}".encode()
+    key += Path(__file__).read_bytes() + recorder.read_bytes()
     stubs = cache / f"stubs-{hashlib.sha256(key).hexdigest()[:16]}"
     if stubs.exists():
         return stubs
@@ -129,17 +143,26 @@ def _build_stubs(cache: Path, site: Path, torch_libraries: Path) -> Path:
     wanted = set().union(*(_symbols(file, "undefined") for file in own))
     wanted -= set().union(*(_symbols(file, "defined") for file in linked))
     wanted |= {name.decode() for file in own for name in BY_NAME.findall(file.read_bytes())}
-    wanted -= set(re.findall(r"(\w+)\([^)]*\) \{", STUBS))
+    wanted = {name for name in wanted if record or not name.startswith("aclnn")}
+    given = STUBS + RECORDED * record
+    wanted -= set(re.findall(r"(\w+)\([^)]*\) \{", given))
     wanted = {name for name in wanted if not name.startswith(("Py", "_Py"))}  # defined by the interpreter
-    functions = "".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(wanted))
+    body = 'return record_call("%s", a, b, c, d, e, f);' if record else "return 0;"
+    functions = "".join(
+        f"long {name}(long a, long b, long c, long d, long e, long f) {{ {body.replace('%s', name)} }}\n"
+        for name in sorted(wanted)
+    )
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         unfinished = Path(folder) / "stubs"
         unfinished.mkdir()
         source = Path(folder) / "stubs.c"
-        source.write_text(STUBS + functions)
+        source.write_text(given + functions)
+        command = ["gcc", "-w", "-O1", "-fPIC", "-fno-builtin", "-shared"]
+        subprocess.run([*command, "-o", str(unfinished / RECORDER), str(recorder), "-lpthread"], check=True)
+        linked_to = [f"-L{unfinished}", f"-l:{RECORDER}"] if record else []
         for library in sorted(missing):
-            command = ["gcc", "-w", "-O1", "-fPIC", "-fno-builtin", "-shared", f"-Wl,-soname,{library}"]
-            subprocess.run([*command, "-o", str(unfinished / library), str(source)], check=True)
+            target = ["-o", str(unfinished / library), f"-Wl,-soname,{library}"]
+            subprocess.run([*command, *target, str(source), *linked_to], check=True)
         unfinished.rename(stubs)
     return stubs
 

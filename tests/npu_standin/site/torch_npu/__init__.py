@@ -51,6 +51,11 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0
     return out, log_sum, log_sum, out.new_empty(0), 0, 0, 0
 
 
+def npu_gelu(input, *, approximate="none"):
+    """GELU, exact unless `approximate` is "tanh". `F.gelu` is the tanh form on this device: see standin.cpp."""
+    return torch.ops.aten.gelu(input, approximate={"none": "tanh", "tanh": "none"}[approximate])
+
+
 def npu_get_float_status(input, mode=0):
     """float32 `[8]`, whose first element is not 0 after an overflow."""
     return torch.full_like(input, float(torch.ops.npu_standin.overflow()))

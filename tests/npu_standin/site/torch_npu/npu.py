@@ -113,14 +113,17 @@ def set_compile_mode(jit_compile: bool = False) -> None:
 
 
 class _Config:
+    def __init__(self, option: str):
+        object.__setattr__(self, "option", option)
+
     def __setattr__(self, name, value):
-        if name != "allow_internal_format":
-            raise AttributeError(f"npu stand-in: torch.npu.config has no option {name}")
-        _require_no_tensors("config.allow_internal_format")
+        if name != self.option:
+            raise AttributeError(f"npu stand-in: no option {name}")
+        _require_no_tensors(name)
         object.__setattr__(self, name, value)
 
 
-config = _Config()
+config, conv = _Config("allow_internal_format"), _Config("allow_hf32")
 
 
 # ---- the overflow flag of devices that saturate
