@@ -48,20 +48,26 @@ def main(command: Command) -> int:
 
 def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     """The config of a run, and notes for the log; later modes take the config that the workdir was trained with."""
-    from pcpvt.checkpoints.load import member_names, trained_config
+    from pcpvt.checkpoints.load import describe, described, member_names, origin, trained_config
     from pcpvt.config.resolve import resolve
     from pcpvt.distributed import collectives
 
     mode, workdir, get_config, arg, overrides = command
     if mode == "report" and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
-    trained, where = None, ""
+    trained, where, said = None, "", {}
     if mode in ("eval", "predict", "export"):
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
+        said = (describe(where, overrides.get("weights", "auto")) if trained is None else described(trained)).fields()
+    elif mode == "train" and overrides.get("finetune"):
+        where = origin(overrides["finetune"], workdir)
+        said = describe(where, overrides.get("weights", "auto")).fields()
     world = collectives.from_environment()
     world_size = world.size if world else None
-    return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
+    return resolve(
+        get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where, said=said
+    )
 
 
 def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ()) -> int:

@@ -66,7 +66,7 @@ def finetune(pcpvt, workdir: Path, digits: Path, data: Path, *words: str) -> tup
     """The log of a miniature fine-tuning and the parameters at its end."""
     done = pcpvt(
         "--config=configs/pcpvt_s.py:cpu,finetune", f"--config.finetune={digits}", f"--config.data.path={data}",
-        f"--workdir={workdir}", "--config.model.name=pcpvt_nano", "--config.image_size=32", "--config.batch_size=32",
+        f"--workdir={workdir}", "--config.batch_size=32",
         "--config.augment.scale=(0.8, 1.0)", "--config.data.workers=0", *words,
     )  # fmt: skip
     last = list(checkpoint.steps(workdir / "checkpoints").values())[-1]
@@ -84,6 +84,9 @@ def test_digits_checkpoint_is_fine_tuned_to_colour_images_of_other_classes(pcpvt
     words = ["--config.steps=30", "--config.lr=5e-3", "--config.warmup_epochs=0", "--config.log_every=5 steps"]
     log, tuned = finetune(pcpvt, tmp_path, digits, images, f"--config.frozen={frozen}", *words)
     assert log.count("head: 10 classes in the file, 3 here: replaced by a fresh one") == 1
+    assert f"config.model.name: pcpvt_nano, as {digits} says; the recipe has pcpvt_s" in log
+    assert f"config.image_size: 32, as {digits} says; the recipe has 224" in log
+    assert f"config.eval.crop: 0.875 is the recipe's; {digits} says 1" in log
     assert log.count("frozen: 42 of 114 leaves, 28%: ") == 1, log
     assert "patch_embeds.0, pos_block.0, blocks.0\n" in log
 
@@ -148,7 +151,8 @@ def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, d
 
 
 def test_wrong_model_is_one_line(pcpvt, digits, tmp_path):
-    done = pcpvt("--config=configs/pcpvt_s.py:cpu", f"--config.finetune={digits}", f"--workdir={tmp_path}", check=False)
+    words = ["--config=configs/pcpvt_s.py:cpu", f"--config.finetune={digits}", "--config.model.name=pcpvt_s"]
+    done = pcpvt(*words, f"--workdir={tmp_path}", check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "looks like pcpvt_nano: use --config.model.name=pcpvt_nano" in done.stderr
 

@@ -16,8 +16,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, foreign
+from pcpvt.checkpoints import checkpoint, description, foreign, hub
 from pcpvt.checkpoints.checkpoint import CheckpointError
+from pcpvt.checkpoints.description import Description
 from pcpvt.config import stored
 from pcpvt.errors import UserError, one_line, warn
 from pcpvt.models import pcpvt
@@ -35,9 +36,14 @@ class LoadedModel(NamedTuple):
     which: str  # "params" or "ema"
     model: pcpvt.PCPVT
     params: pcpvt.Params  # on the host, float32 or float64
-    classes: list[str] | None  # of its training data, where the file names them
+    said: Description  # what the file says about itself
     meta: dict[str, Any]  # JSON of a checkpoint of pcpvt: step, config, image_size, metrics, ...; empty for other files
     notes: list[str]  # for the log
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of its training data's classes, where the file gives them."""
+        return self.said.classes
 
 
 def load_model(
@@ -46,7 +52,8 @@ def load_model(
     """The weights of one file, with their model.
 
     Args:
-        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, or a workdir, for its best checkpoint.
+        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, or a workdir, for its
+            best checkpoint.
         model: a name of `models.pcpvt.SPECS`; empty: the one that the weights belong to.
         num_classes: outputs that the model must have; None: as many as the file's head has.
         which: "params", "ema", or "auto" (see `foreign.read`).
@@ -63,7 +70,7 @@ def load_model(
     outputs = num_classes or (head.shape[0] if head is not None and head.ndim == 2 else 1000)
     built = pcpvt.build(name, outputs, pad)
     params, notes = match_params(weights.params, pcpvt.shapes(built), path=path, exact=True)
-    return LoadedModel(path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *notes])
+    return LoadedModel(path, weights.which, built, params, weights.said, weights.meta, [*weights.notes, *notes])
 
 
 def read_weights(path: str | Path, which: str = "auto") -> tuple[str, foreign.Weights]:
@@ -148,6 +155,50 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
         return stored.read_config(where), str(where)
     config = checkpoint.read_meta(Path(file)).get("config") if checkpoint.is_checkpoint(file) else None
     return None if config is None else stored.nested(config), file
+
+
+def describe(path: str, which: str = "auto") -> Description:
+    """What weights say about themselves; a model that they do not name is the one that their parameters belong to.
+
+    Of safetensors files of pcpvt only the header is read. UserError as of `foreign.read`.
+    """
+    path = os.path.expanduser(path)
+    if hub.is_name(path):
+        return hub.describe(path)
+    if Path(path).is_dir():
+        where = Path(path) / "config.json"
+        if not where.is_file():
+            return Description()  # the error comes when the weights are read
+        return described(stored.read_config(where))
+    if checkpoint.is_checkpoint(path):
+        return description.from_checkpoint(checkpoint.read_meta(Path(path)))
+    said = foreign.describe_export(Path(path))
+    if not said.model:
+        weights = foreign.read(path, which=which)
+        said = weights.said._replace(model=weights.said.model or _FAMILY.get(_depths(weights.params), ""))
+    return said
+
+
+def described(config: Mapping[str, Any]) -> Description:
+    """What a stored config, nested, says about the weights that were trained with it."""
+    flat = stored.flat(config)
+    size = flat.get("image_size")
+    return description.from_export(
+        {
+            "model": flat.get("model.name"),
+            "image_size": [size, flat.get("image_width") or size],
+            "crop": flat.get("eval.crop"),
+        }
+    )
+
+
+def origin(finetune: str, workdir: Path) -> str:
+    """Where a fine-tuning takes model and image size from: its own workdir once it has begun, else the weights.
+
+    So the weights, which are read at step 0 only, may be gone later.
+    """
+    begun = (workdir / "config.json").is_file() and bool(checkpoint.steps(workdir / "checkpoints"))
+    return str(workdir) if begun and stored.read_config(workdir / "config.json").get("finetune") else finetune
 
 
 def match_params(

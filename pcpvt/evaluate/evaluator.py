@@ -95,11 +95,17 @@ def evaluate(
     return summaries
 
 
+def split_name(dataset: sources.Dataset) -> str:
+    """The split of a dataset, as its source calls it."""
+    return str(getattr(dataset, "split", "val"))
+
+
 def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:
     """Write `result-eval.json`, and `result.json` unless a training has left one, on the main process."""
     path = session.workdir / "result-eval.json"
     result = {
-        "mode": "eval", **figures, "images": figures["seen"],
+        "mode": "eval", **figures, "images": figures["seen"], "image_size": list(session.size),
+        "crop": session.config.eval.crop, "precision": str(session.policy),
         "images_per_sec": round(figures["seen"] / seconds, 2), "seconds": round(seconds, 2),
         "n_parameters": pcpvt.n_parameters(model),
     }  # fmt: skip

@@ -5,7 +5,7 @@ import time
 from pcpvt.checkpoints.load import check_labels, load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
-from pcpvt.evaluate.evaluator import evaluate, open_split, report, write_result
+from pcpvt.evaluate.evaluator import evaluate, open_split, report, split_name, write_result
 from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -26,7 +26,10 @@ def run(session: Session) -> int:
         console.say(f"note: {note}")
     split = open_split(session, dataset, eval_batch(config))
     data = config.data.path or config.data.name
-    console.say(f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}")
+    console.say(
+        f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}, split {split_name(dataset)}: "
+        f"{session.preprocessing}"
+    )
     eval_step, params = make_eval_step(session.predictor(loaded.model)), session.inference(loaded.params)
     summaries = evaluate(session, split, lambda batch: [eval_step(params, batch)])
     assert summaries is not None  # nothing stops it
@@ -37,6 +40,7 @@ def run(session: Session) -> int:
         "epochs": meta["step"] * batch / examples if batch and examples else None,
         "checkpoint": loaded.path,
         "weights": loaded.which,
+        "split": split_name(dataset),
     }
     write_result(session, loaded.model, {**summaries[0], **result}, time.perf_counter() - began)
     return 0

@@ -65,7 +65,7 @@ def run(session: Session) -> int:
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
         console.say(f"note: {note}")
-    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which})")
+    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which}); {session.preprocessing}")
     classes, readable = class_names(loaded), 0
     header, write_image = FORMATS[config.predict.format]
 

@@ -36,6 +36,11 @@ class Session(NamedTuple):
     kernels: Kernels
 
     @property
+    def preprocessing(self) -> str:
+        """What images are evaluated as, for the log."""
+        return f"{self.size[0]}x{self.size[1]} px, crop {self.config.eval.crop:g}, {self.policy}"
+
+    @property
     def checkpoints(self) -> Path:
         return self.workdir / "checkpoints"
 
