@@ -25,7 +25,7 @@ from pcpvt.models import pcpvt
 
 OWN = ("params", "ema")  # in an ensemble: the raw and the averaged weights of the checkpoint that eval would take alone
 _FAMILY = {spec.depths: name for name, spec in pcpvt.SPECS.items()}  # blocks per stage: model
-_HEAD = ("head.weight", "head.bias")
+HEAD = ("head.weight", "head.bias")
 Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
@@ -100,29 +100,6 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
         except CheckpointError as error:
             warn(f"{error}; trying the next best")
     raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
-
-
-def check_labels(loaded: LoadedModel, classes: Sequence[str], num_classes: int | None = None) -> None:
-    """Checks that the data's labels match the model's outputs; raises UserError when they do not.
-
-    Where the file names its classes, the data's must be the same, in the same order. Elsewhere their number must be the
-    number of outputs, or smaller if `num_classes` confirms the number of outputs: the data's are then the first ones.
-    """
-    outputs = loaded.model.num_classes
-    if loaded.classes is not None and list(loaded.classes) != list(classes):
-        raise UserError(
-            f"{loaded.path}: was trained on {_listed(loaded.classes)} and the data have {_listed(classes)}: "
-            "give the data it was trained on"
-        )
-    if loaded.classes is None and len(classes) != outputs and not (num_classes == outputs and len(classes) < outputs):
-        raise UserError(
-            f"{loaded.path}: has {outputs} classes and the data have {_listed(classes)}: give the data it was trained "
-            f"on, or config.num_classes={outputs} if the data's classes are the first of those"
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def class_names(loaded: LoadedModel) -> list[str]:
@@ -218,10 +195,10 @@ def match_params(
         UserError: lists at most ten missing, unexpected and misshapen parameters and says what to do.
     """
     notes, skipped = [], set(fresh)
-    if not exact and not skipped.issuperset(_HEAD):
+    if not exact and not skipped.issuperset(HEAD):
         note, replaced = _compare_heads(weights, shapes)
         notes.append(note)
-        skipped.update(_HEAD if replaced else ())
+        skipped.update(HEAD if replaced else ())
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
     present = [(name, shape, weights[name]) for name, shape in wanted.items() if name in weights]
     missing = [f"missing {name}" for name in wanted if name not in weights]
@@ -248,7 +225,7 @@ def _compare_heads(weights: pcpvt.Params, shapes: Shapes) -> tuple[str, bool]:
     theirs, ours = weights.get("head.weight"), shapes.get("head.weight")
     if ours is None:
         return "head: the model has none", True
-    if not any(name in weights for name in _HEAD):
+    if not any(name in weights for name in HEAD):
         return f"head: the file has none: a fresh one for {ours[0]} classes", True
     if theirs is not None and theirs.shape[1:] == ours[1:] and theirs.shape[:1] != ours[:1]:
         return f"head: {theirs.shape[0]} classes in the file, {ours[0]} here: replaced by a fresh one", True

@@ -99,10 +99,10 @@ FIELDS = {
     "processes": Field(1, "processes over all hosts, one per device", RECIPE | FREE, at_least(1)),
     "timeout": Field(2100, "seconds that processes wait for one another before the run ends", FREE, at_least(1)),
     "grace": Field(60.0, "seconds from a signal until the run ends unsaved if no step has ended", FREE, at_least(1)),
-    "finetune": Field("", "weights to start from: a file, timm:NAME or a workdir", START),
+    "finetune": Field("", "weights to start from: a file, timm:NAME, hf-hub:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
     "checkpoint": Field(
-        "", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best", FREE),
+        "", "weights to evaluate, predict with, export: a file, timm:NAME, hf-hub:NAME, a workdir; else: best", FREE),
     "weights": Field("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)",
         START, one_of("auto", "params", "ema")),
     "eval_every": Field("1 epoch", "N epochs | steps | examples between evaluations; 0: only never",
@@ -117,6 +117,10 @@ FIELDS = {
         RECIPE),
     "data.path": Field("", "image folder with train/<class>/* and val/<class>/*, or the root for data.name", FREE),
     "data.val_split": Field("validation", "of hfds/...: the split to evaluate on, such as test"),
+    "data.class_order": Field(
+        "auto", "order of classes: natural (timm's: 2 before 10, no case) | bytes | auto: the data's, folders by bytes",
+        FIXED, one_of("auto", "natural", "bytes")),
+    "data.class_map": Field("", "file of class names in the order of their labels, a name a line, or name<TAB>label"),
     "data.workers": Field(-1, "loader processes per training process; -1: by the host's cores, 0: none",
         FREE, at_least(-1)),
     "data.on_error": Field(

@@ -25,7 +25,6 @@ class Npu(Device):
     name = "npu"
     backend = "cpu:gloo,npu:hccl"
     worker_start = "spawn"  # CANN does not survive a fork
-    supports_vmap = False
     pins_memory = True
     fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf
     environment = {  # noqa: RUF012 - constant

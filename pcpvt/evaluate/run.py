@@ -2,13 +2,14 @@
 
 import time
 
-from pcpvt.checkpoints.load import check_labels, load_configured
+from pcpvt.checkpoints.labels import match
+from pcpvt.checkpoints.load import load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
 from pcpvt.evaluate.evaluator import evaluate, open_split, report, split_name, write_result
 from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console
+from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
 
 
@@ -20,10 +21,12 @@ def run(session: Session) -> int:
         return ensemble.run(session)
     console = Console(session.world.is_main)
     loaded = load_configured(config, session.workdir)
-    dataset = sessions.open_data(session, "val")
-    check_labels(loaded, dataset.classes, config.num_classes)
-    for note in loaded.notes:
+    matched = match(loaded, sessions.open_data(session, "val"), config)
+    dataset = matched.dataset
+    for note in (*loaded.notes, *matched.notes):
         console.say(f"note: {note}")
+    for warning in matched.warnings:
+        warn_once(warning)
     split = open_split(session, dataset, eval_batch(config))
     data = config.data.path or config.data.name
     console.say(
@@ -41,6 +44,7 @@ def run(session: Session) -> int:
         "checkpoint": loaded.path,
         "weights": loaded.which,
         "split": split_name(dataset),
+        **({"left_out": matched.left_out} if matched.left_out else {}),
     }
     write_result(session, loaded.model, {**summaries[0], **result}, time.perf_counter() - began)
     return 0

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt import devices
-from pcpvt.data import sources
+from pcpvt.data import classes, sources
 from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
@@ -85,7 +85,8 @@ def open_data(session: Session, split: str) -> sources.Dataset:
     """One split of the configured data set."""
     config = session.config
     name = config.data.name or "folder"
-    return sources.open_split(name, config.data.path, split, session.size, config.num_classes, config.data.val_split)
+    found = sources.open_split(name, config.data.path, split, session.size, config.num_classes, config.data.val_split)
+    return classes.arrange(found, config.data.class_order, config.data.class_map)
 
 
 def count_classes(config: ConfigDict, source: sources.Dataset) -> int:

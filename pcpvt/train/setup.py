@@ -10,7 +10,8 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints.load import match_params, read_weights
+from pcpvt.checkpoints.labels import fit_head
+from pcpvt.checkpoints.load import HEAD, match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan
 from pcpvt.data import augment, loader, sources
@@ -181,7 +182,7 @@ def init_params(
     """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`.
 
     Args:
-        classes: of the data, to tell when a head is kept for other classes.
+        classes: of the data; a file that names its own gives the head's rows by name.
     """
     config = session.config
     params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
@@ -189,12 +190,14 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=fresh)
-        params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said]
-        theirs = weights.classes
-        if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
-            notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
+        head: pcpvt.Params | None = None
+        about_head: list[str] = []
+        if classes is not None and not fresh & set(HEAD):
+            head, about_head = fit_head(path, weights, params, classes, config)
+        taken = fresh if head is None else {*fresh, *HEAD}  # the head is settled
+        fitted, said = match_params(weights.params, pcpvt.shapes(model), path=path, fresh=taken)
+        params |= {n: v.to(session.policy.params) for n, v in {**fitted, **(head or {})}.items()}
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *said, *about_head]
     for field in ("fresh", "frozen"):
         if config[field]:
             notes.append(f"{field}: {_listed(matched(config, field, list(params)), params)}")
