@@ -8,12 +8,11 @@
 # N processes (default: the count in --config's ARG, else 1) train together over gloo, each on an equal share of the
 # physical cores that this shell may use; `taskset -c LIST launch/cpu.sh ...` restricts it to the cores of LIST.
 # Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script.
-# The exit status is the trainer's, or torchrun's with several processes; 2 for wrong arguments.
+# The exit status is the trainer's; 2 for wrong arguments.
 #
-# Of PyTorch's launchers, torchrun starts several processes but can bind them only to cores near GPUs (--numa-binding),
-# so it starts this script once per process, with --bind. torch.backends.xeon.run_cpu binds cores, but in torch 2.13 it
-# exits with 0 when the trainer fails, leaves the trainer running when SIGTERM ends run_cpu itself, and confuses core
-# numbers with CPU numbers.
+# Of PyTorch's launchers, torchrun can bind processes only to cores near GPUs (--numa-binding) and turns every exit
+# status into 1. torch.backends.xeon.run_cpu binds cores, but in torch 2.13 it exits with 0 when the trainer fails,
+# leaves the trainer running when SIGTERM ends run_cpu itself, and confuses core numbers with CPU numbers.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -26,11 +25,11 @@ while (($#)); do
         --nproc=*)
             nproc=${1#*=}
             [[ $nproc =~ ^[1-9][0-9]{0,3}$ ]] || die "--nproc: '$nproc': give a positive number" ;;
-        --bind=*) read -ra shares <<<"${1#*=}" ;;
         --dry_run) dry_run=1 ;;
         -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --) flags+=("${@:2}"); break ;;
-        *) flags+=("$1") ;;
+        --config | --workdir | --mode | --config[=.]* | --noconfig.* | --workdir=* | --mode=* | [!-]*) flags+=("$1") ;;
+        *) die "$1: no such option: see --help; give pcpvt's own after --" ;;
     esac
     shift
 done
@@ -53,9 +52,6 @@ hash lscpu taskset 2>/dev/null || die "lscpu, taskset: not found: install util-l
 bind=(taskset --cpu-list)
 # Memory is allocated on the node of the core that first touches it; numactl overrides an inherited policy.
 if numactl --localalloc true 2>/dev/null; then bind=(numactl --localalloc --physcpubind); fi
-
-trainer=(python -m pcpvt.main "${flags[@]}")
-if ((${#shares[@]})); then exec "${bind[@]}" "${shares[LOCAL_RANK]}" "${trainer[@]}"; fi # one of several processes
 
 # The first allowed CPU of every physical core, sorted so that neighbours are on one NUMA node.
 allowed=$(awk '/^Cpus_allowed_list/ { print $2 }' /proc/self/status) # like 0-3,8
@@ -108,11 +104,12 @@ case $preload in
 esac
 
 # --- run --------------------------------------------------------------------------------------------------------------
+command=(python -m pcpvt.main "${flags[@]}")
 if ((nproc == 1)); then
-    command=("${bind[@]}" "${shares[0]}" "${trainer[@]}")
-else
-    command=(python -m torch.distributed.run --standalone "--nproc_per_node=$nproc" --no_python
-        bash "$0" "--bind=${shares[*]}" -- "${flags[@]}")
+    command=("${bind[@]}" "${shares[0]}" "${command[@]}")
+else # each process binds itself to its share
+    export PCPVT_CORES="${shares[*]}" PET_NNODES=1 PET_NPROC_PER_NODE=$nproc
+    exported+=(PCPVT_CORES PET_NNODES PET_NPROC_PER_NODE)
 fi
 if [[ -n $dry_run ]]; then
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort

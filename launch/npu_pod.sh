@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts the processes of one node of a multi-node run: finds CANN, sets HCCL's variables, then executes torchrun.
+# Starts the processes of one node of a multi-node run: finds CANN, sets HCCL's variables, then executes pcpvt, which
+# starts a process per card and meets the other nodes.
 #
 #   launch/npu_pod.sh [--nnodes=N] [--node_rank=R] [--master_addr=HOST] [--master_port=PORT]
 #                     [--nproc_per_node=K] [--dry_run] [--] PCPVT_FLAGS...
@@ -7,11 +8,13 @@
 #                     --config=configs/pcpvt_s.py:npu64 --workdir=/shared/run
 #
 # Run it once per node, with a workdir that all nodes share. Missing options are taken from MASTER_ADDR and
-# MASTER_PORT, then from OpenMPI, Intel MPI or MPICH, Slurm, Volcano or an indexed Kubernetes job; without any
-# of them the run has one node. The count in --config's ARG (npu64) is the total over all nodes. Variables that
-# are already set are kept. --dry_run prints the commands that would run, as a shell script. CANN_SET_ENV is the
-# path of CANN's set_env.sh, for when the search does not find it. :cudaN and :cpuN work as well; only :npuN
-# needs CANN. The exit status is torchrun's; 2 for wrong arguments, 1 without CANN.
+# MASTER_PORT, then from OpenMPI, Intel MPI or MPICH, Slurm, a PyTorchJob (PET_*), an AscendJob, Volcano or an indexed
+# Kubernetes job; without any of them the run has one node. The count in --config's ARG (npu64) is the total over all
+# nodes. Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script.
+# CANN_SET_ENV is the path of CANN's set_env.sh, for when the search does not find it. :cudaN and :cpuN work as well;
+# only :npuN needs CANN. The exit status is pcpvt's: 0 done, 2 an error of the user, 75 stopped by a signal after saving
+# (the same command resumes), 76 another node is lost, 128 + n killed by signal n, 1 another fault; 2 for wrong
+# arguments and without CANN.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -33,7 +36,8 @@ while (($#)); do
         --dry_run) dry_run=1 ;;
         -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --) flags+=("${@:2}"); break ;;
-        *) flags+=("$1") ;;
+        --config | --workdir | --mode | --config[=.]* | --noconfig.* | --workdir=* | --mode=* | [!-]*) flags+=("$1") ;;
+        *) die "$1: no such option: see --help; give pcpvt's own after --" ;;
     esac
     shift
 done
@@ -51,7 +55,7 @@ done
 
 # --- which node this is -------------------------------------------------------------------------------------
 from_scheduler() { # NAME NODES RANK TASKS_PER_NODE REMEDY: sets nnodes and node_rank unless the options did
-    [[ $4 == 1 ]] || die "$1: $4 tasks on this node: torchrun starts the processes: start one task per node ($5)"
+    [[ $4 == 1 ]] || die "$1: $4 tasks on this node: pcpvt starts the processes: start one task per node ($5)"
     nnodes=${nnodes:-$2} node_rank=${node_rank:-$3}
 }
 
@@ -66,6 +70,13 @@ elif [[ -n ${SLURM_NODEID:-} ]]; then
     count=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
     from_scheduler Slurm "$count" "$SLURM_NODEID" $((${SLURM_STEP_NUM_TASKS:-$count} / count)) \
         'srun --ntasks-per-node=1'
+elif [[ -n ${PET_NNODES:-} && -n ${PET_NODE_RANK:-} ]]; then
+    from_scheduler PyTorchJob "${PET_NNODES#*:}" "$PET_NODE_RANK" 1 ''
+    master_addr=${master_addr:-${PET_MASTER_ADDR:-}} master_port=${master_port:-${PET_MASTER_PORT:-}}
+    [[ ! ${PET_NPROC_PER_NODE:-} =~ ^[0-9]+$ ]] || nproc_per_node=${nproc_per_node:-$PET_NPROC_PER_NODE}
+elif [[ -n ${LOCAL_WORLD_SIZE:-} && -n ${WORLD_SIZE:-} && -n ${RANK:-} && -z ${LOCAL_RANK:-} ]]; then
+    from_scheduler AscendJob $((WORLD_SIZE / LOCAL_WORLD_SIZE)) "$RANK" 1 ''
+    nproc_per_node=${nproc_per_node:-$LOCAL_WORLD_SIZE}
 elif [[ -n ${VC_TASK_INDEX:-} ]]; then
     tasks=()
     for name in "${!VC_@}"; do [[ $name != VC_*_HOSTS ]] || tasks+=("$name"); done
@@ -143,24 +154,25 @@ route_to_master() { # prints this node's interface and address on the route to t
         ip -o -4 route get "$address" | sed -nE 's/.* dev (\S+).* src (\S+).*/\1 \2/p'
 }
 
-rendezvous=(--standalone) interface=lo address=''
+settle() { export "$1=$2"; exported+=("$1"); } # NAME VALUE: exports VALUE; torchrun's options as variables (PET_*)
+unset "${!PET_@}" RANK WORLD_SIZE LOCAL_WORLD_SIZE
+settle PET_NNODES "$nnodes"
+settle PET_NPROC_PER_NODE "$nproc_per_node"
+interface=lo address=''
 if ((nnodes > 1)); then
     read -r interface address < <(route_to_master 2>/dev/null) || true
-    # 15 minutes, because pods start at different times while images are pulled; torchrun's store waits 1 by default.
-    is_host=false
-    ((node_rank)) || is_host=true
-    rendezvous=(--rdzv_backend=c10d "--rdzv_endpoint=$master_addr:$master_port" "--rdzv_id=${SLURM_JOB_ID:-pcpvt}"
-        "--rdzv_conf=is_host=$is_host,join_timeout=900,read_timeout=900")
-    [[ -z $address ]] || rendezvous+=("--local_addr=$address") # else other nodes must resolve this one's host name
+    settle PET_NODE_RANK "$node_rank"
+    settle PET_RDZV_ENDPOINT "$master_addr:$master_port"
+    settle PET_RDZV_ID "${SLURM_JOB_ID:-pcpvt}"
+    [[ -z $address ]] || settle PET_LOCAL_ADDR "$address" # else other nodes must resolve this one's host name
 fi
 [[ -z $interface ]] || default GLOO_SOCKET_IFNAME "$interface"
-default TORCH_ELASTIC_SHUTDOWN_TIMEOUT 90 # seconds from SIGTERM to SIGKILL; 30 may cut off the last checkpoint
 case $device in
     npu)
         default CPU_AFFINITY_CONF 1 # binds each card's process to its own share of the cores
         default HCCL_CONNECT_TIMEOUT 1800
         default HCCL_WHITELIST_DISABLE 1
-        default OMP_NUM_THREADS 1 # torchrun's own default for several processes; setting it avoids a warning
+        default OMP_NUM_THREADS 1
         default TASK_QUEUE_ENABLE 2
         [[ -z $address || -n ${HCCL_SOCKET_IFNAME:-} ]] || default HCCL_IF_IP "$address" ;;
     cpu)
@@ -187,14 +199,13 @@ if [[ $device == npu ]]; then
     set_env=$(find_cann)
     if [[ ! -r $set_env ]]; then
         echo "${0##*/}: CANN: ${set_env:-set_env.sh} not found: install its toolkit, or set CANN_SET_ENV=FILE" >&2
-        [[ -n $dry_run ]] || exit 1
+        [[ -n $dry_run ]] || exit 2
         set_env=''
     fi
 fi
 
 # --- run ----------------------------------------------------------------------------------------------------
-command=(python -m torch.distributed.run "--nnodes=$nnodes" "--nproc_per_node=$nproc_per_node"
-    "${rendezvous[@]}" -m pcpvt.main "${flags[@]}")
+command=(python -m pcpvt.main "${flags[@]}")
 if [[ -n $dry_run ]]; then
     [[ -z $set_env ]] || printf 'source %q\n' "$set_env"
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort

@@ -4,10 +4,17 @@ Importing the package imports no other module; `pcpvt.api`, which needs torch, i
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name == "api":
         return importlib.import_module("pcpvt.api")
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("pcpvt")
+        except metadata.PackageNotFoundError:
+            return "unknown (pcpvt is not installed: pip install -e .)"
     raise AttributeError(f"module 'pcpvt' has no attribute {name!r}")

@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
+# Said where the module fcntl is missing, and with it flock, process groups and SIGHUP.
+SYSTEMS = "this system is not supported: pcpvt runs on Linux (x86-64 and aarch64); on Windows use it inside WSL 2"
+
 
 class UserError(Exception):
     """An error that the user can correct; the message names the field or file, the value, and the remedy."""

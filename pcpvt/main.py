@@ -1,11 +1,4 @@
-"""Trains, fine-tunes, evaluates and exports Twins-PCPVT image classifiers on Ascend NPUs, CUDA GPUs and CPUs.
-
-    python -m pcpvt.main --config=configs/pcpvt_s.py:cpu                        train on the embedded digits
-    python -m pcpvt.main --config=configs/pcpvt_s.py:npu8 --config.data.path=DIR    train on an image folder
-    python -m pcpvt.main --mode=eval                                            evaluate the best checkpoint
-
-Fields of --config and their defaults (a recipe in the config's ARG may set others):
-"""
+"""The program: reads the command line, runs a mode in this process or in several, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -17,12 +10,19 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pcpvt.errors import SYSTEMS, UserError, printable, put, show
+
+try:
+    import fcntl  # noqa: F401 - not on Windows
+except ImportError:
+    show(SYSTEMS)
+    sys.exit(2)
+
 from pcpvt.distributed import signals
-from pcpvt.errors import UserError, printable, put, show
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -38,39 +38,56 @@ MODES = {
 
 def main(command: Command) -> int:
     """Runs a parsed command line, in this process or in several that it starts; returns the exit code."""
+    from pcpvt.checkpoints.checkpoint import newest_whole
     from pcpvt.distributed import collectives, launch
 
     config, notes = read_config(command)
-    if config.processes > 1 and collectives.from_environment() is None:
-        return launch.launch(config, sys.argv[1:])
-    return run(config, command.workdir, command.mode, notes)
+    trains = command.mode == "train"
+    if (config.processes > 1 or (trains and config.restarts)) and collectives.from_environment() is None:
+        newest = functools.partial(newest_whole, command.workdir / "checkpoints")
+        return launch.launch(config, command.words(), newest if trains else None)
+    return run(config, command.workdir, command.mode, notes, command)
 
 
 def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
-    """The config of a run, and notes for the log; later modes take the config that the workdir was trained with."""
+    """The config of a run, and notes for the log.
+
+    Later modes take the config that the workdir was trained with. Training, a bench and a schedule take it where
+    --workdir names a folder that holds one, training only if no --config is given.
+    """
     from pcpvt.checkpoints.load import describe, described, member_names, origin, trained_config
     from pcpvt.config.resolve import resolve
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, hosts
 
-    mode, workdir, get_config, arg, overrides = command
+    mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
     trained, where, said = None, "", {}
+    may_go_on = mode in ("bench", "schedule") or (mode == "train" and not command.config)
     if mode in ("eval", "predict", "export"):
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
         said = (describe(where, overrides.get("weights", "auto")) if trained is None else described(trained)).fields()
+    elif may_go_on and command.names_workdir and (workdir / "config.json").is_file():
+        trained, where = trained_config("", [], workdir)
     elif mode == "train" and overrides.get("finetune"):
         where = origin(overrides["finetune"], workdir)
         said = describe(where, overrides.get("weights", "auto")).fields()
+    if trained is not None and not command.config:
+        get_config = functools.partial(_for_stored_device, get_config)
     world = collectives.from_environment()
-    world_size = world.size if world else None
+    world_size = world.size if world else hosts.from_environment(os.environ).processes_in_all()
     return resolve(
         get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where, said=said
     )
 
 
-def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ()) -> int:
+def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> ConfigDict:
+    """The config for ARG without a device; a stored one replaces it, so this host's devices are not looked for."""
+    return get_config(arg if arg[:1].isalpha() else f"cpu{arg}")
+
+
+def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
     from pcpvt.distributed import collectives
@@ -91,7 +108,9 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = ())
                 remove_leftovers(workdir)
             for note in notes:
                 console.say(f"note: {note}")
-            return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir))
+            if is_main and command and not (workdir / records.COMMAND).exists():
+                records.write_command(workdir, command.line())
+            return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir, command))
         except (UserError, OSError, RuntimeError) as failure:
             error = collectives.peer_error(failure) if isinstance(failure, RuntimeError) else _user_error(failure)
             if error is None:
@@ -106,30 +125,28 @@ def entry() -> None:
     """Runs the program. A user error is one line on standard error; exit codes are in `distributed.signals`."""
     try:
         signals.install()  # before anything slow is imported: a signal must find its handler
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a PeerError says in one line what c10d warns of in 30
         if os.environ.get("TORCHELASTIC_RUN_ID"):
             signals.follow_launcher()
+            _bind_to_cores()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         threading.excepthook = _report_thread_failure
         from absl import app
 
-        from pcpvt.config import cli, fields
+        from pcpvt.config import cli
 
-        sys.modules["__main__"].__doc__ = f"{__doc__}\n{fields.describe()}"
         app.run(main, flags_parser=functools.partial(cli.parse, modes=MODES))
-    except SystemExit as ended:
-        help_flags = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
-        sys.exit(0 if help_flags and ended.code == 1 else ended.code)  # absl exits with 1 after --help
     except (Exception, signals.Stopped) as error:
         # A module that was being imported may have replaced Stopped by an error of its own.
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
-            if os.environ.get("RANK", "0") == "0":
+            if "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0":
                 put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
         if isinstance(error, UserError | OSError):
             error = _user_error(error)
-            _fail(str(error), error.exit_code, "RANK" not in os.environ or _is_first(error))
+            _fail(str(error), error.exit_code, "LOCAL_RANK" not in os.environ or _is_first(error))
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors
@@ -151,6 +168,12 @@ def _is_first(error: UserError) -> bool:
     from pcpvt.distributed import collectives
 
     return collectives.explains(error)
+
+
+def _bind_to_cores() -> None:
+    """Binds this rank to its share of the cores, before a library starts threads; `launch/cpu.sh` sets the shares."""
+    if shares := os.environ.get("PCPVT_CORES", "").split():
+        os.sched_setaffinity(0, map(int, shares[int(os.environ["LOCAL_RANK"])].split(",")))
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

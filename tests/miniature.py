@@ -28,7 +28,7 @@ TIMINGS = ("images_per_sec", "waiting", "seconds", "mfu")
 RECIPE = {
     "model.name": "pcpvt_nano", "precision": "float32", "steps": 12, "batch_size": 48, "lr": 2e-3,
     "warmup_epochs": 0.1, "model.drop_path": 0.1, "mixup": 0.2, "eval_every": "8 steps", "save_every": "4 steps",
-    "log_every": "3 steps",
+    "log_every": "3 steps", "restarts": 0,
 }  # fmt: skip
 
 
@@ -135,9 +135,15 @@ def await_line(process: subprocess.Popen | warm.Process, text: str) -> str:
 
 
 def records(workdir: Path) -> list[dict]:
-    """The metrics file without timings."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+    """The metrics file without timings and restarts."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines if line["kind"] != "restart"]
+
+
+def restarts(workdir: Path) -> list[dict]:
+    """The records of restarts in the metrics file."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "restart"]
 
 
 def newest(workdir: Path) -> checkpoint.Checkpoint:
@@ -149,8 +155,10 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
     ours, theirs = newest(workdir), newest(reference)
     assert ours.tensors.keys() == theirs.tensors.keys()
     assert [name for name in ours.tensors if not torch.equal(ours.tensors[name], theirs.tensors[name])] == []
-    for name in ("step", "metrics", "best", "window", "records", "examples", "classes"):
+    for name in ("step", "metrics", "best", "window", "examples", "classes"):
         assert ours.meta[name] == theirs.meta[name], name
+    lines = [run.meta["records"] - len(restarts(folder)) for run, folder in ((ours, workdir), (theirs, reference))]
+    assert lines[0] == lines[1]
     assert records(workdir) == records(reference)
     results = [json.loads((folder / "result.json").read_text()) for folder in (workdir, reference)]
     for name in ("acc1", "acc5", "loss", "best_step", "images", "epochs", "steps", "last"):

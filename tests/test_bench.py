@@ -3,22 +3,27 @@
 import html
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from absl import flags
 
 from pcpvt import main
 from pcpvt.bench import baseline, parts, scaling
-from pcpvt.config import fields, recipes, resolve
+from pcpvt.config import cli, fields, recipes, resolve, stored
 from pcpvt.errors import UserError
 from pcpvt.runtime import session as sessions
 
 
 @pytest.fixture
-def miniature(nano):
-    return ["--mode=bench", *nano, "--config.batch_size=4", "--config.bench.steps=1", "--config.image_size=32"]
+def miniature(nano, tmp_path):
+    """With the mode and the workdir in spellings that no search for `--mode=` or `--workdir=` finds."""
+    words = [word for word in nano if not word.startswith("--workdir")]
+    words += ["--config.batch_size=4", "--config.bench.steps=1", "--config.image_size=32"]
+    return ["-mode=bench", *words, "--workdir", str(tmp_path / "run")]
 
 
 def check_loop(figures):
@@ -29,7 +34,7 @@ def check_loop(figures):
 
 def test_the_whole_loop_is_measured_on_the_configured_data(pcpvt, miniature, tmp_path):
     printed = pcpvt(*miniature, "--config.data.name=digits", "--config.data.workers=1").stdout
-    check_loop(json.loads((tmp_path / "run" / "result.json").read_text())["loop"])
+    check_loop(json.loads((tmp_path / "run" / "result-bench.json").read_text())["loop"])
     assert len(re.findall(r"^ours  loop .* images/s .* % of the time waiting for data", printed, re.MULTILINE)) == 1
 
 
@@ -45,14 +50,12 @@ def scaled(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("scaled")
     config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
     config.image_size, config.batch_size, config.bench.steps, config.bench.scaling = 32, 2, 1, True
-    words = ["pcpvt", "--config=configs/pcpvt_s.py:cpu", "--config.model.name=pcpvt_nano", "--config.batch_size=2"]
     run_in_subprocess = scaling.run_in_subprocess
 
     def fail_at_4(measure, config):
         return run_in_subprocess(raise_memory_error if config.batch_size == 4 else measure, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
         patch.setattr(scaling, "BATCHES", (1, 2, 4))
         patch.setattr(scaling, "SIZES", (224, 256))
         patch.setattr(scaling, "PROCESSES", (1, 2))
@@ -60,7 +63,7 @@ def scaled(tmp_path_factory):
         printed = []
         patch.setattr(scaling.Console, "say", lambda self, text: printed.append(text))
         assert main.run(config, workdir, "bench") == 0
-    return json.loads((workdir / "result.json").read_text()), printed, (workdir / "report.html").read_text()
+    return json.loads((workdir / "result-bench.json").read_text()), printed, (workdir / "bench.html").read_text()
 
 
 def raise_memory_error(session):
@@ -168,6 +171,39 @@ def test_a_training_killed_by_the_kernel_counts_as_out_of_memory(monkeypatch):
 def test_any_other_training_failure_ends_the_bench_with_its_message(monkeypatch):
     with pytest.raises(UserError, match=r"^--mode=bench: .*processes=2 failed: config\.x: 1: choose 2$"):
         point_with_training("raise SystemExit('pcpvt: error: config.x: 1: choose 2')", monkeypatch)
+
+
+def test_a_training_of_the_bench_has_its_config_whatever_the_command_line_was(tmp_path):
+    config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
+    config.update_from_flattened_dict({"image_size": 64, "lr": 0.5, "checkpoint": "FILE", "augment.scale": (0.2, 1.0)})
+    words = parts.train_command(sessions.start(config, tmp_path), tmp_path / "run", {"steps": 3, "processes": 2})
+    assert words[1:3] == ["-m", "pcpvt.main"]
+    command = cli.parse(words[2:], main.MODES, flags.FlagValues())
+    found, _ = main.read_config(command)
+    changed = {"epochs": None, "steps": 3, "processes": 2, "data.name": "synthetic", "num_classes": 1000}
+    changed |= {"checkpoint": "", "eval_every": "0", "save_every": "0"}
+    assert (command.mode, command.workdir) == ("train", tmp_path / "run")
+    assert stored.flat(found) == {**stored.flat(config), **changed}
+
+
+@pytest.mark.parametrize("mode", ["bench", "schedule"])
+def test_a_bench_and_a_schedule_of_a_workdir_take_its_config_and_leave_its_files(mode, trained, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    words = [f"--mode={mode}", "--config=configs/pcpvt_s.py:cpu,perf", f"--workdir={workdir}"]
+    command = cli.parse(["pcpvt", *words], main.MODES, flags.FlagValues())
+    config, notes = main.read_config(command)
+    assert (config.model.name, config.lr, config.epochs, config.precision) == ("pcpvt_nano", 3e-3, 3.0, "float32")
+    assert notes == [f"the config is that of {workdir}/config.json: of ARG, 'perf' is not used; "
+                     "give fields as --config.NAME=VALUE"]  # fmt: skip
+    monkeypatch.setattr("pcpvt.bench.run.measure", lambda session: {"mode": "bench"})
+    monkeypatch.setattr("pcpvt.bench.run.table", str)
+    assert main.run(config, workdir, mode, notes, command) == 0
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    new = {"bench": {"result-bench.json"}, "schedule": {"schedule.csv", "schedule.html"}}[mode]
+    assert {path.name for path in after.keys() - before.keys()} == new
+    assert before.items() <= after.items()
 
 
 @pytest.mark.parametrize("against", ["timm", "timm-compiled"])

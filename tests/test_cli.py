@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict
 
-from pcpvt import main
+from pcpvt import errors, main
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.load import load_model
 from pcpvt.config import cli
@@ -67,6 +68,27 @@ def test_spelling_and_order_of_the_words_do_not_matter():
         [*words[:3], "--config.augment.scale=0.5", "--config.augment.scale=1", "--mode", "schedule"],
     ):
         assert parse(*other)._replace(get_config=None) == expected._replace(get_config=None)
+
+
+def test_a_command_is_written_out_in_words_that_mean_the_same():
+    """The launcher starts the ranks with these, whatever the spelling was."""
+    for words in (
+        [],
+        ["-mode", "eval", "--workdir", "a b"],
+        ["--config", "configs/pcpvt_s.py:cpu2,perf", "-config.lr", "5e-1", "--noconfig.tensorboard", "--workdir=~/x"],
+        ["--config.augment.scale=0.5", "--config.augment.scale=1", "--config.data.path=", "--config.frozen=^a=b| ' .$"],
+        ["--config.data.workers", "-1", "--config.data.name=-mode=bench", "--config.data.path=--workdir"],
+    ):
+        command = parse(*words)
+        again = parse(*command.words())
+        assert again._replace(get_config=None) == command._replace(get_config=None)
+        copied = parse(*shlex.split(command.line())[3:])
+        assert copied._replace(get_config=None) == command._replace(get_config=None)
+
+
+def test_a_value_is_quoted_for_a_shell():
+    line = parse("--workdir=my runs/a", "--config.frozen=^head$", "--config.seed=3").line()
+    assert line == "python -m pcpvt.main --config.frozen='^head$' --config.seed=3 --workdir='my runs/a'"
 
 
 def test_the_default_config_is_the_small_model():
@@ -232,15 +254,16 @@ def test_an_implied_recipe_is_noted_on_standard_output_unless_predictions_go_the
 
     import_module, of_mode = importlib.import_module, f"pcpvt.{main.MODES[mode]}"
     monkeypatch.setattr(importlib, "import_module", lambda name: Mode if name == of_mode else import_module(name))
-    (tmp_path / "config.json").write_text(json.dumps(read(STOCK).to_dict()))
+    later = mode in ("eval", "predict", "export")
+    if later:  # these take the config that the workdir was trained with, not a recipe
+        (tmp_path / "config.json").write_text(json.dumps(read(STOCK).to_dict()))
     command = parse(STOCK, f"--mode={mode}", "--config.data.path=DIR", f"--workdir={tmp_path}")
     config, notes = main.read_config(command)
     assert main.run(config, tmp_path, mode, notes or [IMPLIED[6:-1]]) == 0
     out, err = capsys.readouterr()
     assert out == "the mode's own output\n" if mode == "predict" else out == f"{IMPLIED}the mode's own output\n"
     assert err == (IMPLIED if mode == "predict" else "")
-    # These take the config that the workdir was trained with, not a recipe.
-    assert (notes == []) == (mode in ("eval", "predict", "export"))
+    assert (notes == []) == later
 
 
 def test_a_run_on_an_image_folder_says_which_recipe_it_takes(tmp_path):
@@ -248,3 +271,12 @@ def test_a_run_on_an_image_folder_says_which_recipe_it_takes(tmp_path):
     ended = subprocess.run([sys.executable, "-m", "pcpvt.main", *words], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == IMPLIED
     assert ended.stderr.startswith("pcpvt: error: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_system_without_fcntl_is_told_which_are_supported():
+    """As on Windows, which has no SIGHUP and no module `resource` either."""
+    hidden = "import signal, sys; sys.modules.update(fcntl=None, resource=None); del signal.SIGHUP; "
+    for program in ("import runpy; runpy.run_module('pcpvt.main', run_name='__main__')", "import pcpvt.main"):
+        ended = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == f"pcpvt: error: {errors.SYSTEMS}\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcpvt.config import checks, fields, plan, recipes, resolve, stored
+from pcpvt.config import checks, fields, help, plan, recipes, resolve, stored
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules
 
@@ -210,7 +210,7 @@ def test_durations_are_epochs_steps_or_examples(amount, unit, steps):
 @pytest.mark.parametrize("name", fields.FIELDS)
 def test_every_field_has_help_a_default_that_passes_and_a_known_rule(name):
     field, value = fields.FIELDS[name], attrgetter(name)(fields.base())
-    assert field.help and f"--config.{name}=" in fields.describe()
+    assert field.help and f"--config.{name}=" in help.text()
     assert value == (None if field.unset else field.default)
     assert value is None or field.check(value) == ""
     assert fields.rule(name) == field.rule

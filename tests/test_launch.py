@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 # Prints its arguments and the relevant variables, then exits with FAKE_EXIT.
 FAKE_PYTHON = """#!/usr/bin/env bash
-echo "$*"; env | grep -E '^(HCCL|GLOO|OMP|CPU_AFF|TASK|TORCH_|FROM_CANN|MALLOC|LD_PRELOAD)' | sort
+echo "$*"; env | grep -E '^(HCCL|GLOO|OMP|CPU_AFF|TASK|PET_|PCPVT_|FROM_CANN|MALLOC|LD_PRELOAD)' | sort
 exit "${FAKE_EXIT:-0}"
 """
 
@@ -67,8 +67,9 @@ def dry_run(line: str, env: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     return exports, lines[-1][1:]
 
 
-def option(command: list[str], name: str) -> str:
-    return next((word.split("=", 1)[1] for word in command if word.startswith(f"--{name}=")), "")
+def settings(exports: dict[str, str], *names: str) -> list[str]:
+    """Exported variables of torchrun's options; empty where one is not exported."""
+    return [exports.get(f"PET_{name}", "") for name in names]
 
 
 # Each is rank 1 of 2. srun --mpi=pmi2 sets PMI_* besides SLURM_*; under OpenMPI, SLURM_* describes mpirun itself.
@@ -84,6 +85,12 @@ SCHEDULERS = {
         f"{OPENMPI} OMPI_MCA_orte_hnp_uri='7.0;tcp://10.9.0.1,10.8.0.1:3' npu_pod.sh",
         "10.9.0.1:29500",
     ),
+    "pytorch job": (
+        "PET_NNODES=2 PET_NODE_RANK=1 PET_NPROC_PER_NODE=8 PET_MASTER_ADDR=h0 PET_MASTER_PORT=23456 RANK=1 "
+        "WORLD_SIZE=16 npu_pod.sh",
+        "h0:23456",
+    ),
+    "ascend job": ("RANK=1 WORLD_SIZE=16 LOCAL_WORLD_SIZE=8 MASTER_ADDR=h0 MASTER_PORT=2222 npu_pod.sh", "h0:2222"),
     "hydra": ("PMI_SIZE=2 PMI_RANK=1 MPI_LOCALNRANKS=1 MASTER_ADDR=h0 npu_pod.sh", "h0:29500"),
 }
 
@@ -91,20 +98,15 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_node_count_rank_and_master_of_each_scheduler(name: str, fake: dict[str, str]) -> None:
     line, endpoint = SCHEDULERS[name]
-    _, command = dry_run(f"{line} --config=c.py:npu16 '--workdir=a b'", fake)
-    assert command[:3] == ["python", "-m", "torch.distributed.run"]
-    assert command[-4:] == ["-m", "pcpvt.main", "--config=c.py:npu16", "--workdir=a b"]
-    assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["2", "8"]
-    assert [option(command, name) for name in ("rdzv_backend", "rdzv_endpoint")] == ["c10d", endpoint]
-    assert "is_host=false" in option(command, "rdzv_conf")
+    exports, command = dry_run(f"{line} --config=c.py:npu16 '--workdir=a b'", fake)
+    assert command == ["python", "-m", "pcpvt.main", "--config=c.py:npu16", "--workdir=a b"]
+    assert settings(exports, "NNODES", "NODE_RANK", "NPROC_PER_NODE", "RDZV_ENDPOINT") == ["2", "1", "8", endpoint]
 
 
-def test_rank_0_hosts_the_rendezvous_and_arguments_override_the_scheduler(fake: dict[str, str]) -> None:
+def test_arguments_override_the_scheduler(fake: dict[str, str]) -> None:
     args = "--nnodes=4 --node_rank=0 --master_addr=z --nproc_per_node=4 --config=c.py:npu16"
-    _, command = dry_run(f"{SLURM} npu_pod.sh {args}", fake)
-    assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["4", "4"]
-    assert option(command, "rdzv_endpoint") == "z:29821"
-    assert "is_host=true" in option(command, "rdzv_conf")
+    exports, _ = dry_run(f"{SLURM} npu_pod.sh {args}", fake)
+    assert settings(exports, "NNODES", "NODE_RANK", "NPROC_PER_NODE", "RDZV_ENDPOINT") == ["4", "0", "4", "z:29821"]
 
 
 @pytest.mark.parametrize(
@@ -112,29 +114,30 @@ def test_rank_0_hosts_the_rendezvous_and_arguments_override_the_scheduler(fake: 
     [("n3,b", "n3"), ("n[03-10,12]", "n03"), ("n[03,7],z", "n03"), ("r[1-2]n[3-4],z", "r1n3")],
 )
 def test_first_host_of_a_slurm_node_list(nodes: str, first: str, fake: dict[str, str]) -> None:
-    _, command = dry_run(f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake)
-    assert option(command, "rdzv_endpoint") == f"{first}:29500"
+    exports, _ = dry_run(f"SLURM_NNODES=2 SLURM_NODEID=0 SLURM_JOB_NODELIST={nodes} npu_pod.sh --config=c:npu2", fake)
+    assert settings(exports, "RDZV_ENDPOINT") == [f"{first}:29500"]
 
 
 def test_without_a_scheduler_there_is_one_node(fake: dict[str, str]) -> None:
     exports, command = dry_run("npu_pod.sh --config c.py:npu8,perf", fake)
-    assert [option(command, name) for name in ("nnodes", "nproc_per_node")] == ["1", "8"]
-    assert "--standalone" in command
+    assert settings(exports, "NNODES", "NPROC_PER_NODE", "RDZV_ENDPOINT") == ["1", "8", ""]
+    assert command[:3] == ["python", "-m", "pcpvt.main"]
     assert exports["TASK_QUEUE_ENABLE"] == "2" and exports["HCCL_CONNECT_TIMEOUT"] == "1800"
     assert exports["HCCL_WHITELIST_DISABLE"] == "1" and exports["CPU_AFFINITY_CONF"] == "1"
 
 
 def test_process_count_is_the_number_of_visible_cards(fake: dict[str, str]) -> None:
-    _, command = dry_run("ASCEND_RT_VISIBLE_DEVICES=1,3,10 npu_pod.sh", fake)
-    assert option(command, "nproc_per_node") == "3"
+    exports, _ = dry_run("ASCEND_RT_VISIBLE_DEVICES=1,3,10 npu_pod.sh", fake)
+    assert settings(exports, "NPROC_PER_NODE") == ["3"]
 
 
 @pytest.mark.parametrize("line", [POD2, CPU2])
 def test_variables_already_set_are_kept(line: str, fake: dict[str, str]) -> None:
     exports = dry_run(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake)[0]
-    already_set = {name: f"value{i}" for i, name in enumerate(exports)}
+    decided = {name: value for name, value in exports.items() if name.startswith(("PET_", "PCPVT_"))}
+    already_set = {name: f"value{i}" for i, name in enumerate(exports) if name not in decided}
     assert already_set
-    assert dry_run(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake | already_set)[0] == already_set
+    assert dry_run(f"LD_PRELOAD=/none/libtcmalloc.so {line}", fake | already_set)[0] == already_set | decided
 
 
 def test_network_interface_on_the_route_to_the_master_is_used(tmp_path: Path, fake: dict[str, str]) -> None:
@@ -142,19 +145,19 @@ def test_network_interface_on_the_route_to_the_master_is_used(tmp_path: Path, fa
     route = "10.0.0.1 via 10.0.1.1 dev bond0 src 10.0.1.7 uid 0 \\ cache"
     executable(tmp_path / "bin/ip", f"#!/bin/sh\n[ \"$3\" = addr ] || echo '{route}'\n")
     line = "npu_pod.sh --nnodes=2 --node_rank=1 --master_addr=h0 --config=c.py:npu2"
-    exports, command = dry_run(line, fake)
+    exports, _ = dry_run(line, fake)
     assert (exports["GLOO_SOCKET_IFNAME"], exports["HCCL_IF_IP"]) == ("bond0", "10.0.1.7")
-    assert option(command, "local_addr") == "10.0.1.7"
+    assert settings(exports, "LOCAL_ADDR") == ["10.0.1.7"]
     assert "HCCL_IF_IP" not in dry_run(f"HCCL_SOCKET_IFNAME=eth1 {line}", fake)[0]
 
 
-@pytest.mark.parametrize("line", [f"{POD2} '--x=a b'", f"{CPU2} '--x=a b'"])
+@pytest.mark.parametrize("line", [f"{POD2} '--workdir=a b'", f"{CPU2} '--workdir=a b'"])
 def test_dry_run_is_repeatable_and_prints_what_a_run_executes(line: str, fake: dict[str, str]) -> None:
     printed = launch(line, fake, "--dry_run").stdout
     assert launch(line, fake, "--dry_run").stdout == printed
     replayed = subprocess.run(["bash", "-c", printed], env=fake, capture_output=True, text=True)
     real = launch(line, fake)
-    assert real.stdout == replayed.stdout and "torch.distributed.run" in real.stdout
+    assert real.stdout == replayed.stdout and "PET_NNODES=" in real.stdout
     assert replayed.returncode == real.returncode == 0
 
 
@@ -190,7 +193,7 @@ def test_cann_is_found_and_sourced(how: str, tmp_path: Path, fake: dict[str, str
 def test_missing_cann_is_a_one_line_error_for_npu_only(fake: dict[str, str]) -> None:
     fake["CANN_SET_ENV"] = "/nowhere/set_env.sh"
     run = launch(POD2, fake)
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert "CANN: /nowhere/set_env.sh not found" in run.stderr
     on_cpu = launch(POD2.replace("npu16", "cpu4"), fake)
     assert on_cpu.returncode == 0 and "HCCL" not in on_cpu.stdout
@@ -201,6 +204,8 @@ MPI = "OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_LOCAL_SIZE
 ERRORS = [
     ("npu_pod.sh", "--nproc_per_node: no NPU seen here"),
     (f"{POD} --nnodes", "--nnodes: no value"),
+    (f"{POD} --nnode=2", "--nnode=2: no such option"),
+    ("cpu.sh --nprocs=2", "--nprocs=2: no such option"),
     (f"{POD} --nnodes=two", "--nnodes: two"),
     (f"{POD} --nnodes=2", "--node_rank: not given"),
     (f"{POD} --nnodes=2 --node_rank=2", "--node_rank: 2: give 0 to 1"),
@@ -242,8 +247,8 @@ def test_processes_get_physical_cores_of_one_numa_node(tmp_path: Path, fake: dic
     executable(tmp_path / "bin/lscpu", f"#!/bin/sh\nprintf '# NODE,SOCKET,CORE,CPU\\n{rows}\\n'\n")
     only_0_to_6 = 'case "$1" in /^Cpus*) echo 0-6 ;; *) exec {} "$@" ;; esac'.format(shutil.which("awk"))
     executable(tmp_path / "bin/awk", f"#!/bin/sh\n{only_0_to_6}\n")
-    exports, command = dry_run(CPU2, fake)
-    assert option(command, "bind") == "0,4 2,6"
+    exports, _ = dry_run(CPU2, fake)
+    assert exports["PCPVT_CORES"] == "0,4 2,6"
     assert exports["OMP_NUM_THREADS"] == "2"
 
 
@@ -279,6 +284,6 @@ def test_volcano_manifest_is_consistent_and_fits_npu_pod(fake: dict[str, str]) -
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     hosts = ",".join(f"j-{i}.j" for i in range(task["replicas"]))
     volcano = f"VC_TASK_INDEX=0 VC_{task['name'].upper()}_HOSTS={hosts}"
-    _, command = dry_run(f"{volcano} npu_pod.sh {shlex.join(container['args'])}", fake)
+    exports, _ = dry_run(f"{volcano} npu_pod.sh {shlex.join(container['args'])}", fake)
     cards = container["resources"]["limits"]["huawei.com/Ascend910"]
-    assert option(command, "nproc_per_node") == str(cards)
+    assert settings(exports, "NPROC_PER_NODE") == [str(cards)]

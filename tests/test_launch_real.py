@@ -1,9 +1,9 @@
-"""The launch scripts with real processes: rendezvous, core binding and signals. The trainer is replaced by a script."""
+"""The launch scripts with the real program: several hosts on loopback, core binding, signals, and exit codes."""
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import miniature
 import pytest
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -19,92 +20,105 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("bash"), reason="the launch scripts need bash on Linux"
 )
 
-ALL_REDUCE = """
-import os
-import torch
-import torch.distributed as dist
 
-dist.init_process_group("gloo")
-total = torch.tensor(dist.get_rank() + 1)
-dist.all_reduce(total)
-cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-# A single write, so that lines of several processes do not mix.
-os.write(1, f"rank {dist.get_rank()} of {dist.get_world_size()} sum {int(total)} cores {cores}\\n".encode())
-dist.destroy_process_group()
-"""
-
-
-@pytest.fixture
-def real(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `python` is this interpreter; the test writes `pcpvt.main` to tmp_path/pcpvt."""
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    (tmp_path / "pcpvt").mkdir()
-    (tmp_path / "pcpvt/__init__.py").touch()
-    return {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def start(script: str, words: list[str], *faults: dict) -> subprocess.Popen:
+    """Starts a launch script with this interpreter as its `python`, in a session of its own."""
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(miniature.FAULTS), "FAULTS": json.dumps(faults)}
+    return subprocess.Popen(
+        [str(LAUNCH / script), *words],
+        env={**os.environ, **env},
+        cwd=miniature.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
-def ranks(output: str) -> dict[str, tuple[str, str]]:
-    """Rank to ("of N sum S", cores), from the lines that ALL_REDUCE prints."""
-    rows = [line.split() for line in output.splitlines() if line.startswith("rank ")]
-    return {words[1]: (" ".join(words[2:6]), words[7]) for words in rows}
-
-
-def test_two_nodes_of_two_cpu_processes_join_one_group(tmp_path: Path, real: dict[str, str]) -> None:
-    (tmp_path / "pcpvt/main.py").write_text(ALL_REDUCE)
+def start_hosts(count: int, words: list[str], *faults: dict) -> list[subprocess.Popen]:
+    """Starts a run on so many hosts, all of them this one; the last begins first and waits for the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    call = [str(LAUNCH / "npu_pod.sh"), "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [
-        subprocess.Popen(
-            [*call, f"--node_rank={rank}", "--config=configs/pcpvt_s.py:cpu4"],
-            env=real,
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-        )
-        for rank in (1, 0)  # rank 1, which waits for rank 0, starts first
-    ]
+    place = [f"--nnodes={count}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [start("npu_pod.sh", [*place, f"--node_rank={rank}", *words], *faults) for rank in reversed(range(count))]
+    return nodes[::-1]
+
+
+def end(*nodes: subprocess.Popen, timeout: float = 150) -> list[miniature.Ended]:
     try:
-        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+        outputs = [node.communicate(timeout=timeout) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0]
-    by_node = [ranks(output) for output in outputs]
-    assert [len(node) for node in by_node] == [2, 2]
-    sums = {rank: text for rank, (text, _) in (by_node[0] | by_node[1]).items()}
-    assert sums == dict.fromkeys("0123", "of 4 sum 10")
+    return [miniature.Ended(node.returncode, *output) for node, output in zip(nodes, outputs, strict=True)]
 
 
-def test_cpu_processes_join_one_group_and_have_their_own_cores(tmp_path: Path, real: dict[str, str]) -> None:
-    (tmp_path / "pcpvt/main.py").write_text(ALL_REDUCE)
-    call = [str(LAUNCH / "cpu.sh"), "--config=c.py:cpu2"]
-    run = subprocess.run(call, env=real, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    by_rank = ranks(run.stdout)
-    assert {rank: text for rank, (text, _) in by_rank.items()} == {"0": "of 2 sum 3", "1": "of 2 sum 3"}
-    if "share all" not in run.stderr:  # printed on a machine with one core
-        assert not set(by_rank["0"][1].split(",")) & set(by_rank["1"][1].split(","))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The workdir of a run of two processes on one host, without faults."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert miniature.run(miniature.words(workdir, "cpu2")).code == 0
+    return workdir
 
 
-def test_failed_cpu_process_fails_the_launch(tmp_path: Path, real: dict[str, str]) -> None:
-    (tmp_path / "pcpvt/main.py").write_text("import os, sys\nsys.exit(os.environ['RANK'] == '1')\n")
-    call = [str(LAUNCH / "cpu.sh"), "--nproc=2"]
-    run = subprocess.run(call, env=real, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1
+def test_a_rank_killed_on_one_of_two_hosts_is_started_again_on_both(tmp_path, whole):
+    killed = {"at": "step", "n": 6, "do": "SIGKILL", "rank": 1}
+    ended = end(*start_hosts(2, miniature.words(tmp_path, "cpu2", restarts=2), killed))
+    assert [node.code for node in ended] == [0, 0], [node.err for node in ended]
+    assert sum("restart 1, from step-0000000" in node.err for node in ended) >= 1
+    miniature.assert_same_run(tmp_path, whole)
+    assert [entry["restart"] for entry in miniature.restarts(tmp_path)] == [1]
 
 
-def test_single_cpu_process_gets_signals_and_determines_the_status(tmp_path: Path, real: dict[str, str]) -> None:
-    (tmp_path / "pcpvt/main.py").write_text(
-        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(41))\n"
-        "print('up', flush=True)\ntime.sleep(60)\n"
-    )
-    call = [str(LAUNCH / "cpu.sh")]
-    with subprocess.Popen(call, env=real, cwd=tmp_path, text=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == "up\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 41
+def test_an_error_of_the_user_on_one_host_ends_all_with_its_code(tmp_path):
+    wrong = {"at": "start of a mode", "n": 1, "do": "EDQUOT", "rank": 1}
+    ended = end(*start_hosts(2, miniature.words(tmp_path, "cpu2", restarts=2, timeout=5), wrong))
+    assert [node.code for node in ended] == [2, 2], ended
+    assert sum("quota" in node.err for node in ended) == 1
+    assert all(node.err.startswith("pcpvt: ") for node in ended if node.err)
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_without_a_host_that_does_not_come_back(tmp_path, whole):
+    lost = {"at": "step", "n": 6, "do": "sleep:600", "rank": 1}
+    nodes = start_hosts(2, miniature.words(tmp_path, "cpu2", restarts=3, elastic=1, timeout=5, steps=12), lost)
+    for node in nodes:
+        os.set_blocking(node.stdout.fileno(), False)
+    while not any("fault:" in (node.stdout.read() or "") for node in nodes):
+        pass
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    (ended,) = end(nodes[0], timeout=300)
+    assert ended.code == 0, ended.err
+    ours, theirs = miniature.records(tmp_path), miniature.records(whole)
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-5)  # as in test_resume.py
+
+
+def test_cpu_processes_have_their_own_cores(tmp_path):
+    show = [{"at": "start of a mode", "n": 1, "do": "cores", "rank": rank} for rank in (0, 1)]
+    words = miniature.words(tmp_path, "cpu2", steps=1, eval_every="0")
+    (ended,) = end(start("cpu.sh", words, *show))
+    assert ended.code == 0, ended.err
+    cores = [set(line.split()[1:]) for line in ended.out.splitlines() if line.startswith("cores")]
+    assert len(cores) == 2
+    if "share all" not in ended.err:  # printed on a machine with one core
+        assert not cores[0] & cores[1]
+
+
+@pytest.mark.parametrize(
+    ("do", "code"), [("SIGTERM", 75), ("EDQUOT", 2), pytest.param("SIGKILL", 137, marks=pytest.mark.slow)]
+)
+def test_exit_codes_arrive_unchanged(do, code, tmp_path):
+    (ended,) = end(start("cpu.sh", miniature.words(tmp_path, "cpu2"), {"at": "step", "n": 3, "do": do, "rank": 1}))
+    assert ended.code == code, ended.err
+
+
+def test_single_cpu_process_gets_signals_and_determines_the_status(tmp_path):
+    process = start("cpu.sh", miniature.words(tmp_path), {"at": "step", "n": 2, "do": "sleep:1"})
+    miniature.await_line(process, "fault:")
+    process.send_signal(signal.SIGTERM)
+    (ended,) = end(process)
+    assert ended.code == 75, ended.err

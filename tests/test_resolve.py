@@ -102,7 +102,7 @@ def test_the_config_is_a_new_one_and_no_argument_changes():
 
 
 def test_without_more_words_the_config_is_the_recipes():
-    for arg in ("cpu", "npu8", "npu8,paper", "npu1,perf", "cuda2,finetune"):
+    for arg in ("cpu", "npu8", "npu8,paper", "npu1,perf", "cuda2"):
         assert resolved(arg).to_dict() == get_config(arg).to_dict()
 
 
@@ -219,6 +219,30 @@ def test_a_model_of_the_digits_is_evaluated_on_the_folder_that_is_given():
     digits = get_config("cpu").to_dict()
     assert resolved("", {"data.path": "DIR"}, mode="eval", trained=digits).data.name == "folder"
     assert resolved("", {}, mode="eval", trained=digits).data.name == "digits"
+
+
+# Recipes that would do nothing.
+
+
+def test_a_recipe_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match=r"^--config ARG: 'finetune' starts from given weights, .*--config\.finetune="):
+        resolved("cpu,finetune")
+    assert resolved("cpu,finetune", {"finetune": "FILE"}).layer_decay == 0.83
+    assert resolved("cpu,finetune", mode="schedule").layer_decay == 0.83  # its learning rates need no weights
+    for arg in ("cpu,digits,paper", "npu8,folder,digits"):
+        with pytest.raises(UserError, match=r"^--config ARG: 'digits' and '(paper|folder)' are recipes for different"):
+            resolved(arg)
+
+
+def test_recipes_that_a_stored_config_replaces_are_named():
+    notes = resolve(get_config, "npu8,perf,paper", {}, mode="eval", trained=trained(), where="x")[1]
+    assert notes == ["the config is that of x: of ARG, 'perf', 'paper' is not used; give fields as --config.NAME=VALUE"]
+    assert resolve(get_config, "npu8", {"data.path": "DIR"}, mode="eval", trained=trained(), where="x")[1] == []
+
+
+def test_a_bench_of_a_workdir_measures_one_device():
+    config = resolved("", {}, mode="bench", trained=trained())
+    assert (config.device, config.processes, config.batch_size) == ("npu", 1, 1024)
 
 
 # torchrun.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import signal
 from pathlib import Path
 
 import miniature
 import pytest
+from absl import flags
 
 from pcpvt.checkpoints import checkpoint
-from pcpvt.config import stored
+from pcpvt.config import cli, stored
 from pcpvt.config.fields import base
 from pcpvt.distributed.signals import PREEMPTED
 from pcpvt.errors import UserError
@@ -131,7 +133,8 @@ def test_other_numbers_of_processes_and_micro_batches_see_the_same_samples(whole
 
 
 class Session:
-    workdir = "runs/x"
+    workdir = Path("runs/x")
+    command = None
 
     def __init__(self, **fields):
         self.config = base()
@@ -140,7 +143,7 @@ class Session:
 
 def meta(**fields):
     flat = {**stored.flat(base()), **fields}
-    return {"config": flat, "classes": ["a", "b"], "examples": 7}
+    return {"config": flat, "classes": ["a", "b"], "examples": 7, "step": 1}
 
 
 def test_harmless_changes_pass_and_are_noted():
@@ -191,12 +194,57 @@ def test_field_that_a_newer_version_added_has_its_default():
         resume.check_compatible(Session(label_smoothing=0.3), stored, ["a", "b"], 7)
 
 
+def message(session: Session, *words: str, classes=("a", "b"), examples=7, **stored) -> str:
+    """What the command `words` is told where the workdir has a run with these stored fields."""
+    session.command = cli.parse(["pcpvt", *words], ["train"], flags.FlagValues())
+    with pytest.raises(UserError) as error:
+        resume.check_compatible(session, meta(**stored), [*classes], examples)
+    return str(error.value)
+
+
+def test_a_field_that_the_command_line_does_not_give_is_the_sign_of_another_run(tmp_path):
+    session = Session(lr=0.5)
+    session.workdir = tmp_path / "my runs"
+    session.workdir.mkdir()
+    (tmp_path / "my runs-2").mkdir()
+    (session.workdir / "environment.json").write_text('{"started": "2026-03-01T12:34:56Z"}')
+    words = ["--config.lr=0.5", f"--workdir={session.workdir}"]
+    changed = {"augment.crop_pad": 3, "data.name": "digits", "lr": 0.1, "ema": 0.9, "seed": 3}
+    assert message(session, *words, **changed) == (
+        f"--workdir: {session.workdir} holds another run, pcpvt_s on digits (7 images of 2 classes), last started "
+        "2026-03-01 12:34 UTC (config.augment.crop_pad 3 there, 0 here; config.data.name 'digits' there, '' here; "
+        f"config.ema 0.9 there, 0.0 here and 2 fields more): go on with it by --workdir={session.workdir} alone, or "
+        f"start anew with: python -m pcpvt.main --config.lr=0.5 --workdir='{tmp_path}/my runs-3'"
+    )
+    # A value that the command line gives is what is wrong, if all others are the run's.
+    assert message(session, *words, lr=0.1).startswith("config.lr: 0.5 but ")
+    for other in ({"classes": ["a", "c"]}, {"examples": 8}):
+        text = message(session, *words, lr=0.5, **other)
+        assert text.startswith("config.data.path: ") and text.endswith(f"--workdir='{tmp_path}/my runs-3'")
+
+
+def test_a_workdir_has_the_command_that_made_it_and_alone_goes_on_with_it(whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    comment, line = (workdir / "command.txt").read_text().splitlines()
+    assert comment.startswith("# 2") and comment.endswith(f" UTC, in {miniature.ROOT}")
+    made, again = (cli.parse(["pcpvt", *words], ["train"], flags.FlagValues()) for words in
+                   (shlex.split(line)[3:], miniature.words(whole, ema=0.9)))  # fmt: skip
+    assert made._replace(get_config=None) == again._replace(get_config=None)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    ended = miniature.run([f"--workdir={workdir}"])
+    assert ended.code == 0 and "nothing to do" in ended.out, ended.err
+    assert f"note: the config is that of {workdir}/config.json" in ended.out
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
 def test_refused_change_touches_nothing(whole, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     before = (workdir / "config.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes()
     ended = miniature.run(miniature.words(workdir, ema=0.9, label_smoothing=0.3))
     assert ended.code == 2 and "config.label_smoothing: 0.3 but" in ended.error
+    assert ended.error.endswith(f" --config.label_smoothing=0.3 --workdir={workdir}-2")
     assert ((workdir / "config.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes()) == before
 
 

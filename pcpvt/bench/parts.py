@@ -3,6 +3,7 @@
 Peak memory, whatever may run out of it, and the time to the first step are measured in separate processes.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -29,11 +30,13 @@ from pcpvt.data.sources import Dataset, synthetic
 from pcpvt.devices.base import cores
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import Batch
+from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.session import Session
 from pcpvt.train import setup
 
 STEPS = ("train", "eval", "latency")  # train step, evaluation of the whole batch, evaluation of one image
+RESULT = "result-bench.json"  # in the workdir; a training's `result.json` stays
 TIMED = 8  # batches drawn for one timing of an input pipeline
 EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as many as ImageNet has
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the kernel killed for lack of memory
@@ -222,15 +225,15 @@ def _measure_memory(session: Session, side: str) -> int:
 
 
 def train_command(session: Session, workdir: Path, changes: dict[str, Any]) -> list[str]:
-    """The command of a short training on noise images: this bench's own arguments, and `changes` of fields."""
-    dropped = ("--mode", "--workdir", "--config.epochs", "--config.examples")
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(dropped)]
-    changes = {"eval_every": "0", "save_every": "0", "data.name": "synthetic"} | changes
-    changes["num_classes"] = session.config.num_classes or 1000
-    if session.config.data.name not in ("digits", "synthetic"):  # without a path, noise takes the recipe of the digits
-        changes["data.path"] = session.config.data.path or "."
-    arguments += [f"--config.{name}={value}" for name, value in changes.items()]
-    return [sys.executable, "-m", "pcpvt.main", *arguments, f"--workdir={workdir}"]
+    """The command of a short training on noise images: this bench's config with `changes`, stored in the workdir."""
+    config = copy.deepcopy(session.config)
+    config.epochs = config.examples = None  # `changes` give the steps
+    config.checkpoint, config.eval_every, config.save_every, config.data.name = "", "0", "0", "synthetic"
+    config.num_classes = config.num_classes or 1000
+    config.update_from_flattened_dict(changes)
+    workdir.mkdir(parents=True, exist_ok=True)
+    records.write_json(workdir / "config.json", config.to_dict())
+    return [sys.executable, "-m", "pcpvt.main", f"--workdir={workdir}"]
 
 
 def images_per_sec(session: Session, changes: dict[str, Any]) -> float:

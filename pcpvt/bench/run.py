@@ -19,7 +19,7 @@ from pcpvt.train import utilisation
 
 
 def run(session: Session) -> int:
-    """Measures, prints a table, writes `result.json`; returns the exit code."""
+    """Measures, prints a table, writes `result-bench.json`; returns the exit code."""
     config, console = session.config, Console(session.world.is_main)
     if session.world.size > 1:
         raise UserError("--mode=bench: measures one device: give ARG with one, e.g. npu1,perf")
@@ -28,9 +28,9 @@ def run(session: Session) -> int:
     if config.bench.scaling:
         return scaling.run(session, console)
     result = measure(session)
-    records.write_json(session.workdir / "result.json", result)
+    records.write_json(session.workdir / parts.RESULT, result)
     console.say(table(result))
-    console.say(f"written to {session.workdir / 'result.json'}")
+    console.say(f"written to {session.workdir / parts.RESULT}")
     return 0
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.bench.parts import Bench, OutOfMemory, images_per_sec, result_header, run_in_subprocess
+from pcpvt.bench.parts import RESULT, Bench, OutOfMemory, images_per_sec, result_header, run_in_subprocess
 from pcpvt.bench.timing import figures
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
 from pcpvt.report.charts import Series, chart
-from pcpvt.report.run import FILE, render
+from pcpvt.report.run import render
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
@@ -26,6 +26,7 @@ from pcpvt.runtime.session import Session
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (224, 256, 320, 384, 448, 512)
 PROCESSES = (1, 2, 4)
+PAGE = "bench.html"
 PARTS = {"train": "training", "eval": "evaluation"}
 UNMIXED = {"mixup": 0.0, "cutmix": 0.0, "accumulate": 0}
 CHARTS = (  # title, points, horizontal and vertical quantity (see `quantities`)
@@ -40,7 +41,7 @@ Point = dict[str, Any]
 
 
 def run(session: Session, console: Console) -> int:
-    """Measures, prints each point, writes `result.json` and `report.html`; returns the exit code."""
+    """Measures, prints each point, writes `result-bench.json` and `bench.html`; returns the exit code."""
     began, config = time.perf_counter(), session.config
     rows = [f"{config.model.name}, {session.policy}, {session.device.describe()}, compile {config.compile}"]
     console.say(rows[0])
@@ -61,10 +62,10 @@ def run(session: Session, console: Console) -> int:
             rows.append(row(point))
             console.say(rows[-1])
     result = {**result_header(session), "scaling": scaling, "seconds": round(time.perf_counter() - began, 1)}
-    records.write_json(session.workdir / "result.json", result)
+    records.write_json(session.workdir / RESULT, result)
     text = page(f"{config.model.name}: how cost grows", scaling, "\n".join(rows))
-    write_atomically(session.workdir / FILE, lambda temporary: temporary.write_text(text))
-    console.say(f"written to {session.workdir}: result.json, {FILE}")
+    write_atomically(session.workdir / PAGE, lambda temporary: temporary.write_text(text))
+    console.say(f"written to {session.workdir}: {RESULT}, {PAGE}")
     return 0
 
 

@@ -233,6 +233,11 @@ def by_score(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(ranked, reverse=True)]
 
 
+def newest_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder, from which a run would go on."""
+    return next((path for path in reversed(steps(folder).values()) if is_whole(path)), None)
+
+
 def prune(folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path, bool]) -> None:
     """Removes whole checkpoints up to step `latest` but the newest `keep_checkpoints` and the best, and leftover files.
 

@@ -73,7 +73,7 @@ class Saver:
 
     def last_good(self) -> Path | None:
         """The newest whole checkpoint that is in the folder now, from which the next run will go on."""
-        return next((p for p in reversed(checkpoint.steps(self.folder).values()) if checkpoint.is_whole(p)), None)
+        return checkpoint.newest_whole(self.folder)
 
     def _start(self, step: int, write: Callable[[], None]) -> None:
         def job() -> None:

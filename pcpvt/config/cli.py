@@ -2,9 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,27 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pcpvt.config import stored
+from pcpvt.config import other_tools, stored
 from pcpvt.config.fields import FIELDS, base, unknown
-from pcpvt.errors import UserError
+from pcpvt.config.help import text as help_text
+from pcpvt.errors import UserError, put
 
 DEFAULT_CONFIG = "configs/pcpvt_s.py"
+PROGRAM = ("python", "-m", "pcpvt.main")
+FIELD_SYNTAX = "fields are given as --config.NAME=VALUE"
+
+
+class _Print(flags.BooleanFlag):
+    """A flag that prints a text and ends the program."""
+
+    def __init__(self, name: str, text: Callable[[], str], short_name: str | None = None):
+        super().__init__(name, False, "", short_name=short_name, allow_override=True)
+        self._text = text
+
+    def parse(self, argument: Any) -> None:
+        if self._parse(argument):
+            put(self._text(), sys.stdout)
+            sys.exit(0)
 
 
 class Command(NamedTuple):
@@ -28,9 +45,29 @@ class Command(NamedTuple):
     get_config: Callable[[str], ConfigDict]  # of the config file
     arg: str  # ARG, or empty
     overrides: dict[str, Any]  # the fields that are given, by dotted name
+    config: str = ""  # the value of --config, where it is given
+    names_workdir: bool = False  # whether --workdir is given
+
+    def words(self) -> list[str]:
+        """The arguments that `parse` makes this command of: one spelling for every way to write it."""
+        fields = [f"--config.{name}={value}" for name, value in self.overrides.items()]
+        workdir = [f"--workdir={self.workdir}"] if self.names_workdir else []
+        return [f"--mode={self.mode}", *([f"--config={self.config}"] if self.config else []), *fields, *workdir]
+
+    def line(self, workdir: Path | None = None) -> str:
+        """The command line, to be copied into a shell; with another workdir, if one is given."""
+        command = self if workdir is None else self._replace(workdir=workdir, names_workdir=True)
+        words = [word for word in command.words() if word != "--mode=train"]
+        return " ".join(map(quoted, [*PROGRAM, *words]))
 
 
-def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flags.FLAGS) -> Command:
+def quoted(word: str) -> str:
+    """A word for a shell; of `--NAME=VALUE` the value alone is quoted, which reads better."""
+    name, equals, value = word.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals and value and shlex.quote(name) == name else shlex.quote(word)
+
+
+def parse(argv: list[str], modes: Collection[str], values: flags.FlagValues = flags.FLAGS) -> Command:
     """Parses a command line.
 
     Args:
@@ -53,16 +90,23 @@ def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flag
     flags.DEFINE_enum(
         "mode", "train", list(modes), "What to do; all but train work on what a workdir holds.", flag_values=values
     )
+    for name, short in (("help", "h"), ("helpshort", None), ("helpfull", None)):  # absl's list all flags of libraries
+        flags.DEFINE_flag(_Print(name, help_text, short), flag_values=values)
+    flags.DEFINE_flag(_Print("version", _version), flag_values=values)
     try:
         words = values(argv)
     except flags.UnrecognizedFlagError as error:
+        if explained := other_tools.explain(argv[1:], list(values)):
+            raise explained from None
         prefix, _, name = error.flagname.partition(".")
         misspelt = prefix in ("config", "noconfig") and name not in FIELDS
         raise unknown(name) if misspelt else UserError(f"{error}: see --help") from None
     except (flags.Error, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
     if len(words) > 1:
-        raise UserError(f"{words[1]!r}: not understood: fields are given as --config.NAME=VALUE")
+        folder = os.path.isdir(os.path.expanduser(words[1])) and words[1] not in modes
+        how = f"a folder of images is given as --config.data.path={words[1]}" if folder else FIELD_SYNTAX
+        raise UserError(f"{words[1]!r}: not understood: {how}")
     overrides = config_flags.get_override_values(fields_flag)
     if values.mode in ("predict", "export") and overrides.get("eval.ensemble"):
         raise UserError(f"config.eval.ensemble: --mode={values.mode} takes one model: name it with config.checkpoint")
@@ -71,7 +115,14 @@ def parse(argv: list[str], modes: Iterable[str], values: flags.FlagValues = flag
     # A bench and a schedule are no part of a run: by default they have a folder of their own.
     name = Path(file).stem + (f"-{values.mode}" if values.mode in ("bench", "schedule") else "")
     workdir = Path(os.path.expanduser(values.workdir or Path("runs") / name))
-    return Command(values.mode, workdir, load(file), arg, overrides)
+    given = values.config if values["config"].present else ""
+    return Command(values.mode, workdir, load(file), arg, overrides, given, values.workdir is not None)
+
+
+def _version() -> str:
+    from pcpvt import __version__  # here, because finding the package's metadata takes time
+
+    return f"pcpvt {__version__}\n"
 
 
 def _one_line(text: str) -> str:

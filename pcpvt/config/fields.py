@@ -99,6 +99,9 @@ FIELDS = {
     "processes": Field(1, "processes over all hosts, one per device", RECIPE | FREE, at_least(1)),
     "timeout": Field(2100, "seconds that processes wait for one another before the run ends", FREE, at_least(1)),
     "grace": Field(60.0, "seconds from a signal until the run ends unsaved if no step has ended", FREE, at_least(1)),
+    "restarts": Field(int, "times that crashed, killed or hung processes are started again from the newest checkpoint; "
+        "unset: 3 with several processes, 0 with one", FREE, at_least(0)),
+    "elastic": Field(0, "fewest processes to go on with when a host does not come back; 0: all", FREE, at_least(0)),
     "finetune": Field("", "weights to start from: a file, timm:NAME, hf-hub:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
     "checkpoint": Field(
@@ -161,15 +164,6 @@ FIELDS = {
 def base() -> ConfigDict:
     """All fields at their defaults: the ImageNet recipe; unlocked, for a config file to change."""
     return ConfigDict(nested({n: placeholder(f.default) if f.unset else f.default for n, f in FIELDS.items()}))
-
-
-def describe() -> str:
-    """The help text: one line per field."""
-    rows = []
-    for name, field in FIELDS.items():
-        default = "" if field.unset else field.default
-        rows.append(f"  --config.{name}={default!s}".ljust(44) + f"  {field.help}")
-    return "\n".join(rows)
 
 
 def unknown(name: str) -> UserError:

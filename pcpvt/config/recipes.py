@@ -101,6 +101,8 @@ def from_arg(arg: str | None, model: str, drop_path: float) -> ConfigDict:
 
         arg = detect() + arg
     device, count, options = parse_arg(arg)
+    if "digits" in options and (others := set(options) & {"folder", "paper"}):
+        raise UserError(f"--config ARG: 'digits' and {others.pop()!r} are recipes for different data: choose one")
     config = base()
     config.model.name, config.model.drop_path = model, drop_path
     config.device, config.processes = device, count

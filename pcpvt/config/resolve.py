@@ -43,23 +43,35 @@ def resolve(
     Raises:
         UserError: for a config that cannot be run.
     """
+    given = arg
     arg, notes = complete_arg(arg, overrides, world_size)
     names_device = bool(arg.partition(",")[0])
     config = copy.deepcopy(get_config(arg))
     config.lock()
     if trained is not None:
-        notes = []  # the trained config replaces the recipe
+        notes = _about_stored(given, mode, where)
         computing = {name: config[name] for name in ("device", "processes", "compile")}
         stored.apply_config(config, trained, where)
-        config.checkpoint, config.weights, config.eval.ensemble = "", "auto", ""
+        config.checkpoint, config.eval.ensemble = "", ""
+        if mode != "train":  # which starts from `config.finetune` as it did
+            config.weights = "auto"
         if names_device:
             config.update(computing)
+        elif mode == "bench":
+            config.processes = 1  # it measures one device
     notes += believe(config, said or {}, overrides, where, mode)
     config.update_from_flattened_dict(overrides)
-    if mode == "train" and config.checkpoint:
-        raise UserError("config.checkpoint: training does not start from it: use config.finetune")
+    if mode == "train":
+        if config.checkpoint:
+            raise UserError("config.checkpoint: training does not start from it: use config.finetune")
+        if "finetune" in arg.split(",") and not config.finetune:
+            raise UserError(
+                "--config ARG: 'finetune' starts from given weights, and config.finetune is not set: give "
+                "--config.finetune=FILE (or timm:NAME, or a workdir), or leave 'finetune' out of ARG"
+            )
     if world_size is not None:
-        if (names_device or "processes" in overrides) and config.processes != world_size:
+        most, fewest = config.processes, config.elastic or config.processes
+        if (names_device or "processes" in overrides) and not fewest <= world_size <= most:
             raise UserError(
                 f"config.processes: {config.processes} but torchrun started {world_size} processes: "
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
@@ -111,6 +123,15 @@ def believe(
             if mode == "train":
                 notes.append(f"config.{name}: {value}, as {where} says; the recipe has {before}")
     return notes
+
+
+def _about_stored(arg: str, mode: str, where: str) -> list[str]:
+    """Notes about a stored config: where a mode may also do without one, and where it replaces recipes of ARG."""
+    unused = [option for option in arg.split(",")[1:] if option]
+    if unused:
+        names = ", ".join(map(repr, unused))
+        return [f"the config is that of {where}: of ARG, {names} is not used; give fields as --config.NAME=VALUE"]
+    return [f"the config is that of {where}"] if mode in ("train", "bench", "schedule") else []
 
 
 def complete_arg(arg: str, overrides: Mapping[str, Any], world_size: int | None) -> tuple[str, list[str]]:

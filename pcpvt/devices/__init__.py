@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 from typing import TYPE_CHECKING
+
+from pcpvt.devices import visible
 
 if TYPE_CHECKING:
     from pcpvt.devices.base import Device
@@ -18,12 +19,16 @@ def get(name: str) -> Device:
 
 
 def detect() -> str:
-    """The config's ARG for this host, from its device files (no driver is loaded): `npuN`, `cudaN` or `cpu`.
+    """The config's ARG for this host, from the cards that it shows (no driver is loaded): `npuN`, `cudaN` or `cpu`.
 
     Under torchrun N is the number of processes that it started on all hosts.
+
+    Raises:
+        UserError: when the environment names cards, and this host has other ones.
     """
     world_size = os.environ.get("WORLD_SIZE", "")
-    for kind, prefix in (("npu", "/dev/davinci"), ("cuda", "/dev/nvidia")):
-        if count := sum(path.removeprefix(prefix).isdecimal() for path in glob.glob(f"{prefix}*")):
+    for kind in ("npu", "cuda"):
+        visible.check_named(kind)
+        if count := visible.count(kind):
             return f"{kind}{world_size or count}"
     return f"cpu{world_size}"

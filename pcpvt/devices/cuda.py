@@ -1,9 +1,12 @@
 """CUDA GPUs."""
 
+import warnings
+
 import torch
 
+from pcpvt.devices import visible
 from pcpvt.devices.base import Device
-from pcpvt.errors import UserError
+from pcpvt.errors import one_line
 
 
 class Cuda(Device):
@@ -12,16 +15,19 @@ class Cuda(Device):
     pins_memory = True
     default_compile = "inductor"
 
+    @visible.driver_errors
     def require(self, count: int) -> None:
-        if not torch.cuda.is_available():
-            raise UserError(
-                "config.device: 'cuda' but this PyTorch sees no GPU: use :cpu, or install a CUDA build and driver"
-            )
-        if (have := torch.cuda.device_count()) < count:
-            raise UserError(
-                f"config.processes: {count} GPUs are asked for on this host and it has {have}: use :cuda{have}"
-            )
+        with warnings.catch_warnings(record=True) as told:  # why the driver cannot be used
+            warnings.simplefilter("always")
+            have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not have and told:
+            raise visible.no_card("cuda", one_line(told[0].message))
+        if not have:
+            raise visible.no_card("cuda", "this PyTorch sees no GPU", "install a CUDA build and driver")
+        if have < count:
+            raise visible.too_few("cuda", count, have)
 
+    @visible.driver_errors
     def bind(self, index: int) -> None:
         torch.cuda.set_device(index)
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions; float32 must mean float32

@@ -9,6 +9,7 @@ the torch_npu 2.13 wheel by tests/test_wheel.py.
 import torch
 from torch import Tensor
 
+from pcpvt.devices import visible
 from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.functional.precision import Overflow
@@ -37,17 +38,19 @@ class Npu(Device):
     def __init__(self) -> None:
         """`bind` creates the torch.device: its name exists only once torch_npu has renamed the backend."""
 
+    @visible.driver_errors
     def require(self, count: int) -> None:
         if not hasattr(torch, "npu"):
             raise UserError(
                 "config.device: 'npu' but torch_npu is not installed: pip install 'pcpvt[npu]' beside CANN, or use :cpu"
             )
-        if (have := torch.npu.device_count()) < count:
-            raise UserError(
-                f"config.processes: {count} NPUs are asked for on this host and it has {have}: use :npu{have or 1}, "
-                "or launch/npu_pod.sh for several hosts"
-            )
+        have = torch.npu.device_count()
+        if not have:
+            raise visible.no_card("npu")
+        if have < count:
+            raise visible.too_few("npu", count, have)
 
+    @visible.driver_errors
     def bind(self, index: int) -> None:
         torch.npu.set_compile_mode(jit_compile=False)  # use prebuilt kernels: no compilation per shape
         torch.npu.config.allow_internal_format = False

@@ -51,10 +51,13 @@ _group = _Group()
 
 
 def from_environment() -> World | None:
-    """This process's place as torchrun has set it, or None outside torchrun."""
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+    """This process's place as torchrun or `launch` has set it; None in a process that they have not started.
+
+    Schedulers set RANK and WORLD_SIZE too, with the meaning of a host and without LOCAL_RANK (see `hosts`).
+    """
+    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return None
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
 
 
 def join(device: Device, timeout: int) -> World:
@@ -81,9 +84,11 @@ def join(device: Device, timeout: int) -> World:
 
 
 def _rendezvous(limit: datetime.timedelta) -> dist.Store:
-    """The key-value store of the run, to which any process may connect before the others do."""
+    """The key-value store of this attempt of the run, to which any process may connect before the others do."""
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    return store
+    # torchelastic's store outlives the ranks, with their keys.
+    attempt = os.environ.get("PCPVT_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return dist.PrefixStore(f"attempt/{attempt}", store)
 
 
 def leave() -> None:

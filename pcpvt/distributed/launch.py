@@ -1,6 +1,8 @@
 """Starts and supervises the processes of a run on this host, through torchelastic.
 
-Signals are forwarded to every rank, the exit code is the first failed rank's, and no process outlives this one.
+Signals are forwarded to every rank, no process outlives this one, and the exit code is the first failed rank's. Before
+that, ranks that crashed, were killed, hung or lost another rank are started again, `config.restarts` times at most:
+they go on from the newest checkpoint. On several hosts (see `hosts`) the launchers of all hosts do this together.
 """
 
 import ctypes
@@ -10,64 +12,119 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from pcpvt import devices
-from pcpvt.distributed import signals
-from pcpvt.errors import show
+from pcpvt.distributed import hosts, restart, signals
+from pcpvt.errors import PeerError, UserError, show
 
 # Seconds until ranks are killed, beyond those in which each rank ends itself; only a stopped process needs it.
 FAILURE_GRACE = 30
-STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
+JOIN_TIMEOUT = 900  # seconds to wait for the other hosts: pods start at different times while images are pulled
 
 
-def launch(config: ConfigDict, argv: list[str]) -> int:
-    """Runs `python -m pcpvt.main argv` in `config.processes` processes; returns the exit code of the run.
+def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], Path | None] | None) -> int:
+    """Runs `python -m pcpvt.main argv` in `config.processes` processes over all hosts; returns the run's exit code.
+
+    Args:
+        newest_checkpoint: of a training; a restart without a newer one than at the restart before is the last. None
+            for a mode that saves nothing from which another attempt would go on.
 
     Raises:
-        UserError: when this host does not have the devices.
+        UserError: when this host does not have the devices, or the hosts do not meet.
         signals.Stopped: when a signal arrives before the first process has started.
     """
+    place = hosts.from_environment(os.environ)
+    processes = _on_this_host(config, place)
     device = devices.get(config.device)
-    device.require(config.processes)
+    device.require(processes)
+    from torch.distributed import DistError
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    from pcpvt.distributed.agent import Agent
 
     logging.disable(logging.ERROR)  # torchelastic's error tables repeat the lines of the ranks and of `_exit_code`
-    limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
-    defaults = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(limit)),  # from the first failure until the others are killed
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a PeerError says in one line what c10d warns of
-        "GLOO_SOCKET_IFNAME": "lo",  # one host: works without a resolvable host name and without a network
-        **device.environment,
-    }
+    defaults = dict(device.environment)
+    if place.number == 1:
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # works without a resolvable host name and without a network
     os.environ.update(defaults | os.environ)
     os.environ[signals.LAUNCHER] = str(os.getpid())
-    setup = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=config.processes,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # the default is a folder in /tmp that nobody removes
-        run_id=uuid.uuid4().hex, role="pcpvt",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-        max_restarts=0,  # a restart would hide the failure; the same command resumes
-        monitor_interval=0.2,
-        signals_to_handle="SIGQUIT",  # SIGTERM, SIGINT and SIGHUP are forwarded instead, so that the ranks save
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded, so that the ranks save
+    restarts = (3 if config.processes > 1 else 0) if config.restarts is None else config.restarts
+    if newest_checkpoint is None:
+        restarts, newest_checkpoint = 0, lambda: None
+    spec = WorkerSpec(
+        role="pcpvt", local_world_size=processes, entrypoint=sys.executable,
+        args=("-u", "-m", "pcpvt.main", *argv), rdzv_handler=get_rendezvous_handler(
+            RendezvousParameters(**_rendezvous(place, math.ceil(config.elastic / processes) or place.number))
+        ),
+        max_restarts=restarts, monitor_interval=0.2, local_addr=place.address if place.number > 1 else "localhost",
     )  # fmt: skip
+    # The default folder is one in /tmp that nobody removes.
+    limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
+    agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), restart.Rule(newest_checkpoint), limit)
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _forward)
     signals.finish_step_first(limit, "the processes did not end within {:g} s of a signal")
+    result, why = None, "it has left"
     try:
-        elastic_launch(setup, sys.executable)("-u", "-m", "pcpvt.main", *argv)
-    except ChildFailedError as error:
-        return _exit_code(error.failures)
+        result = agent.run()  # None when the others have ended the run
+    except (RendezvousError, DistError) as error:
+        why = type(error).__name__
     finally:
         signals.ignore_from_now()
         signals.kill_descendants()
-    return 0
+        spec.rdzv_handler.shutdown()
+    if result is None:
+        raise PeerError(
+            f"{place.endpoint}: the {place.number} hosts are not together ({why}): another has ended or cannot be "
+            "reached; the last lines of its log say why"
+        )
+    return _exit_code(result.failures) if result.is_failed() else 0
+
+
+def _on_this_host(config: ConfigDict, place: hosts.Hosts) -> int:
+    """The number of processes to start here."""
+    each, rest = divmod(config.processes, place.number)
+    if rest or (place.processes is not None and place.number > 1 and place.processes != each):
+        having = f" of {place.processes}" if place.processes else ""
+        raise UserError(
+            f"config.processes: {config.processes} on {place.number} hosts{having}: give their total, as in "
+            f":{config.device}{(place.processes or max(each, 1)) * place.number}"
+        )
+    return each
+
+
+def _rendezvous(place: hosts.Hosts, fewest: int) -> dict[str, Any]:
+    """The parameters by which the launchers of all hosts meet; the first host keeps the store."""
+    if place.number == 1:
+        return {
+            "backend": "c10d", "endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "min_nodes": 1, "max_nodes": 1,
+            "local_addr": "localhost",
+        }  # fmt: skip
+    return {
+        "backend": "c10d", "endpoint": place.endpoint, "run_id": place.run_id, "min_nodes": min(fewest, place.number),
+        "max_nodes": place.number, "local_addr": place.address, "join_timeout": JOIN_TIMEOUT,
+        "read_timeout": JOIN_TIMEOUT, **({} if place.rank is None else {"is_host": place.rank == 0}),
+    }  # fmt: skip
+
+
+def _exit_code(failures: restart.Failures) -> int:
+    """The exit code of the rank that failed first, after printing which one."""
+    code = restart.first_failure(failures)[1]
+    if code != 2 and code not in restart.STOPPED:  # a rank with code 2 has printed its error
+        show(f"{restart.what_failed(failures)}; the others were stopped")
+    return 128 - code if code < 0 else code
 
 
 def _forward(number: int, frame: object) -> None:
@@ -77,16 +134,3 @@ def _forward(number: int, frame: object) -> None:
         raise signals.Stopped
     for pid in ranks:
         signals.kill(pid, number)
-
-
-def _exit_code(failures: dict) -> int:
-    """The exit code of the rank that failed first, after printing which one; `failures` are torchelastic's, by rank."""
-    # Timestamps are whole seconds; among equal ones a rank with an error of its own comes first.
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode in STOPPED))
-    code = first.exitcode
-    if code != 2 and code not in STOPPED:  # a rank with code 2 has printed its error
-        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        if code == -signal.SIGABRT:  # as libraries end a process, among them the watchdogs of NCCL and HCCL
-            what += " (by a library, such as the watchdog of its collectives when another rank has ended or hangs)"
-        show(f"rank {rank} {what}; the others were stopped")
-    return 128 - code if code < 0 else code

@@ -1,4 +1,4 @@
-"""The output files of a run: `config.json`, `metrics.jsonl`, `result.json`, and the workdir that holds them."""
+"""The output files of a run: `command.txt`, `config.json`, `metrics.jsonl`, `result.json`, and their workdir."""
 
 import contextlib
 import errno
@@ -6,12 +6,14 @@ import json
 import os
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 
+COMMAND = "command.txt"  # the command line that made the workdir, with its date and folder
 DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
 NONFINITE = "nonfinite.json"  # the non-finite steps in a row after which a run has ended
 
@@ -25,6 +27,14 @@ def open_workdir(path: Path) -> None:
         raise UserError(
             f"--workdir: {path} cannot be written ({error.strerror}): choose another with --workdir=DIR"
         ) from None
+
+
+def write_command(workdir: Path, line: str) -> None:
+    """Writes the command line that makes a workdir, below a comment with its date and its folder."""
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    text = f"# {when}, in {os.getcwd()}\n{line}\n"
+    # A path may hold bytes that are no text.
+    write_atomically(workdir / COMMAND, lambda temporary: temporary.write_bytes(os.fsencode(text)))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

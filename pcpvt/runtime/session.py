@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt import devices
+from pcpvt.config.cli import Command
 from pcpvt.data import classes, sources
 from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers
 from pcpvt.devices import base
@@ -34,6 +35,7 @@ class Session(NamedTuple):
     policy: Policy
     size: tuple[int, int]  # height, width
     kernels: Kernels
+    command: Command | None = None  # as given; None where the program was not started by a command line
 
     @property
     def preprocessing(self) -> str:
@@ -63,7 +65,7 @@ class Session(NamedTuple):
         return value_and_grad(self.device, self.config.compile, warn_once)
 
 
-def start(config: ConfigDict, workdir: Path) -> Session:
+def start(config: ConfigDict, workdir: Path, command: Command | None = None) -> Session:
     """Join the process group, bind the device, and choose precision and kernels.
 
     Raises:
@@ -74,7 +76,7 @@ def start(config: ConfigDict, workdir: Path) -> Session:
     policy = precision.parse(device.precision() if config.precision == "auto" else config.precision)
     device.check_precision(policy.compute)
     kernels = _choose_kernels(config, device, policy)
-    return Session(config, workdir, device, world, policy, image_size(config), kernels)
+    return Session(config, workdir, device, world, policy, image_size(config), kernels, command)
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:

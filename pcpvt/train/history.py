@@ -110,6 +110,11 @@ def eval_record(plan: Plan, step: int, metrics: Mapping[str, float], seconds: fl
     return {"kind": "eval", "step": step, "epoch": _epoch(plan, step), **metrics, "seconds": round(seconds, 2)}
 
 
+def restart_record(plan: Plan, step: int, number: int, reason: str) -> dict[str, Any]:
+    """The record of a restart of all processes, the `number`-th of this launcher."""
+    return {"kind": "restart", "step": step, "epoch": _epoch(plan, step), "restart": number, "reason": reason}
+
+
 def _epoch(plan: Plan, step: int) -> float:
     return round(step * plan.batch / plan.examples, 4)
 

@@ -1,5 +1,7 @@
 """Resuming: the newest valid checkpoint of a workdir, its compatibility with the config, and its state."""
 
+import contextlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from pcpvt.config import fields, stored
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
 from pcpvt.functional import state
-from pcpvt.runtime import records
+from pcpvt.runtime import environment, records
 from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 from pcpvt.train.history import Clock, Window
@@ -55,8 +57,8 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
     Raises:
         UserError: for a field that may not change, with both values, or for other data.
     """
-    notes = []
-    free = fields.FREE | fields.DIVERGED if _diverged_at(session.workdir) > meta["step"] else fields.FREE
+    notes, refused = [], {}
+    allowed = fields.FREE | fields.DIVERGED if _diverged_at(session.workdir) > meta["step"] else fields.FREE
     default = stored.flat(fields.base())
     now, then = stored.flat(session.config), meta["config"]
     for name in sorted(now.keys() | then.keys()):
@@ -65,22 +67,53 @@ def check_compatible(session: Session, meta: dict[str, Any], classes: list[str],
         rule = fields.rule(name)
         if before == after or (fields.START in rule and after == default.get(name)):
             continue
-        if not rule & free:
-            raise UserError(
-                f"config.{name}: {after!r} but {session.workdir} was trained with {before!r}: "
-                "restore it, or start anew with --workdir=DIR"
-            )
-        notes.append(f"config.{name}: {before} -> {after}")
+        if rule & allowed:
+            notes.append(f"config.{name}: {before} -> {after}")
+        else:
+            refused[name] = (before, after)
+    command = session.command
+    anew = f"start anew with: {command.line(free(session.workdir))}" if command else "start anew with --workdir=DIR"
+    unset = [name for name in refused if command and name not in command.overrides]
+    if unset or (refused and meta["classes"] != classes):
+        # Nobody asked for these values, so it is not the values that are wrong.
+        listed = [f"config.{name} {before!r} there, {after!r} here" for name, (before, after) in refused.items()]
+        more = f" and {len(listed) - 3} fields more" if len(listed) > 3 else ""
+        raise UserError(
+            f"--workdir: {session.workdir} holds another run, {describe(session.workdir, meta)} "
+            f"({'; '.join(listed[:3])}{more}): go on with it by --workdir={session.workdir} alone, or {anew}"
+        )
+    for name, (before, after) in refused.items():
+        raise UserError(
+            f"config.{name}: {after!r} but {session.workdir} was trained with {before!r}: restore it, or {anew}"
+        )
     if meta["classes"] != classes:
         raise UserError(
-            f"config.data.path: the classes are not those that {session.workdir} was trained on: use another --workdir"
+            f"config.data.path: the classes are not those that {session.workdir} was trained on "
+            f"({describe(session.workdir, meta)}): restore them, or {anew}"
         )
     if meta["examples"] != examples:
         raise UserError(
             f"config.data.path: {examples} training images but {session.workdir} was trained on {meta['examples']}: "
-            "restore them, or start anew with --workdir=DIR"
+            f"restore them, or {anew}"
         )
     return notes
+
+
+def describe(workdir: Path, meta: dict[str, Any]) -> str:
+    """The run of a checkpoint in a few words: model, data, date."""
+    config, classes = meta["config"], meta["classes"]
+    data = " ".join(str(config[name]) for name in ("data.name", "data.path") if config.get(name)) or "its data"
+    text = f"{config.get('model.name', 'a model')} on {data} ({meta['examples']} images of {len(classes)} classes)"
+    with contextlib.suppress(UserError):
+        started = str(stored.read_config(workdir / environment.FILE).get("started", ""))
+        text += f", last started {started[:16].replace('T', ' ')} UTC" if started else ""
+    return text
+
+
+def free(workdir: Path) -> Path:
+    """The first of DIR-2, DIR-3, ... that does not exist."""
+    name = workdir.name or "run"
+    return next(path for i in itertools.count(2) if not (path := workdir.with_name(f"{name}-{i}")).exists())
 
 
 def _diverged_at(workdir: Path) -> int:

@@ -10,7 +10,7 @@ import torch
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.data import order
-from pcpvt.distributed import collectives, signals
+from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
@@ -19,8 +19,10 @@ from pcpvt.report import run as report
 from pcpvt.runtime import records
 from pcpvt.runtime.console import duration
 from pcpvt.runtime.session import Session
+from pcpvt.train import history as histories
 from pcpvt.train import loop, preflight, writers
 from pcpvt.train.history import History
+from pcpvt.train.next_commands import next_commands
 from pcpvt.train.setup import TrainSetup, elapsed, prepare
 
 LISTED = 8  # sample ids in the message about a run that diverged; `nonfinite.json` has them all
@@ -38,10 +40,13 @@ def run(session: Session) -> int:
     if loop.finished(plan, history, step):
         say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
         _conclude(setup, state, history)
+        _propose(setup)
         return 0
     preflight.check_disk(session, plan, state, say)
     if session.world.is_main:
         records.write_json(session.workdir / "config.json", session.config.to_dict())
+        if session.command and step == 0:
+            records.write_command(session.workdir, session.command.line())
     with contextlib.ExitStack() as stack:
         outputs, history = writers.open_writers(session, plan, history, step, setup.console)
         for writer in outputs:
@@ -51,6 +56,11 @@ def run(session: Session) -> int:
             saved=step, writes=session.world.is_main,
         )  # fmt: skip
         stack.callback(saver.finish)
+        if again := restart.restarted():
+            entry = histories.restart_record(plan, step, *again)
+            history = history._replace(records=history.records + 1)
+            for writer in outputs:
+                writer.record(entry)
         state, history = loop.train(setup, state, history, outputs, saver)
         if history.diverged(session.config.max_skipped):
             raise _divergence_error(setup, history, saver.last_good())
@@ -61,6 +71,7 @@ def run(session: Session) -> int:
             return signals.PREEMPTED
         _conclude(setup, state, history)
         report.at_end(session, setup.console)
+        _propose(setup)
     return 0
 
 
@@ -101,6 +112,13 @@ def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
     time = duration(result["seconds"])
     say(f"final images/s: {result['images_per_sec']:.1f}   end-to-end duration: {time}")
     say(f"written to {session.workdir}: result.json, metrics.jsonl, config.json, checkpoints/")
+
+
+def _propose(setup: TrainSetup) -> None:
+    """Print what to do next."""
+    setup.console.say("next:")
+    for line in next_commands(setup.session):
+        setup.console.say(f"  {line}")
 
 
 def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:

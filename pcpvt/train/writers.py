@@ -37,7 +37,7 @@ class Writer:
         """A step whose loss or gradient was not finite."""
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """One record: `kind` ("train" or "eval"), `step`, `epoch` and its numbers (see `history`)."""
+        """One record: `kind` ("train", "eval" or "restart"), `step`, `epoch` and its numbers (see `history`)."""
 
     def sync(self) -> None:
         """Make the records durable before a checkpoint counts them; raises OSError when that fails."""
@@ -177,6 +177,9 @@ class ConsoleWriter(Writer):
     def record(self, entry: Mapping[str, Any]) -> None:
         if entry["kind"] == "eval":
             self.console.say(f"epoch {entry['epoch']:.2f}  {report(entry)}")
+            return
+        if entry["kind"] == "restart":
+            self.console.say(f"restart {entry['restart']}, from step {entry['step']}: {entry['reason']}")
             return
         self._latest = dict(entry)
         if not self.console.is_terminal:

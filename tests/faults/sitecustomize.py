@@ -1,9 +1,9 @@
 """Injects faults into the real program: Python imports this file at start when its folder is on PYTHONPATH.
 
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
-`do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError, or
-an errno's name to be raised), and optionally `rank`, `again` (at every call from the n-th on) and `to` (`self`, `group`
-or `child`).
+`do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
+`cores` to print those it may use, or an errno's name to be raised), and optionally `rank`, `again` (at every call from
+the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def happen(fault: dict) -> None:
         else:
             os.kill(os.getpid(), number)
             time.sleep(0.05)  # for the handler
+    elif what == "cores":
+        os.write(1, f"cores {' '.join(map(str, sorted(os.sched_getaffinity(0))))}\n".encode())
     elif what == "error":
         raise RuntimeError(amount)
     else:
@@ -135,5 +137,7 @@ PLACES = {
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
+    if "PCPVT_RESTART" in os.environ and not fault.get("restarted"):
+        continue
     if str(fault.get("rank", os.environ.get("RANK"))) == str(os.environ.get("RANK")):
         PLACES[fault["at"]](fault)

@@ -1,0 +1,89 @@
+"""torchelastic's agent for the ranks of one host, with this project's rule of when to start them again.
+
+The base class keeps the ranks of all hosts in step: whoever starts its ranks again makes the others do the same.
+"""
+
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+
+from pcpvt.distributed.restart import RESTART, Failure, Failures, Restart
+
+ATTEMPT = "PCPVT_ATTEMPT"  # environment variable: the same for all ranks that were started together
+FAILED = "PCPVT_FAILED"  # key of the store: what has failed on a host
+TOGETHER = 10.0  # seconds in which the other hosts' ranks fail too; they detect a lost connection within 3
+
+
+class Agent(LocalElasticAgent):
+    """Starts and supervises the ranks of one host.
+
+    Args:
+        restarts: called with the failures of this host's ranks; the reason to start all ranks again, or empty.
+        limit: seconds from the first failure until ranks that go on are killed. torchelastic's is 30 in this case,
+            which would kill a rank that is writing a checkpoint.
+    """
+
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, restarts: Callable[[Failures], str], limit: float):
+        super().__init__(spec, logs, shutdown_timeout=int(limit))
+        self._restarts, self._limit = restarts, int(limit)
+        self._starts, self._reason = 0, ""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            result.failures.update(self._failed_elsewhere(worker_group, result.failures))
+            self._reason = self._restarts(result.failures) if self._remaining_restarts else ""
+            if not self._reason:
+                self._remaining_restarts = 0
+        return result
+
+    def _failed_elsewhere(self, worker_group: WorkerGroup, failures: Failures) -> Failures:
+        """The failures of the other hosts, from those that report them in time; all hosts then decide alike."""
+        store, own = worker_group.store, worker_group.group_rank
+        found: dict[int, dict[str, list[int]]] = {}  # host to rank to exit code and time
+        assert store is not None
+        hosts = [rank for rank in range(worker_group.group_world_size) if rank != own]
+
+        def read() -> None:
+            for host in hosts:
+                if host not in found and store.check([f"{FAILED}/{host}"]):
+                    found[host] = json.loads(store.get(f"{FAILED}/{host}"))
+
+        read()  # first, because a host may leave, with the store, once it knows of all others
+        store.set(f"{FAILED}/{own}", json.dumps({rank: (f.exitcode, f.timestamp) for rank, f in failures.items()}))
+        deadline = time.monotonic() + TOGETHER
+        while len(found) < len(hosts) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            read()
+        return {int(rank): Failure(*what) for told in found.values() for rank, what in told.items()}
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        store = worker_group.store  # of this attempt, the same on all hosts
+        assert store is not None  # they have met
+        if worker_group.group_rank == 0:
+            store.set(ATTEMPT, uuid.uuid4().hex)
+        os.environ[ATTEMPT] = store.get(ATTEMPT).decode()
+        # The host whose rank 0 writes the records may not be the one whose ranks have failed.
+        store.set(f"{RESTART}/{worker_group.group_rank}", json.dumps((self._starts, self._reason)))
+        told = [json.loads(store.get(f"{RESTART}/{rank}")) for rank in range(worker_group.group_world_size)]
+        if number := max(starts for starts, _ in told):
+            reason = next((reason for _, reason in told if reason), "a host has joined or left the run")
+            os.environ[RESTART] = json.dumps(Restart(number, reason))
+        self._starts, self._reason = self._starts + 1, ""
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close = self._pcontext.close
+
+        def close_within_limit(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            close(death_sig, self._limit)
+
+        self._pcontext.close = close_within_limit  # type: ignore[method-assign]
+        return started

@@ -1,0 +1,77 @@
+"""When the processes of a run are started again after a failure, and why they were."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pcpvt.distributed import signals
+from pcpvt.errors import warn
+
+STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
+RESTART = "PCPVT_RESTART"  # environment variable of ranks: a `Restart` as JSON
+
+
+class Failure(NamedTuple):
+    """A rank that has ended with an error; torchelastic's ProcessFailure has these attributes too."""
+
+    exitcode: int  # -n when signal n has killed it
+    timestamp: int  # seconds
+
+
+Failures = Mapping[int, Any]  # by rank
+
+
+class Restart(NamedTuple):
+    """Why the processes of a run were started again."""
+
+    number: int  # from 1
+    reason: str
+
+
+def restarted() -> Restart | None:
+    """The restart that has started this process; None in a first attempt."""
+    return Restart(*json.loads(os.environ[RESTART])) if RESTART in os.environ else None
+
+
+class Rule:
+    """When all ranks are started again: not after an error of the user or a signal, nor without progress."""
+
+    def __init__(self, newest_checkpoint: Callable[[], Path | None]):
+        self._newest, self._done = newest_checkpoint, 0
+        self._before: Path | None = None  # the newest checkpoint at the restart before
+
+    def __call__(self, failures: Failures) -> str:
+        """The reason to start all ranks again, which is printed; empty when they are not."""
+        codes = {failure.exitcode for failure in failures.values()}
+        if signals.stop_requested() or codes & {2, signals.PREEMPTED}:
+            return ""
+        newest, what = self._newest(), what_failed(failures)
+        if self._done and newest == self._before:
+            warn(f"{what}; not started again: there is no newer checkpoint than after restart {self._done}")
+            return ""
+        self._done, self._before = self._done + 1, newest
+        warn(f"{what}; restart {self._done}, from {newest.name if newest else 'step 0'}")
+        return what
+
+
+def first_failure(failures: Failures) -> tuple[int, int]:
+    """The rank that failed first and its exit code, of torchelastic's failures by rank."""
+    # Timestamps are whole seconds; among equal ones a rank with an error of its own comes first.
+    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode in STOPPED))
+    return rank, first.exitcode
+
+
+def what_failed(failures: Failures) -> str:
+    """What happened to the rank that failed first."""
+    rank, code = first_failure(failures)
+    if code == signals.PEER_LOST:
+        return f"rank {rank} has lost another"
+    if code >= 0:
+        return f"rank {rank} failed with exit code {code}"
+    what = f"rank {rank} was killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGABRT:  # as libraries end a process, among them the watchdogs of NCCL and HCCL
+        what += " (by a library, such as the watchdog of its collectives when another rank has ended or hangs)"
+    return what
