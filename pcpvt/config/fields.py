@@ -150,6 +150,8 @@ FIELDS = {
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),
     "predict.output": Field("", "file to write; unset: standard output", FREE),
+    "predict.top": Field(5, "classes per image, the most probable ones", FREE, at_least(1)),
+    "predict.sort_into": Field("", "new folder for copies of the images, one folder per predicted class", FREE),
     "predict.explain": Field(False, "also draw, in the workdir's explain/, what speaks for the predicted class", FREE),
     "report.compare": Field("", "other workdirs, by comma, to show beside this one", FREE),
     "bench.against": Field("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours",

@@ -23,7 +23,8 @@ from pcpvt.checkpoints.labels import listed, match
 from pcpvt.checkpoints.load import HEAD, OWN, LoadedModel, load_model, member_names
 from pcpvt.config.plan import eval_batch
 from pcpvt.errors import UserError
-from pcpvt.evaluate import evaluator
+from pcpvt.evaluate import evaluator, output
+from pcpvt.evaluate.mistakes import PredictionLog
 from pcpvt.functional import metrics
 from pcpvt.functional.objective import Batch
 from pcpvt.models import pcpvt
@@ -130,21 +131,22 @@ def run(session: Session) -> int:
 
     def eval_step(batch: Batch) -> list[evaluator.Scored]:
         *each, blend = [predict(params, batch["image"]) for params in every]
-        outputs = [*each, blend, average_probabilities(each)]
+        outputs = [average_probabilities(each), *each, blend]  # the first one is recorded
         return [(logits, metrics.sums(logits, batch["label"], batch["valid"])) for logits in outputs]
 
-    summaries = evaluator.evaluate(session, split, eval_step)
-    assert summaries is not None  # nothing stops it
-    *each, blend, average = summaries
-    names = [f"{m.path} ({m.which})" for m in loaded]
-    names += ["soup (mean of weights)", "ensemble (mean of probabilities)"]
-    for name, summary in zip(names, summaries, strict=True):
-        console.say(f"{name}: {evaluator.report(summary)}")
+    predictions = PredictionLog(len(dataset))
+    found = evaluator.evaluate(session, split, eval_step, observe=predictions)
+    assert found is not None  # nothing stops it
+    average, *each, blend = (evaluation.metrics for evaluation in found)
+    for member, figures in zip(loaded, each, strict=True):
+        console.say(f"{member.path} ({member.which}): {evaluator.report(figures)}")
+    console.say(f"soup (mean of weights): {evaluator.report(blend)}")
+    console.say(f"ensemble (mean of probabilities): {evaluator.report(average)}")
     described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(loaded, each, strict=True)]
-    figures = {
-        **average, "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
-        "split": evaluator.split_name(dataset), **({"left_out": matched.left_out} if matched.left_out else {}),
+    result = {
+        "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
         "ensemble": {"members": described, "average": average, "soup": blend},
     }  # fmt: skip
-    evaluator.write_result(session, model, figures, time.perf_counter() - began)
+    evaluated = output.Evaluated(model, dataset, matched.left_out, predictions, found[0], result)
+    output.write(session, evaluated, time.perf_counter() - began)
     return 0

@@ -14,7 +14,7 @@ from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate import mistakes
-from pcpvt.evaluate.evaluator import UnreadableLog, evaluate
+from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
 from pcpvt.functional.objective import Batch
 from pcpvt.functional.state import TrainState
 from pcpvt.train import history as histories
@@ -175,13 +175,15 @@ def _evaluate(
     )
     if summaries is None:
         return history, True
-    (metrics,) = summaries
+    (evaluation,) = summaries
+    metrics = evaluation.metrics
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)
     history = history._replace(metrics=metrics, records=history.records + 1)
     if history.best is None or metrics["acc1"] >= history.best["acc1"]:
         history = history._replace(best={**metrics, "step": step})
-        mistakes.write(session, predictions, data, step, setup.console.warn)
+        about = {"step": step, "recall": recall(evaluation, data.classes)}
+        mistakes.write(session, predictions, data, about, setup.console.warn)
     saver.add_evaluation(state, checkpoint_meta(setup, history))
     return history, False

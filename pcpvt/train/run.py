@@ -9,6 +9,7 @@ import torch
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
+from pcpvt.config import stored
 from pcpvt.data import order
 from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
@@ -128,14 +129,23 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     counts = {"unreadable": best.get("unreadable"), "replaced": history.replaced}
     return {
         "mode": "train",
-        **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
+        **{name: best.get(name) for name in ("acc1", "acc5", "balanced_acc", "macro_f1", "loss")},
         "best_step": best_step, "images": step * plan.batch,
         "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),
         "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)), "last": history.metrics,
-        "device": session.device.describe(), "processes": session.world.size,
+        "device": session.device.describe(), "processes": session.world.size, "recall": _recall(session, best_step),
         **{name: count for name, count in counts.items() if count},
     }  # fmt: skip
+
+
+def _recall(session: Session, best_step: int) -> dict[str, float] | None:
+    """The recall of each class at the best step, from the details of that evaluation; None where they are missing."""
+    with contextlib.suppress(UserError):
+        details = stored.read_config(session.workdir / records.DETAILS)
+        if details.get("step") == best_step:
+            return details.get("recall")
+    return None
 
 
 def _earlier_result(session: Session, result: dict[str, Any]) -> dict[str, Any] | None:
