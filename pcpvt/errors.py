@@ -4,8 +4,10 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 # Said where the module fcntl is missing, and with it flock, process groups and SIGHUP.
@@ -35,10 +37,11 @@ def warn(text: str) -> None:
 
 
 def put(text: str, stream: TextIO) -> None:
-    """Writes to a standard stream in one call, since other threads write too.
+    """Writes to a standard stream in one call, since other threads write too, and to the log (see `log_to`).
 
     A stream that fails (a full disk, `| head`) is silenced, so that losing the output does not end a run.
     """
+    log(text)
     try:
         stream.write(text)
         stream.flush()
@@ -46,6 +49,26 @@ def put(text: str, stream: TextIO) -> None:
         silence(stream)
         if stream is not sys.stderr:
             warn(f"standard output is lost from here on ({error.strerror or error})")
+
+
+class _Log:
+    """The log file of this process."""
+
+    file: TextIO | None = None
+
+
+def log_to(path: Path) -> None:
+    """From now on what this process prints is appended to a file too, whose folder is created."""
+    path.parent.mkdir(exist_ok=True)
+    _Log.file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - until the end
+
+
+def log(text: str) -> None:
+    """Appends to the log file, if there is one, below a line's time; live lines of a terminal are left out."""
+    if _Log.file is not None and text.endswith("\n"):
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not end a run
+            _Log.file.write(f"{time.strftime('%m-%d %H:%M:%S')} {text}")
+            _Log.file.flush()
 
 
 def silence(stream: TextIO) -> None:

@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pcpvt.errors import SYSTEMS, UserError, printable, put, show
+from pcpvt.errors import SYSTEMS, UserError, log, log_to, printable, put, show
 
 try:
     import fcntl  # noqa: F401 - not on Windows
@@ -90,7 +91,7 @@ def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> Con
 def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
-    from pcpvt.distributed import collectives
+    from pcpvt.distributed import collectives, stacks
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
@@ -99,9 +100,13 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
     # Nothing but predictions goes to standard output.
     console = Console(is_main, sys.stderr if mode == "predict" else sys.stdout)
     with contextlib.ExitStack() as stack:
+        stack.callback(stacks.uninstall)
         stack.callback(collectives.leave)
         try:
             records.open_workdir(workdir)
+            stacks.install(workdir / "debug", world.rank if world else 0)
+            if world:
+                log_to(workdir / "logs" / f"rank-{world.rank}.log")
             if mode == "train" and is_main:
                 left_behind = stack.enter_context(lock.held(workdir))
                 notes = [*notes, left_behind] if left_behind else notes
@@ -152,6 +157,7 @@ def entry() -> None:
             logging.disable()  # torch is half imported, and its exit hooks would log errors
             what = f"{str(error).splitlines()[0]} ({error.__cause__})"
             _fail(f"{what}: source CANN's set_env.sh first, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to do without", 2)
+        log(traceback.format_exc())
         raise
 
 

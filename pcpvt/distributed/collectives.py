@@ -6,8 +6,10 @@ A process that dies or hangs ends the run: the others detect it within `config.t
 
 import contextlib
 import datetime
+import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
+from pcpvt.distributed import stacks
 from pcpvt.errors import PeerError
 
 UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
+POLL = 0.5  # seconds between two looks for another rank's question where this one is
 ROLL_CALL = 2.0  # seconds in which all live ranks report a failure; they detect a lost connection within milliseconds
 # Errors of communication, among RuntimeErrors of all kinds: gloo's name its source files and NCCL's and HCCL's the
 # library; EI are HCCL's codes of CANN, ERR02 those of torch_npu's distributed part.
@@ -42,7 +46,7 @@ class _Group:
     """The process group that this process has joined."""
 
     world = World()
-    timeout = 0  # seconds
+    timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
     broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
 
@@ -75,10 +79,12 @@ def join(device: Device, timeout: int) -> World:
     device.bind(world.local_rank)
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
-        _group.world, _group.timeout = world, timeout
+        _group.world, _group.timeout, _group.longest = world, timeout, timeout
         with _peer_errors():
             store = _rendezvous(limit)
             _group.store = dist.PrefixStore("pcpvt", store)
+            # A connection of its own, as the main thread may hang in the other.
+            threading.Thread(target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True).start()
             dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
 
@@ -89,6 +95,29 @@ def _rendezvous(limit: datetime.timedelta) -> dist.Store:
     # torchelastic's store outlives the ranks, with their keys.
     attempt = os.environ.get("PCPVT_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return dist.PrefixStore(f"attempt/{attempt}", store)
+
+
+def _clone(store: dist.Store) -> dist.Store:
+    """Another connection to a store (its type has no annotation for this in torch 2.13)."""
+    clone: dist.Store = store.clone()  # type: ignore[attr-defined]
+    return clone
+
+
+def _tell_place(store: dist.Store) -> None:
+    """Thread that tells the other ranks where this one is, once one of them asks because its wait was over."""
+    with contextlib.suppress(RuntimeError):  # the store's host is down
+        while not store.check(["where"]):
+            time.sleep(POLL)
+        store.set(f"where/{_group.world.rank}", stacks.place())
+        stacks.write()
+
+
+def limit_waiting(seconds: float) -> None:
+    """Sets the limit of all waits from now on, `config.timeout` at most; HCCL's is fixed once a process has joined."""
+    timeout = min(_group.longest, math.ceil(seconds))
+    if dist.is_initialized() and timeout != _group.timeout and not hasattr(torch, "npu"):
+        _group.timeout = timeout
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
 
 
 def leave() -> None:
@@ -178,12 +207,13 @@ def peer_error(error: RuntimeError) -> PeerError | None:
         isinstance(error, dist.DistError) or COMMUNICATION.search(str(error))
     ):
         return None
-    missing = _roll_call()
-    if missing and re.search("time[sd]? ?out", reason.lower()):
+    late = bool(re.search("time[sd]? ?out", reason.lower()))
+    missing = _roll_call(late)
+    if missing and late:
         what = f"gave no answer within {_group.timeout} s (config.timeout): hung, or far slower than the others"
-    else:
-        what, missing = f"lost: {reason}", missing or ["the connection between processes is"]
-    return PeerError(f"{', '.join(missing)} {what}")
+        return PeerError("; ".join([f"{', '.join(f'rank {rank}' for rank in missing)} {what}", *_places(missing)]))
+    who = ", ".join(f"rank {rank}" for rank in missing) or "the connection between processes is"
+    return PeerError(f"{who} lost: {reason}")
 
 
 def _reason(error: RuntimeError) -> str:
@@ -192,13 +222,30 @@ def _reason(error: RuntimeError) -> str:
     return re.sub(r"^\[\S+:\d+\] |\.? This is typically caused by .*", "", line)
 
 
-def _roll_call() -> list[str]:
-    """The ranks that have not detected the failure themselves: they are dead, or hang outside the collective."""
+def _roll_call(asks: bool) -> list[int]:
+    """The ranks that have not detected the failure themselves: they are dead, or hang outside the collective.
+
+    Args:
+        asks: whether all ranks shall write where they are.
+    """
     if _group.store is None:
         return []
     try:
         _group.store.set(f"noticed/{_group.world.rank}", "")
+        if asks:
+            _group.store.set("where", "")
         time.sleep(ROLL_CALL)
-        return [f"rank {rank}" for rank in range(_group.world.size) if not _group.store.check([f"noticed/{rank}"])]
+        return [rank for rank in range(_group.world.size) if not _group.store.check([f"noticed/{rank}"])]
     except RuntimeError:
         return []
+
+
+def _places(ranks: list[int]) -> list[str]:
+    """Where ranks are, of those that have told it."""
+    store, told = _group.store, []
+    assert store is not None  # they were missed in it
+    with contextlib.suppress(RuntimeError):
+        told = [
+            f"rank {rank} is {store.get(f'where/{rank}').decode()}" for rank in ranks if store.check([f"where/{rank}"])
+        ]
+    return [*told, "all stacks are in the workdir's debug/"] if told else []

@@ -75,6 +75,7 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
     for number in signals.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _forward)
+    signal.signal(signal.SIGUSR1, _ask_for_stacks)
     signals.finish_step_first(limit, "the processes did not end within {:g} s of a signal")
     result, why = None, "it has left"
     try:
@@ -125,6 +126,12 @@ def _exit_code(failures: restart.Failures) -> int:
     if code != 2 and code not in restart.STOPPED:  # a rank with code 2 has printed its error
         show(f"{restart.what_failed(failures)}; the others were stopped")
     return 128 - code if code < 0 else code
+
+
+def _ask_for_stacks(number: int, frame: object) -> None:
+    """Signal handler: every rank writes its stacks (see `stacks`)."""
+    for pid in signals.children():
+        signals.kill(pid, number)
 
 
 def _forward(number: int, frame: object) -> None:

@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pcpvt.distributed import stacks
+
 PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
 PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
 
@@ -145,6 +147,8 @@ def _end(reason: str, code: int) -> None:
     line = f"pcpvt: error: {reason}: {lost}\n" if reason else NOTHING_NEW
     with contextlib.suppress(OSError):  # standard error may be closed
         os.write(sys.stderr.fileno(), line.encode())
+    if reason:
+        stacks.write()
     kill_descendants()
     os._exit(code)
 

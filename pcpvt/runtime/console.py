@@ -10,7 +10,7 @@ import warnings
 from typing import TextIO
 
 from pcpvt.distributed import collectives
-from pcpvt.errors import printable, put
+from pcpvt.errors import log, printable, put
 
 _ERASE = "\r\x1b[K"
 _REFRESH = 0.2  # seconds between updates of the live line
@@ -20,7 +20,7 @@ class Console:
     """`say` prints a permanent line; `live` shows a line that the next output overwrites (on a terminal only).
 
     Args:
-        speaks: False in all processes but the main one; `warn` prints in all.
+        speaks: False in all processes but the main one, whose lines go to their logs; `warn` prints in all.
         stream: standard output by default; predict, whose results go there, uses standard error.
     """
 
@@ -35,6 +35,8 @@ class Console:
         if self.speaks:
             self._clear()
             put(f"{text}\n", self.stream)
+        else:
+            log(f"{text}\n")
 
     def warn(self, text: str) -> None:
         """Print a warning on standard error."""

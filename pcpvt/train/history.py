@@ -128,11 +128,12 @@ class Rate:
     Attributes:
         window: seconds of steps to average over; at least two steps are.
         images_per_sec: 0 until it is known.
+        slowest: seconds of the slowest step so far; 0 until there is one.
         waiting: share of the time spent waiting for data, between 0 and 1.
     """
 
     def __init__(self, window: float = 30.0):
-        self.window, self.images_per_sec, self.waiting = window, 0.0, 0.0
+        self.window, self.images_per_sec, self.slowest, self.waiting = window, 0.0, 0.0, 0.0
         self._totals: deque[tuple[int, float, float]] = deque()  # after each step: images, seconds, seconds waited
 
     def add(self, images: int, seconds: float, waited: float = 0.0) -> None:
@@ -140,6 +141,7 @@ class Rate:
         if not self._totals:
             self._totals.append((0, 0.0, 0.0))
             return
+        self.slowest = max(self.slowest, seconds)
         before = self._totals[-1]
         self._totals.append((before[0] + images, before[1] + seconds, before[2] + waited))
         while len(self._totals) > 3 and self._totals[-1][1] - self._totals[1][1] >= self.window:

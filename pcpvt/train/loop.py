@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
-from pcpvt.distributed import collectives, signals
+from pcpvt.distributed import collectives, signals, stacks
 from pcpvt.errors import UserError
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
@@ -24,6 +24,8 @@ from pcpvt.train.setup import TrainSetup, checkpoint_meta
 from pcpvt.train.writers import Writer
 
 Pending = list[tuple[int, dict[str, Tensor]]]  # (steps done, the step's metrics), still on the device
+SHORT_WAIT = 300.0  # seconds that ranks wait for one another after the first step, at least: as long as a save may take
+PATIENCE = 20  # times the slowest step that they wait otherwise
 MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 
 
@@ -63,6 +65,7 @@ def train(
             # Step. The new state reuses the memory of the old one.
             state, metrics = setup.step(state, batch)
             step += 1
+            stacks.at_step(step)
             # The evaluation in the history belongs to the former parameters.
             history = history._replace(metrics=None, replaced=history.replaced + replaced)
             pending.append((step, metrics))
@@ -86,6 +89,8 @@ def train(
             signals.finish_step_first(config.grace)  # from the first step on there is something to save
             for writer in writers:
                 writer.step(step, rate)
+            if rate.slowest:
+                collectives.limit_waiting(max(SHORT_WAIT, PATIENCE * rate.slowest))
             if step - start == 1:
                 first_seconds = seconds
             elif step - start == 2:
