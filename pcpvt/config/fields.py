@@ -82,6 +82,8 @@ FIELDS = {
     "ema": Field(0.0, "decay of the weights' moving average, which is then what is evaluated; 0: none",
         FIXED, below(1)),
     "label_smoothing": Field(0.1, "mass spread over all classes", RECIPE, below(1)),
+    "class_weights": Field(
+        "none", "in the loss: none | balanced (inverse to a class's images) | a file of weights or name<TAB>weight"),
     "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),
     "cutmix": Field(1.0, "cutmix's alpha; 0: off", RECIPE, at_least(0)),
     "mix_prob": Field(1.0, "probability that a batch is mixed at all", FIXED, between(0, 1)),
@@ -110,6 +112,9 @@ FIELDS = {
         START, one_of("auto", "params", "ema")),
     "eval_every": Field("1 epoch", "N epochs | steps | examples between evaluations; 0: only never",
         RECIPE | FREE, duration),
+    "best": Field("acc1", "what the best checkpoint is best in: acc1 | loss | balanced_acc; ties: the lower loss",
+        FIXED, one_of("acc1", "loss", "balanced_acc")),
+    "patience": Field(0, "evaluations without a better one after which the run ends; 0: never", FREE, at_least(0)),
     "save_every": Field("1 epoch", "N epochs | steps | examples between checkpoints; 0: only at the end",
         RECIPE | FREE, duration),
     "log_every": Field("20 steps", "N epochs | steps | examples between records", FREE, duration),

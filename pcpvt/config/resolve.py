@@ -163,6 +163,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"
         )
+    if config.patience and config.eval_every.strip() == "0":
+        raise UserError(
+            f"config.patience: {config.patience} but config.eval_every=0 never evaluates: set one of them otherwise"
+        )
     if config.fresh and not config.finetune:
         raise UserError(
             f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"

@@ -111,8 +111,8 @@ class Relabelled:
         return getattr(self.dataset, name)
 
 
-def labels_of(dataset: Dataset) -> list[int]:
-    """The labels of all samples; only datasets that do not keep them are read."""
+def known_labels(dataset: Dataset) -> list[int] | None:
+    """The labels of all samples; None where the samples would have to be read for them."""
     known = getattr(dataset, "labels", None)
     if known is not None:
         return [int(label) for label in (known() if callable(known) else known)]
@@ -122,7 +122,13 @@ def labels_of(dataset: Dataset) -> list[int]:
     targets = getattr(samples, "targets", None)  # of timm's tar readers and torchvision's datasets
     if targets is not None and len(targets) == len(dataset):
         return [int(label) for label in targets]
-    return [dataset[i][1] for i in range(len(dataset))]
+    return None
+
+
+def labels_of(dataset: Dataset) -> list[int]:
+    """The labels of all samples; those of datasets that do not keep them are read one by one."""
+    known = known_labels(dataset)
+    return [dataset[i][1] for i in range(len(dataset))] if known is None else known
 
 
 def arrange(dataset: Dataset, order: str, map_file: str) -> Dataset:

@@ -1,5 +1,6 @@
 """Evaluation metrics as sums and counts, which are added over batches and ranks and divided once at the end."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,17 @@ def summarize(total: Mapping[str, Any]) -> dict[str, float]:
 def recalls(labels: Sequence[float], hits: Sequence[float]) -> list[float | None]:
     """The share of each class's samples that are right, in percent; None of a class without samples."""
     return [100 * right / count if count else None for count, right in zip(labels, hits, strict=True)]
+
+
+def score(metrics: Mapping[str, Any], by: str = "acc1") -> tuple[float, float]:
+    """A key that is higher for the better evaluation: by `acc1`, `balanced_acc` or `loss`, then by the lower loss.
+
+    A loss that is not a number, or is missing, is the highest; so is the score lowest that is missing.
+    """
+    loss = metrics.get("loss")
+    low = -math.inf if loss is None or math.isnan(loss) else -loss
+    value = low if by == "loss" else metrics.get(by)
+    return (-math.inf if value is None else value), low
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from pcpvt.config import stored
 from pcpvt.errors import UserError
+from pcpvt.functional.metrics import score
 from pcpvt.runtime import environment, records
 
 POINTS = 300  # of a curve: more cannot be seen at this size, and ImageNet's 100 epochs write 6,000 records
@@ -32,9 +33,10 @@ class RunData(NamedTuple):
         return f"{count} x {name}" if name and count != 1 else str(name)
 
     def best(self) -> dict[str, Any]:
-        """The best evaluation so far, by the rule that chooses checkpoints: higher top-1, then later."""
+        """The best evaluation so far, by the rule that chooses checkpoints."""
         evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and is_number(entry.get("acc1"))]
-        return max(evaluations, key=lambda entry: (entry["acc1"], entry["step"]), default={})
+        by = self.config.get("best", "acc1")
+        return max(evaluations, key=lambda entry: (score(entry, by), entry["step"]), default={})
 
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of one number of the records of a kind, at most `POINTS` of them: means of equal parts."""

@@ -32,7 +32,7 @@ MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 def train(
     setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[TrainState, History]:
-    """Train from `state` to the end of the plan, until a signal asks to stop, or until the run has diverged.
+    """Train from `state` to the end of the plan or of the patience, until a signal asks to stop, or until it diverged.
 
     Unless it has diverged (see `History.diverged`), everything is saved on return.
 
@@ -48,7 +48,7 @@ def train(
         if owes_evaluation(plan, history, step):  # the run was interrupted between this checkpoint and its evaluation
             history, stopped = _evaluate(setup, state, history, writers, saver)
         batches = iter(session.device.prefetch(setup.train_loader))
-        while step < plan.steps and not stopped:
+        while step < plan.steps and not stopped and not history.exhausted(config.patience):
             # Stop when asked. All processes take the same decision at the same step.
             if stop_requested():
                 break
@@ -123,9 +123,10 @@ def train(
     return state, history
 
 
-def finished(plan: Plan, history: History, step: int) -> bool:
+def finished(plan: Plan, history: History, step: int, patience: int) -> bool:
     """Whether nothing is left to do after `step` steps."""
-    return step >= plan.steps and not owes_evaluation(plan, history, step)
+    ended = step >= plan.steps or history.exhausted(patience)
+    return ended and not owes_evaluation(plan, history, step)
 
 
 def owes_evaluation(plan: Plan, history: History, step: int) -> bool:
@@ -185,9 +186,8 @@ def _evaluate(
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)
-    history = history._replace(metrics=metrics, records=history.records + 1)
-    if history.best is None or metrics["acc1"] >= history.best["acc1"]:
-        history = history._replace(best={**metrics, "step": step})
+    history = histories.add_evaluation(history, step, metrics, session.config.best)
+    if history.best is not None and history.best["step"] == step:
         about = {"step": step, "recall": recall(evaluation, data.classes)}
         mistakes.write(session, predictions, data, about, setup.console.warn)
     saver.add_evaluation(state, checkpoint_meta(setup, history))

@@ -24,9 +24,9 @@ from pcpvt.functional.objective import Batch, make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console
+from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import resume, utilisation
+from pcpvt.train import class_weights, resume, utilisation
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -95,7 +95,11 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "image_size": list(session.size), "examples": plan.examples,
     }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch)
-    train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
+    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
+    notes = [*notes, *said]
+    for warning in warnings:
+        warn_once(warning)
+    train, score = train_step(session, model, plan, opt, weights), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
         session, console, split, model, plan, batches, reader, train, score, peak, meta,
@@ -161,10 +165,15 @@ def optimizer(session: Session, plan: Plan, params: pcpvt.Params) -> optim.Optim
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
 
 
-def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer) -> Step:
-    """The pure step with this device's kernels, compilation and sums put in."""
+def train_step(
+    session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer, weights: Sequence[float] | None = None
+) -> Step:
+    """The pure step with this device's kernels, compilation and sums put in; `weights` are those of the classes."""
     config, policy = session.config, session.policy
-    objective = make_objective(model, smoothing=config.label_smoothing, policy=policy, kernels=session.kernels)
+    per_class = None if weights is None else torch.tensor(weights, dtype=policy.output).to(session.device.torch)
+    objective = make_objective(
+        model, smoothing=config.label_smoothing, class_weights=per_class, policy=policy, kernels=session.kernels
+    )
     names = list(pcpvt.shapes(model))
     frozen = matched(config, "frozen", names)
     trained = [name for name in names if name not in frozen] if frozen else None  # None: all
