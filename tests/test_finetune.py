@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,26 @@ def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, d
     assert "resumed: step 1 of 2" in pcpvt(*words, "--config.steps=2").stdout
     done = pcpvt(*words, "--config.steps=3", f"--config.finetune={tmp_path}", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "config.finetune" in done.stderr and "--workdir=DIR" in done.stderr
+    assert "config.finetune" in done.stderr and "start anew with: " in done.stderr
     kept = pcpvt(*words, "--config.steps=3", f"--config.finetune={digits}")  # its own may still be named
     assert "resumed: step 2 of 3" in kept.stdout
+
+
+def test_a_fine_tuning_goes_on_when_its_weights_are_gone(pcpvt, digits, tmp_path):
+    """Its model and image size are then those of its own workdir."""
+    weights = shutil.copytree(digits, tmp_path / "weights")
+    words = ["--config=configs/pcpvt_s.py:cpu,finetune", f"--config.finetune={weights}", "--config.batch_size=32"]
+    words += [
+        "--config.epochs=None",
+        "--config.warmup_epochs=0",
+        "--config.eval_every=0",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    pcpvt(*words, "--config.steps=1")
+    shutil.rmtree(weights)
+    assert "resumed: step 1 of 2" in pcpvt(*words, "--config.steps=2").stdout
+    done = pcpvt(*words[:-1], "--config.steps=2", f"--workdir={tmp_path / 'other'}", check=False)
+    assert done.returncode == 2 and f"{weights}: no such file" in done.stderr
 
 
 def test_wrong_model_is_one_line(pcpvt, digits, tmp_path):

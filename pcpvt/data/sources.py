@@ -117,7 +117,7 @@ class TimmReader:
             raise UserError(
                 f"config.data.name: {name!r} is a stream: use a reader with random access, such as hfds/..."
             )
-        self.arguments = name, root, split
+        self.arguments, self.split = (name, root, split), split
         # timm's reader returns encoded files, so that `decode` decodes them and reports errors.
         self.samples = getattr(data, "reader", data)
         if not len(self):
