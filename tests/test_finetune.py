@@ -156,7 +156,6 @@ def test_a_fine_tuning_goes_on_when_its_weights_are_gone(pcpvt, digits, tmp_path
     weights = shutil.copytree(digits, tmp_path / "weights")
     words = ["--config=configs/pcpvt_s.py:cpu,finetune", f"--config.finetune={weights}", "--config.batch_size=32"]
     words += [
-        "--config.epochs=None",
         "--config.warmup_epochs=0",
         "--config.eval_every=0",
         f"--workdir={tmp_path / 'run'}",
