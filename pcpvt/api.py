@@ -50,6 +50,8 @@ class Loaded(NamedTuple):
 def load(path: str | Path, which: str = "auto") -> Loaded:
     """A workdir's best checkpoint, a checkpoint file, weights of timm or of the Twins authors, or `timm:NAME`.
 
+    Size, crop, classes and normalisation are what the file says about itself, as exports of pcpvt and timm's models do.
+
     Args:
         which: "params", "ema", or "auto": of checkpoints of pcpvt the averaged weights, where there are some.
 
@@ -57,13 +59,10 @@ def load(path: str | Path, which: str = "auto") -> Loaded:
         UserError: one line, when the file is missing, damaged or of another model.
     """
     loaded = load_model(path, which=which)
-    height, width = loaded.meta.get("image_size", (224, 224))
-    config = loaded.meta.get("config", {})
-    limits = config.get("data.value_range")
-    reading = Reading(loaded.model.in_chans, tuple(limits) if limits else None)
-    return Loaded(
-        loaded.model, loaded.params, class_names(loaded), (height, width), config.get("eval.crop", 0.875), reading
-    )
+    said = loaded.said
+    reading = Reading(loaded.model.in_chans, said.value_range)
+    size, crop = said.size or (224, 224), said.crop or 0.875
+    return Loaded(loaded.model, loaded.params, class_names(loaded), size, crop, reading)
 
 
 def read(source: ImageSource, size: tuple[int, int], crop: float = 0.875, reading: Reading = RGB) -> Tensor:

@@ -56,25 +56,31 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     Later modes take the config that the workdir was trained with. Training, a bench and a schedule take it where
     --workdir names a folder that holds one, training only if no --config is given.
     """
-    from pcpvt.checkpoints.load import member_names, trained_config
+    from pcpvt.checkpoints.load import describe, described, member_names, origin, trained_config
     from pcpvt.config.resolve import resolve
     from pcpvt.distributed import collectives, hosts
 
     mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir}: no such folder: train first, or name the run with --workdir=DIR")
-    trained, where = None, ""
+    trained, where, said = None, "", {}
     may_go_on = mode in ("bench", "schedule") or (mode == "train" and not command.config)
     if mode in ("eval", "predict", "export"):
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
+        said = (describe(where, overrides.get("weights", "auto")) if trained is None else described(trained)).fields()
     elif may_go_on and command.names_workdir and (workdir / "config.json").is_file():
         trained, where = trained_config("", [], workdir)
+    elif mode == "train" and overrides.get("finetune"):
+        where = origin(overrides["finetune"], workdir)
+        said = describe(where, overrides.get("weights", "auto")).fields()
     if trained is not None and not command.config:
         get_config = functools.partial(_for_stored_device, get_config)
     world = collectives.from_environment()
     world_size = world.size if world else hosts.from_environment(os.environ).processes_in_all()
-    return resolve(get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where)
+    return resolve(
+        get_config, arg, overrides, mode=mode, world_size=world_size, trained=trained, where=where, said=said
+    )
 
 
 def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> ConfigDict:

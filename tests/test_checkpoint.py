@@ -39,7 +39,7 @@ def meta(step: int, acc1: float | None = None) -> dict:
     metrics = None if acc1 is None else {"acc1": acc1, "acc5": 50.0, "loss": 1.0, "seen": 4}
     return {
         "step": step, "config": {"seed": 0}, "classes": ["a", "b"], "examples": 4, "metrics": metrics,
-        "best": metrics and {**metrics, "step": step}, "records": 0,
+        "best": metrics and {**metrics, "step": step}, "records": 0, "stale": 0,
         "window": {"loss": 0.0, "steps": 0, "skipped": 0, "grad_norm": 0.0},
         "clock": {"steps": 0, "seconds": 0.0, "elapsed": 0.0},
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_crash_at_every_point_of_the_protocol_leaves_a_whole_checkpoint(tmp_path
         # The restarted run saves again and leaves the same files as an uninterrupted one.
         saver = Saver(folder, keep_checkpoints=1, warn=pytest.fail)
         saver.save(train_state(20), meta(20))
-        saver.add_evaluation(train_state(20), {"metrics": {"acc1": 20.0}, "best": None, "records": 2})
+        saver.add_evaluation(train_state(20), {"metrics": {"acc1": 20.0}, "best": None, "records": 2, "stale": 0})
         saver.finish()
         assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "step-00000020.safetensors"]
         assert checkpoint.read(checkpoint.steps(folder)[20]).meta["metrics"] == {"acc1": 20.0}
@@ -280,7 +280,7 @@ def test_note_is_written_only_after_its_records_are_durable(tmp_path):
     saver.finish()
     assert len(warnings) == 1 and "metrics" not in checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]
     saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail, before=[sync], saved=3)
-    saver.add_evaluation(train_state(3), {"metrics": {"acc1": 7.0}, "best": None, "records": 0})
+    saver.add_evaluation(train_state(3), {"metrics": {"acc1": 7.0}, "best": None, "records": 0, "stale": 0})
     saver.finish()
     assert noted == [False, False, False]
     assert checkpoint.read_manifest(tmp_path)[checkpoint.name_of(3)]["metrics"] == {"acc1": 7.0}

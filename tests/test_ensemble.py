@@ -1,4 +1,4 @@
-"""Ensembles: vmap and loop agree, members equal their own evaluation, averages and soups match their definitions."""
+"""Ensembles: members equal their own evaluation to the bit, averages and soups match their definitions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.config import recipes
-from pcpvt.devices.cpu import Cpu
-from pcpvt.devices.npu import Npu
 from pcpvt.errors import UserError
 from pcpvt.evaluate import ensemble, run
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
@@ -50,13 +48,9 @@ def result(session, text: str, **fields) -> dict:
     return json.loads((session.workdir / "result-eval.json").read_text())
 
 
-def test_vmap_and_loop_agree_and_the_figures_are_those_of_plain_code(session, monkeypatch):
-    ways = []
-    for vmaps in (True, False):
-        monkeypatch.setattr(Cpu, "supports_vmap", vmaps)
-        ways.append(result(session, "a.pth,b.pth"))
-        assert ways[-1]["ensemble"].pop("vmap") == vmaps
-    assert [m["checkpoint"] for m in ways[0]["ensemble"]["members"]] == ["a.pth", "b.pth"]
+def test_the_figures_are_those_of_plain_code(session):
+    found = result(session, "a.pth,b.pth")
+    assert [m["checkpoint"] for m in found["ensemble"]["members"]] == ["a.pth", "b.pth"]
 
     source = sessions.open_data(session, "val")
     labels = torch.from_numpy(source.labels)
@@ -66,13 +60,41 @@ def test_vmap_and_loop_agree_and_the_figures_are_those_of_plain_code(session, mo
     alone = [models.apply(model, p, x) for p in both]
     mean = torch.stack([logits.softmax(-1) for logits in alone]).mean(0)
     blend = models.apply(model, {n: (both[0][n] + both[1][n]) / 2 for n in both[0]}, x)
-    for found in ways:
-        members, average, soup = (found["ensemble"][name] for name in ("members", "average", "soup"))
-        for figures, logits in ((members[0], alone[0]), (members[1], alone[1]), (average, mean.log()), (soup, blend)):
-            assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-            assert figures["acc1"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item() * 100)
-        assert found["loss"] == average["loss"] < (members[0]["loss"] + members[1]["loss"]) / 2
-        assert found["seen"] == 364 and found["checkpoint"] == "a.pth,b.pth"
+    members, average, soup = (found["ensemble"][name] for name in ("members", "average", "soup"))
+    for figures, logits in ((members[0], alone[0]), (members[1], alone[1]), (average, mean.log()), (soup, blend)):
+        assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert figures["acc1"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item() * 100)
+    assert found["loss"] == average["loss"] < (members[0]["loss"] + members[1]["loss"]) / 2
+    assert found["seen"] == 364 and found["checkpoint"] == "a.pth,b.pth"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_member_has_the_figures_of_its_own_evaluation_to_the_bit(session, precision):
+    session.config.precision = precision
+    here = sessions.start(session.config, session.workdir)
+    members = result(here, "a.pth,b.pth")["ensemble"]["members"]
+    for name, member in zip(("a.pth", "b.pth"), members, strict=True):
+        alone = result(here, "", checkpoint=name)
+        assert {n: alone[n] for n in ("acc1", "acc5", "loss")} == {n: member[n] for n in ("acc1", "acc5", "loss")}
+
+
+def test_members_with_their_classes_in_another_order_are_aligned_by_name(session):
+    names, rows = [str(d) for d in range(10)], list(range(9, -1, -1))
+    for word, seed, order in (("x", A, range(10)), ("y", B, rows)):
+        tensors = {f"params/{n}": v for n, v in params(seed).items()}
+        for name in ("params/head.weight", "params/head.bias"):
+            tensors[name] = tensors[name][list(order)]
+        meta = {"step": 1, "model": "pcpvt_nano", "classes": [names[i] for i in order]}
+        checkpoint.save(session.workdir / word, tensors, meta)
+    files = [f"{word}/step-00000001.safetensors" for word in ("x", "y")]
+    plain = result(session, "a.pth,b.pth")["ensemble"]
+    aligned = result(session, ",".join(files))["ensemble"]
+    for kind in ("average", "soup"):
+        assert aligned[kind]["loss"] == pytest.approx(plain[kind]["loss"], rel=1e-6)
+    meta = {"step": 1, "model": "pcpvt_nano", "classes": [*names[:9], "ten"]}
+    checkpoint.save(session.workdir / "z", {f"params/{n}": v for n, v in params(A).items()}, meta)
+    with pytest.raises(UserError, match="give members of the same classes"):
+        result(session, f"{files[0]},z/step-00000001.safetensors")
 
 
 def test_ema_means_the_raw_and_the_averaged_weights_of_the_workdirs_best(session):
@@ -108,10 +130,6 @@ def test_ensemble_that_cannot_be_is_one_line(session, text, fields, said):
     assert "\n" not in str(caught.value)
 
 
-def test_vmap_gives_way_on_npus():
-    assert Cpu.supports_vmap and not Npu.supports_vmap
-
-
 def test_average_is_normalised_and_survives_certainty():
     sure = torch.tensor([[1e4, 0.0], [0.0, 3.0]])
     unsure = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
@@ -129,5 +147,5 @@ def test_command_line_takes_the_config_of_the_first_file(pcpvt, session):
         checkpoint.save(session.workdir / word, tensors, {"step": 1, **meta})
     files = [str(session.workdir / word / "step-00000001.safetensors") for word in ("x", "y")]
     done = pcpvt("--mode=eval", f"--config.eval.ensemble={','.join(files)}", f"--workdir={session.workdir / 'new'}")
-    assert "evaluating 2 members together (vmap) on 364 images" in done.stdout
+    assert "evaluating 2 members on 364 images of digits, split val: 32x32 px, crop 1, " in done.stdout
     assert done.stdout.count("top-1") == 4

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def finetune(pcpvt, workdir: Path, digits: Path, data: Path, *words: str) -> tup
     """The log of a miniature fine-tuning and the parameters at its end."""
     done = pcpvt(
         "--config=configs/pcpvt_s.py:cpu,finetune", f"--config.finetune={digits}", f"--config.data.path={data}",
-        f"--workdir={workdir}", "--config.model.name=pcpvt_nano", "--config.image_size=32", "--config.batch_size=32",
+        f"--workdir={workdir}", "--config.batch_size=32",
         "--config.augment.scale=(0.8, 1.0)", "--config.data.workers=0", *words,
     )  # fmt: skip
     last = list(checkpoint.steps(workdir / "checkpoints").values())[-1]
@@ -84,6 +85,9 @@ def test_digits_checkpoint_is_fine_tuned_to_colour_images_of_other_classes(pcpvt
     words = ["--config.steps=30", "--config.lr=5e-3", "--config.warmup_epochs=0", "--config.log_every=5 steps"]
     log, tuned = finetune(pcpvt, tmp_path, digits, images, f"--config.frozen={frozen}", *words)
     assert log.count("head: 10 classes in the file, 3 here: replaced by a fresh one") == 1
+    assert f"config.model.name: pcpvt_nano, as {digits} says; the recipe has pcpvt_s" in log
+    assert f"config.image_size: 32, as {digits} says; the recipe has 224" in log
+    assert f"config.eval.crop: 0.875 is the recipe's; {digits} says 1" in log
     assert log.count("frozen: 42 of 114 leaves, 28%: ") == 1, log
     assert "patch_embeds.0, pos_block.0, blocks.0\n" in log
 
@@ -100,12 +104,12 @@ def test_digits_checkpoint_is_fine_tuned_to_colour_images_of_other_classes(pcpvt
 
 
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="no CIFAR images here")
-def test_head_is_kept_for_as_many_classes_and_the_log_says_that_they_are_others(pcpvt, digits, tmp_path):
+def test_head_starts_anew_for_as_many_classes_that_are_others(pcpvt, digits, tmp_path):
     words = ["--config.steps=2", "--config.lr=0", "--config.warmup_epochs=0"]
     log, tuned = finetune(pcpvt, tmp_path, digits, CIFAR, *words, "--config.eval_every=0")
-    assert "head: kept, 10 classes in the file and here" in log
-    assert "head: its classes were others ('0', ... in the file, 'airplane', ... here)" in log
-    assert all(torch.equal(value, tuned[name]) for name, value in params_of(digits).items())
+    assert "head: none of the file's 10 classes (0, 1, 2, ...) is among 10 classes (airplane, " in log
+    for name, value in params_of(digits).items():
+        assert torch.equal(value, tuned[name]) != name.startswith("head."), name
 
 
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="no CIFAR images here")
@@ -142,13 +146,30 @@ def test_used_workdir_refuses_other_weights_and_goes_on_without_its_own(pcpvt, d
     assert "resumed: step 1 of 2" in pcpvt(*words, "--config.steps=2").stdout
     done = pcpvt(*words, "--config.steps=3", f"--config.finetune={tmp_path}", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "config.finetune" in done.stderr and done.stderr.endswith("/run-2\n")
+    assert "config.finetune" in done.stderr and "start anew with: " in done.stderr
     kept = pcpvt(*words, "--config.steps=3", f"--config.finetune={digits}")  # its own may still be named
     assert "resumed: step 2 of 3" in kept.stdout
 
 
+def test_a_fine_tuning_goes_on_when_its_weights_are_gone(pcpvt, digits, tmp_path):
+    """Its model and image size are then those of its own workdir."""
+    weights = shutil.copytree(digits, tmp_path / "weights")
+    words = ["--config=configs/pcpvt_s.py:cpu,finetune", f"--config.finetune={weights}", "--config.batch_size=32"]
+    words += [
+        "--config.warmup_epochs=0",
+        "--config.eval_every=0",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    pcpvt(*words, "--config.steps=1")
+    shutil.rmtree(weights)
+    assert "resumed: step 1 of 2" in pcpvt(*words, "--config.steps=2").stdout
+    done = pcpvt(*words[:-1], "--config.steps=2", f"--workdir={tmp_path / 'other'}", check=False)
+    assert done.returncode == 2 and f"{weights}: no such file" in done.stderr
+
+
 def test_wrong_model_is_one_line(pcpvt, digits, tmp_path):
-    done = pcpvt("--config=configs/pcpvt_s.py:cpu", f"--config.finetune={digits}", f"--workdir={tmp_path}", check=False)
+    words = ["--config=configs/pcpvt_s.py:cpu", f"--config.finetune={digits}", "--config.model.name=pcpvt_s"]
+    done = pcpvt(*words, f"--workdir={tmp_path}", check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "looks like pcpvt_nano: use --config.model.name=pcpvt_nano" in done.stderr
 

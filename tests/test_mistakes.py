@@ -31,6 +31,33 @@ def test_details_agree_with_the_best_evaluation(trained):
     )
 
 
+def test_an_evaluation_leaves_details_and_a_page_of_its_own(pcpvt, trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    pcpvt("--mode=eval", f"--config.checkpoint={trained}", "--config.precision=float32", f"--workdir={tmp_path}")
+    result = json.loads((tmp_path / "result-eval.json").read_text())
+    training = json.loads((trained / "result.json").read_text())
+    details, trainings = (json.loads((folder / f"{name}.json").read_text())
+                          for folder, name in ((tmp_path, "details-eval"), (trained, "details")))  # fmt: skip
+    for name in ("images", "right", "predicted", "confusions", "mistakes", "classes"):
+        assert details[name] == trainings[name], name
+    rights = zip(details["classes"], details["right"], details["images"], strict=True)
+    recall = {name: pytest.approx(100 * right / images, abs=1e-4) for name, right, images in rights}
+    assert result["recall"] == training["recall"] == recall
+    assert result["balanced_acc"] == training["balanced_acc"] == pytest.approx(np.mean(list(result["recall"].values())))
+    assert result["macro_f1"] == training["macro_f1"] and sum(details["predicted"]) == 364
+    page = (tmp_path / "report-eval.html").read_text()
+    for text in (
+        "Recall of each class",
+        "Confusion matrix",
+        "macro F1",
+        "364 val images",
+        "digits",
+        str(result["acc1"])[:4],
+    ):
+        assert text in page, text
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
 def observed(source, logits, world, rank):
     """An observer that has seen one process's part of the data."""
     observer = mistakes.PredictionLog(len(source))
@@ -88,7 +115,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(tmp_path, monkeypatch):
     session = Namespace(workdir=tmp_path, world=Namespace(is_main=True), size=(8, 8), config=Namespace(), reading=RGB)
     session.config.eval = Namespace(crop=1.0)
     warnings: list[str] = []
-    mistakes.write(session, log, source, 3, warnings.append)
+    mistakes.write(session, log, source, {"step": 3}, warnings.append)
     found = json.loads((tmp_path / "details.json").read_text())
     assert [(m["name"], m["picture"]) for m in found["mistakes"]] == [("x[1]", "")] and warnings == []
     source.error = OSError(errno.EMFILE, "Too many open files")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import miniature
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from pcpvt import api
 from pcpvt.data import sources
 from pcpvt.errors import UserError
-from pcpvt.predict import attribution
+from pcpvt.predict import attribution, sorting
 from pcpvt.predict import run as predict
 
 
@@ -60,6 +61,29 @@ def test_heat_maps_and_a_file_are_written_on_request(pcpvt, trained, pictures, t
     assert len(rows) == 4 * 5 and [row["rank"] for row in rows[:5]] == list("12345")
     assert sorted(path.name for path in (tmp_path / "explain").iterdir()) == [f"digit [{i}].png.png" for i in range(4)]
     assert Image.open(tmp_path / "explain" / "digit [0].png.png").size == (2 * 256 + 8, 256)
+
+
+def test_images_are_copied_into_a_folder_per_predicted_class(pcpvt, trained, pictures, tmp_path):
+    target = tmp_path / "sorted"
+    words = ["--mode=predict", f"--workdir={tmp_path}", f"--config.checkpoint={trained}", "--config.predict.top=2"]
+    words += ["--config.predict.format=jsonl", f"--config.predict.images={pictures}"]
+    done = pcpvt(*words, f"--config.predict.sort_into={target}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [len(row["predictions"]) for row in rows] == [2] * 5
+    expected = {}
+    for row in rows:
+        name = row["image"].removeprefix(f"{pictures}/").replace("/", "__")
+        expected[target / row["predictions"][0]["class"] / name] = row["image"]
+    copies = {path for path in target.rglob("*") if path.is_file()}
+    assert copies == expected.keys()
+    assert all(path.read_bytes() == Path(original).read_bytes() for path, original in expected.items())
+    again = pcpvt(*words, f"--config.predict.sort_into={target}", check=False)
+    assert again.returncode == 2 and "is not empty: name a new folder" in again.stderr
+
+
+def test_every_class_gets_a_folder_of_its_own():
+    names = sorting.folder_names(["cat", "a/b", "..", "a:b", "cat ", "", "Ä b"])
+    assert names == ["cat", "a_b", "class 2", "a_b (3)", "cat (4)", "class 5", "Ä b"]
 
 
 def test_no_readable_image_is_an_error_and_no_file_is_written(pcpvt, trained, pictures, tmp_path):

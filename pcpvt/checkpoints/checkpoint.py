@@ -23,11 +23,12 @@ from torch import Tensor
 from pcpvt.checkpoints import tensorfile
 from pcpvt.checkpoints.atomic import remove_leftovers, sync, write_atomically
 from pcpvt.errors import UserError
+from pcpvt.functional import metrics
 
 KEY = "pcpvt"
 FORMAT = 1
 MANIFEST = "manifest.json"
-NOTES = ("metrics", "best", "records")  # in the manifest: results of an evaluation later than the checkpoint
+NOTES = ("metrics", "best", "records", "stale")  # in the manifest: results of an evaluation later than the checkpoint
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -156,6 +157,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "metrics": _is_metrics,
     "best": _is_metrics,
     "records": lambda v: type(v) is int and v >= 0,
+    "stale": lambda v: type(v) is int and v >= 0,
 }
 
 
@@ -223,13 +225,14 @@ def is_whole(path: Path) -> bool:
 
 
 def by_score(folder: Path) -> list[Path]:
-    """Evaluated checkpoints, best first: higher top-1, then the later step; unreadable files are left out."""
+    """Evaluated checkpoints, best first by `config.best`, then the later step; unreadable files are left out."""
     ranked = []
     for path in steps(folder).values():
         with contextlib.suppress(CheckpointError):
             meta = read_meta(path)
             if meta.get("metrics"):
-                ranked.append((meta["metrics"]["acc1"], meta["step"], path))
+                by = meta.get("config", {}).get("best", "acc1")
+                ranked.append((metrics.score(meta["metrics"], by), meta["step"], path))
     return [path for *_, path in sorted(ranked, reverse=True)]
 
 

@@ -1,10 +1,12 @@
 """Weights files of other programs: reads them for a model, and writes them for timm.
 
 What is read: checkpoints of the Twins authors and of timm (`.pth`, `.pt`, old and new format), plain state dicts,
-safetensors, checkpoints of pcpvt, and `timm:NAME` from timm's hub. Nothing in a file is ever run. The result is the
-flat `dict[str, Tensor]` under the reference names, or a one-line error that says what is wrong and what to do.
+safetensors, checkpoints of pcpvt, `timm:NAME` from timm's hub, and `hf-hub:OWNER/NAME`, a timm model there. Nothing in
+a file is ever run. The result is the flat `dict[str, Tensor]` under the reference names (see `names`), or a one-line
+error that says what is wrong and what to do.
 """
 
+import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,17 +17,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, tensorfile, unpickle
+from pcpvt.checkpoints import checkpoint, description, hub, tensorfile, unpickle
 from pcpvt.checkpoints.atomic import write_atomically
-from pcpvt.errors import UserError, one_line, suppress_logging
+from pcpvt.checkpoints.description import Description
+from pcpvt.checkpoints.names import reference_names
+from pcpvt.errors import UserError, one_line
 
 WHICH = ("auto", "params", "ema")
 # Where training scripts put a state dict: the Twins authors and DeiT `model`, `model_ema`; timm `state_dict`,
 # `state_dict_ema`; `module` is one more wrapping by DDP.
 _RAW = ("model", "state_dict", "module")
 _EMA = ("model_ema", "state_dict_ema", "ema")
-# Left in the names by DDP, torch.compile and wrapper modules; no layer of the model is called so.
-_PREFIXES = frozenset({"module", "_orig_mod", "model"})
 DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
 _MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
 MAX_LISTED = 10  # entries in an error
@@ -36,13 +38,18 @@ class Weights(NamedTuple):
 
     params: dict[str, Tensor]  # own copies, on the CPU, in the file's dtype
     which: str  # "params" or "ema"
-    classes: list[str] | None  # their names, where the file gives them
+    said: Description  # what the file says about itself
     notes: list[str]  # for the log
     meta: dict[str, Any]  # JSON of a checkpoint of pcpvt; empty for other files
 
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the outputs, where the file gives them."""
+        return self.said.classes
+
 
 def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weights:
-    """Reads the weights of a local file or of `timm:NAME`.
+    """Reads the weights of a local file, of `timm:NAME` or of `hf-hub:OWNER/NAME`.
 
     Args:
         which: "params" or "ema"; "auto" takes from checkpoints of pcpvt what training evaluated (the average where
@@ -53,8 +60,13 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weig
     """
     if which not in WHICH:
         raise UserError(f"config.weights: {which!r} is not known: choose from {', '.join(WHICH)}")
-    if str(path_or_name).startswith("timm:"):
-        return _from_timm(str(path_or_name), which)
+    if str(path_or_name).startswith(hub.TIMM):
+        if which == "ema":
+            raise UserError(f"{path_or_name}: holds no EMA weights, only params: use config.weights=params")
+        state, said = hub.fetch_timm(str(path_or_name))
+        return _weights(path_or_name, state, "params", said)
+    if str(path_or_name).startswith(hub.HUB):
+        return _from_hub(str(path_or_name), which)
     path = Path(os.path.expanduser(path_or_name))
     try:
         if path.is_dir():
@@ -82,26 +94,11 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weig
         ) from None
 
 
-def _from_timm(name: str, which: str) -> Weights:
-    from pcpvt import torchvision_compat  # noqa: F401, I001  # before timm
-    import timm
-
-    if which == "ema":
-        raise UserError(f"{name}: holds no EMA weights, only params: use config.weights=params")
-    model_name = name.removeprefix("timm:")
-    # is_model also refuses timm's own schemes (local-dir:, hf-hub:), which may name any file or model.
-    if not timm.is_model(model_name):
-        known = ", ".join(f"timm:{model}" for model in timm.list_models("twins_pcpvt_*"))
-        raise UserError(f"{one_line(name)}: timm has no such model: use one of {known}")
-    try:
-        with suppress_logging():
-            model = timm.create_model(model_name, pretrained=True)
-    except Exception as error:  # whatever the network, the hub or timm raise
-        raise UserError(
-            f"{name}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
-            "network, or download the file elsewhere and give its path"
-        ) from None
-    return _weights(name, model.state_dict(), "params")
+def _from_hub(name: str, which: str) -> Weights:
+    path, said = hub.fetch(name)
+    weights = read(path, which=which)
+    params, notes = description.renormalise(weights.params, said)
+    return weights._replace(params=params, said=said, notes=[*weights.notes, *notes])
 
 
 def _from_safetensors(path: Path, which: str) -> Weights:
@@ -113,11 +110,22 @@ def _from_safetensors(path: Path, which: str) -> Weights:
         raise UserError(f"{path}: a damaged or incomplete safetensors file ({one_line(error)}): get it again") from None
     if which == "ema":
         raise _absent(path, which, ["params"])
+    return _weights(path, state, which, _exported(metadata))
+
+
+def describe_export(path: Path) -> Description:
+    """What a file that `--mode=export` wrote says about itself, without its weights; an empty one for other files."""
     try:
-        description = json.loads(metadata.get(DESCRIPTION, "{}"))
+        return _exported(tensorfile.metadata(path))
+    except (OSError, ValueError, RecursionError):
+        return Description()
+
+
+def _exported(metadata: Mapping[str, Any]) -> Description:
+    try:
+        return description.from_export(json.loads(metadata.get(DESCRIPTION, "{}")))
     except (ValueError, TypeError, RecursionError):
-        description = {}
-    return _weights(path, state, which, description)
+        return Description()
 
 
 def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> Weights:
@@ -130,7 +138,8 @@ def from_checkpoint(loaded: checkpoint.Checkpoint, which: str = "auto") -> Weigh
         raise _absent(path, which, groups)
     prefix = f"{which}/"
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return _weights(path, state, which, meta, ema="ema" if "ema" in groups else "")._replace(meta=meta)
+    said = description.from_checkpoint(meta)
+    return _weights(path, state, which, said, ema="ema" if "ema" in groups else "")._replace(meta=meta)
 
 
 def _from_torch(path: Path, which: str) -> Weights:
@@ -149,15 +158,25 @@ def _from_torch(path: Path, which: str) -> Weights:
         tree = _plain(tree[name], path)
     if which == "ema" and not ema_found:
         raise _absent(path, which, ["params"] if tree is top else [str(name) for name in top])
-    return _weights(path, tree, which, top, ema=ema_found)
+    return _weights(path, tree, which, _script_said(top), ema=ema_found)
 
 
-def _weights(path: object, state: Mapping[Any, Any], which: str, fields: object = None, ema: str = "") -> Weights:
-    """Checked weights; `fields` may name their classes, and `ema` is the entry with EMA weights, if there is one."""
-    names = fields.get("classes") if isinstance(fields, dict) else None
-    classes = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+def _script_said(top: Mapping[Any, Any]) -> Description:
+    """What the entries of a training script's checkpoint say: `classes`, and the arguments of timm's and of Twins'."""
+    given = top.get("args")
+    args = vars(given) if isinstance(given, argparse.Namespace) else {}
+    side = args.get("img_size") or args.get("input_size")  # Twins' input_size is a number, timm's (channels, h, w)
+    size = [side, side] if isinstance(side, int) else list(side)[-2:] if isinstance(side, list | tuple) else None
+    fields = {"image_size": size, "crop": args.get("crop_pct"), "classes": top.get("classes")}
+    fields |= {name: args.get(name) for name in ("mean", "std", "interpolation")}
+    return description.from_export(fields)
+
+
+def _weights(path: object, state: Mapping[Any, Any], which: str, said: Description, ema: str = "") -> Weights:
+    """Checked weights; `said` is what their file says, and `ema` the entry with EMA weights, if there is one."""
     notes = [f"{path}: also holds EMA weights ({ema}), which were not asked for"] if ema and which == "params" else []
-    return Weights(_clean(state, path), which, classes, notes, {})
+    params, normalised = description.renormalise(_clean(state, path), said)
+    return Weights(params, which, said, [*notes, *normalised], {})
 
 
 def _absent(path: Path, which: str, holds: Iterable[str]) -> UserError:
@@ -185,15 +204,17 @@ def _plain(value: object, path: Path) -> dict[Any, Any]:
 
 
 def _clean(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
-    """Drops wrapper prefixes at any depth, refuses all but ordinary tensors, and copies those."""
+    """Maps the names to the reference names, refuses all but ordinary tensors, and copies those."""
     if not state:
         raise UserError(f"{path}: holds no tensors: give a file with weights")
-    params: dict[str, Tensor] = {}
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) else "has no name that is text"
         if fault:
             raise UserError(f"{path}: entry {one_line(key)} {fault}: save model.state_dict() alone, or under 'model'")
-        name = ".".join(part for part in key.split(".") if part not in _PREFIXES)
+    params: dict[str, Tensor] = {}
+    names = reference_names(state, path)
+    for key, value in state.items():
+        name = names[key]
         if name in params:
             raise UserError(f"{path}: {one_line(name)} is there twice, under different prefixes: keep one of the two")
         # Not value.clone(): an unpickled tensor may carry attributes that hide its methods.

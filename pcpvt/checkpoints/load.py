@@ -16,16 +16,17 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints import checkpoint, foreign
+from pcpvt.checkpoints import checkpoint, description, foreign, hub
 from pcpvt.checkpoints.channels import FIRST, adapt_channels
 from pcpvt.checkpoints.checkpoint import CheckpointError
+from pcpvt.checkpoints.description import Description
 from pcpvt.config import stored
 from pcpvt.errors import UserError, one_line, warn
 from pcpvt.models import pcpvt
 
 OWN = ("params", "ema")  # in an ensemble: the raw and the averaged weights of the checkpoint that eval would take alone
 _FAMILY = {spec.depths: name for name, spec in pcpvt.SPECS.items()}  # blocks per stage: model
-_HEAD = ("head.weight", "head.bias")
+HEAD = ("head.weight", "head.bias")
 Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
@@ -36,9 +37,14 @@ class LoadedModel(NamedTuple):
     which: str  # "params" or "ema"
     model: pcpvt.PCPVT
     params: pcpvt.Params  # on the host, float32 or float64
-    classes: list[str] | None  # of its training data, where the file names them
+    said: Description  # what the file says about itself
     meta: dict[str, Any]  # JSON of a checkpoint of pcpvt: step, config, image_size, metrics, ...; empty for other files
     notes: list[str]  # for the log
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of its training data's classes, where the file gives them."""
+        return self.said.classes
 
 
 def load_model(
@@ -48,7 +54,8 @@ def load_model(
     """The weights of one file, with their model.
 
     Args:
-        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, or a workdir, for its best checkpoint.
+        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, or a workdir, for its
+            best checkpoint.
         model: a name of `models.pcpvt.SPECS`; empty: the one that the weights belong to.
         num_classes: outputs that the model must have; None: as many as the file's head has.
         which: "params", "ema", or "auto" (see `foreign.read`).
@@ -73,7 +80,7 @@ def load_model(
     built = pcpvt.build(name, outputs, pad, in_chans)
     params, notes = match_params(params, pcpvt.shapes(built), path=path, exact=True)
     return LoadedModel(
-        path, weights.which, built, params, weights.classes, weights.meta, [*weights.notes, *adapted, *notes]
+        path, weights.which, built, params, weights.said, weights.meta, [*weights.notes, *adapted, *notes]
     )
 
 
@@ -105,29 +112,6 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
         except CheckpointError as error:
             warn(f"{error}; trying the next best")
     raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
-
-
-def check_labels(loaded: LoadedModel, classes: Sequence[str], num_classes: int | None = None) -> None:
-    """Checks that the data's labels match the model's outputs; raises UserError when they do not.
-
-    Where the file names its classes, the data's must be the same, in the same order. Elsewhere their number must be the
-    number of outputs, or smaller if `num_classes` confirms the number of outputs: the data's are then the first ones.
-    """
-    outputs = loaded.model.num_classes
-    if loaded.classes is not None and list(loaded.classes) != list(classes):
-        raise UserError(
-            f"{loaded.path}: was trained on {_listed(loaded.classes)} and the data have {_listed(classes)}: "
-            "give the data it was trained on"
-        )
-    if loaded.classes is None and len(classes) != outputs and not (num_classes == outputs and len(classes) < outputs):
-        raise UserError(
-            f"{loaded.path}: has {outputs} classes and the data have {_listed(classes)}: give the data it was trained "
-            f"on, or config.num_classes={outputs} if the data's classes are the first of those"
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def class_names(loaded: LoadedModel) -> list[str]:
@@ -162,6 +146,50 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
     return None if config is None else stored.nested(config), file
 
 
+def describe(path: str, which: str = "auto") -> Description:
+    """What weights say about themselves; a model that they do not name is the one that their parameters belong to.
+
+    Of safetensors files of pcpvt only the header is read. UserError as of `foreign.read`.
+    """
+    path = os.path.expanduser(path)
+    if hub.is_name(path):
+        return hub.describe(path)
+    if Path(path).is_dir():
+        where = Path(path) / "config.json"
+        if not where.is_file():
+            return Description()  # the error comes when the weights are read
+        return described(stored.read_config(where))
+    if checkpoint.is_checkpoint(path):
+        return description.from_checkpoint(checkpoint.read_meta(Path(path)))
+    said = foreign.describe_export(Path(path))
+    if not said.model:
+        weights = foreign.read(path, which=which)
+        said = weights.said._replace(model=weights.said.model or _FAMILY.get(_depths(weights.params), ""))
+    return said
+
+
+def described(config: Mapping[str, Any]) -> Description:
+    """What a stored config, nested, says about the weights that were trained with it."""
+    flat = stored.flat(config)
+    size = flat.get("image_size")
+    return description.from_export(
+        {
+            "model": flat.get("model.name"),
+            "image_size": [size, flat.get("image_width") or size],
+            "crop": flat.get("eval.crop"),
+        }
+    )
+
+
+def origin(finetune: str, workdir: Path) -> str:
+    """Where a fine-tuning takes model and image size from: its own workdir once it has begun, else the weights.
+
+    So the weights, which are read at step 0 only, may be gone later.
+    """
+    begun = (workdir / "config.json").is_file() and bool(checkpoint.steps(workdir / "checkpoints"))
+    return str(workdir) if begun and stored.read_config(workdir / "config.json").get("finetune") else finetune
+
+
 def match_params(
     weights: pcpvt.Params, shapes: Shapes, *, path: object, exact: bool = False, fresh: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -179,10 +207,10 @@ def match_params(
         UserError: lists at most ten missing, unexpected and misshapen parameters and says what to do.
     """
     notes, skipped = [], set(fresh)
-    if not exact and not skipped.issuperset(_HEAD):
+    if not exact and not skipped.issuperset(HEAD):
         note, replaced = _compare_heads(weights, shapes)
         notes.append(note)
-        skipped.update(_HEAD if replaced else ())
+        skipped.update(HEAD if replaced else ())
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
     present = [(name, shape, weights[name]) for name, shape in wanted.items() if name in weights]
     missing = [f"missing {name}" for name in wanted if name not in weights]
@@ -209,7 +237,7 @@ def _compare_heads(weights: pcpvt.Params, shapes: Shapes) -> tuple[str, bool]:
     theirs, ours = weights.get("head.weight"), shapes.get("head.weight")
     if ours is None:
         return "head: the model has none", True
-    if not any(name in weights for name in _HEAD):
+    if not any(name in weights for name in HEAD):
         return f"head: the file has none: a fresh one for {ours[0]} classes", True
     if theirs is not None and theirs.shape[1:] == ours[1:] and theirs.shape[:1] != ours[:1]:
         return f"head: {theirs.shape[0]} classes in the file, {ours[0]} here: replaced by a fresh one", True

@@ -85,6 +85,8 @@ FIELDS = {
     "ema": Field(0.0, "decay of the weights' average, which then counts; at step t at most (1+t)/(10+t); 0: none",
         FIXED, below(1)),
     "label_smoothing": Field(0.1, "mass spread over all classes", RECIPE, below(1)),
+    "class_weights": Field(
+        "none", "in the loss: none | balanced (inverse to a class's images) | a file of weights or name<TAB>weight"),
     "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),
     "cutmix": Field(1.0, "cutmix's alpha; 0: off", RECIPE, at_least(0)),
     "mix_prob": Field(1.0, "probability that a batch is mixed at all", FIXED, between(0, 1)),
@@ -105,14 +107,17 @@ FIELDS = {
     "restarts": Field(int, "times that crashed, killed or hung processes are started again from the newest checkpoint; "
         "unset: 3 with several processes, 0 with one", FREE, at_least(0)),
     "elastic": Field(0, "fewest processes to go on with when a host does not come back; 0: all", FREE, at_least(0)),
-    "finetune": Field("", "weights to start from: a file, timm:NAME or a workdir", START),
+    "finetune": Field("", "weights to start from: a file, timm:NAME, hf-hub:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
     "checkpoint": Field(
-        "", "weights to evaluate, predict with or export: a file, timm:NAME or a workdir; unset: the best", FREE),
+        "", "weights to evaluate, predict with, export: a file, timm:NAME, hf-hub:NAME, a workdir; else: best", FREE),
     "weights": Field("auto", "of a file with averaged weights too: params | ema | auto (of ours ema, of others params)",
         START, one_of("auto", "params", "ema")),
     "eval_every": Field("1 epoch", "N epochs | steps | examples between evaluations; 0: only never",
         RECIPE | FREE, duration),
+    "best": Field("acc1", "what the best checkpoint is best in: acc1 | loss | balanced_acc; ties: the lower loss",
+        FIXED, one_of("acc1", "loss", "balanced_acc")),
+    "patience": Field(0, "evaluations without a better one after which the run ends; 0: never", FREE, at_least(0)),
     "save_every": Field("1 epoch", "N epochs | steps | examples between checkpoints; 0: only at the end",
         RECIPE | FREE, duration),
     "log_every": Field("20 steps", "N epochs | steps | examples between records", FREE, duration),
@@ -131,6 +136,10 @@ FIELDS = {
         0.0, "share of each class's training images that is held out as validation; 0: none", FIXED, below(1)),
     "data.image_column": Field("", "of hfds/... and .csv: column of images or paths; unset: by its name or type"),
     "data.label_column": Field("", "of hfds/... and .csv: column of labels; unset: by its name or type"),
+    "data.class_order": Field(
+        "auto", "order of classes: natural (timm's: 2 before 10, no case) | bytes | auto: the data's, folders by bytes",
+        FIXED, one_of("auto", "natural", "bytes")),
+    "data.class_map": Field("", "file of class names in the order of their labels, a name a line, or name<TAB>label"),
     "data.workers": Field(-1, "loader processes per training process; -1: in all at most the host's cores, 0: none",
         FREE, at_least(-1)),
     "data.on_error": Field(
@@ -162,6 +171,8 @@ FIELDS = {
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),
     "predict.output": Field("", "file to write; unset: standard output", FREE),
+    "predict.top": Field(5, "classes per image, the most probable ones", FREE, at_least(1)),
+    "predict.sort_into": Field("", "new folder for copies of the images, one folder per predicted class", FREE),
     "predict.explain": Field(False, "also draw, in the workdir's explain/, what speaks for the predicted class", FREE),
     "report.compare": Field("", "other workdirs, by comma, to show beside this one", FREE),
     "bench.against": Field("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours",

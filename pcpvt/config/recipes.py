@@ -11,6 +11,7 @@ from pcpvt.config.fields import DEVICES, base
 from pcpvt.errors import UserError
 
 PER_DEVICE = 128  # the Ascend port's batch per card
+LAYER_DECAY = {"pcpvt_b": 0.9, "pcpvt_l": 0.93}  # of the recipe `finetune`; 0.83 for the others
 
 
 def digits(c: ConfigDict, devices: int) -> None:
@@ -53,7 +54,7 @@ def finetune(c: ConfigDict, devices: int) -> None:
     `config.fresh='^(patch_embeds|pos_block|blocks)\\.[23]\\.|^norm|^head'` starts them anew.
     """
     c.epochs, c.warmup_epochs, c.lr, c.base_lr, c.min_lr = 10.0, 1.0, None, 5e-4, 1e-6
-    c.layer_decay = {"pcpvt_b": 0.9, "pcpvt_l": 0.93}.get(c.model.name, 0.83)
+    c.layer_decay = LAYER_DECAY.get(c.model.name, 0.83)
     c.model.drop_path = 0.1
     c.mixup = c.cutmix = 0.0
     c.augment.update(scale=(0.35, 1.0), erase=0.0)
@@ -63,6 +64,13 @@ def finetune(c: ConfigDict, devices: int) -> None:
 
 RECIPES = {"digits": digits, "folder": port, "paper": paper, "finetune": finetune, "perf": perf}
 DATA_RECIPES = ("digits", "folder", "paper")
+
+
+def change_model(c: ConfigDict, name: str) -> None:
+    """Sets another model, and with it the layer decay that the recipe `finetune` gives it."""
+    if c.layer_decay == LAYER_DECAY.get(c.model.name, 0.83):
+        c.layer_decay = LAYER_DECAY.get(name, 0.83)
+    c.model.name = name
 
 
 def parse_arg(arg: str) -> tuple[str, int, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.config import fields, plan, stored
+from pcpvt.config import fields, plan, recipes, stored
 from pcpvt.config.recipes import DATA_RECIPES
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
@@ -24,6 +24,7 @@ def resolve(
     world_size: int | None = None,
     trained: dict[str, Any] | None = None,
     where: str = "",
+    said: Mapping[str, Any] | None = None,
 ) -> tuple[ConfigDict, list[str]]:
     """The config of a run, locked, and notes for the log about what was implied.
 
@@ -36,7 +37,8 @@ def resolve(
         overrides: the fields that the command line gives, by dotted name.
         world_size: processes that torchrun started on all hosts; None outside torchrun.
         trained: the nested config of the workdir or the checkpoint to work on; None to take the recipe's fields.
-        where: the file that holds `trained`, for error messages.
+        where: the file that holds `trained`, or that says `said`, for messages.
+        said: what a weights file says about itself, by dotted name (see `checkpoints.description`).
 
     Raises:
         UserError: for a config that cannot be run.
@@ -57,6 +59,7 @@ def resolve(
             config.update(computing)
         elif mode == "bench":
             config.processes = 1  # it measures one device
+    notes += believe(config, said or {}, overrides, where, mode)
     config.update_from_flattened_dict(overrides)
     if mode == "train":
         if config.checkpoint:
@@ -107,6 +110,37 @@ def _resolve_splits(
         config.data.val_fraction = 0.0
 
 
+def believe(
+    config: ConfigDict, said: Mapping[str, Any], overrides: Mapping[str, Any], where: str, mode: str = "eval"
+) -> list[str]:
+    """Sets the fields that a weights file settles, unless the command line gives them; notes on every difference.
+
+    A training takes the model and the image size from the weights that it starts from. Its other fields, the recipe's,
+    stay, and the differences are listed.
+    """
+    notes = []
+    for name, value in said.items():
+        group, _, leaf = name.rpartition(".")
+        node = config[group] if group else config
+        before, given = node[leaf], name in overrides
+        if name == "image_width" and "image_size" in overrides and not given:
+            continue  # the file's width goes with its height
+        if given:
+            if overrides[name] != value:
+                notes.append(f"config.{name}: {overrides[name]} is given; {where} says {value}")
+        elif mode == "train" and name not in ("model.name", "image_size", "image_width"):
+            if before != value:
+                notes.append(f"config.{name}: {before} is the recipe's; {where} says {value}")
+        elif before != value:
+            if name == "model.name":
+                recipes.change_model(config, value)
+            else:
+                node[leaf] = value
+            if mode == "train":
+                notes.append(f"config.{name}: {value}, as {where} says; the recipe has {before}")
+    return notes
+
+
 def _about_stored(arg: str, mode: str, where: str) -> list[str]:
     """Notes about a stored config: where a mode may also do without one, and where it replaces recipes of ARG."""
     unused = [option for option in arg.split(",")[1:] if option]
@@ -155,6 +189,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "
             f"{channels}: leave it empty"
+        )
+    if config.patience and config.eval_every.strip() == "0":
+        raise UserError(
+            f"config.patience: {config.patience} but config.eval_every=0 never evaluates: set one of them otherwise"
         )
     if config.fresh and not config.finetune:
         raise UserError(

@@ -25,7 +25,6 @@ class Device:
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
     environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set
-    supports_vmap = True  # whether torch.func.vmap works here
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)

@@ -33,7 +33,6 @@ class Npu(Device):
     name = "npu"
     backend = "cpu:gloo,npu:hccl"
     worker_start = "spawn"  # CANN does not survive a fork
-    supports_vmap = False
     fp32_norms = True  # saves a cast of each gradient: the kernel sums them in float32
     pins_memory = True
     fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf

@@ -8,27 +8,28 @@ that eval would take alone, and `ema` by itself for both; files are read as `con
 uniform mean of the members' weights (Wortsman et al. 2022): it costs as much as one model, and suits members of one
 descent.
 
-On devices with `torch.func.vmap` all members run as one model whose weights have one more axis; elsewhere, and when
-compiled, one by one.
+Each member runs by itself, with the kernels, the precision and the batch size of its own evaluation, so its figures are
+those that it gets alone. (As one model by `torch.func.vmap` they were not, in bfloat16.)
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pcpvt.checkpoints.load import OWN, LoadedModel, check_labels, load_model, member_names
+from pcpvt.checkpoints.labels import listed, match
+from pcpvt.checkpoints.load import HEAD, OWN, LoadedModel, load_model, member_names
 from pcpvt.config.plan import eval_batch
-from pcpvt.devices.compile import backend
 from pcpvt.errors import UserError
-from pcpvt.evaluate import evaluator
+from pcpvt.evaluate import evaluator, output
+from pcpvt.evaluate.mistakes import PredictionLog
 from pcpvt.functional import metrics
-from pcpvt.functional.objective import Batch, make_predict
+from pcpvt.functional.objective import Batch
 from pcpvt.models import pcpvt
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console
+from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
 
 
@@ -61,23 +62,42 @@ def soup(params: Sequence[pcpvt.Params]) -> pcpvt.Params:
     return {name: torch.stack([p[name] for p in params]).mean(0) for name in params[0]}
 
 
-def predict_each(
-    session: Session, model: pcpvt.PCPVT, params: Sequence[pcpvt.Params]
-) -> Callable[[Tensor], list[Tensor]]:
-    """uint8 images `[b, h, w, 3]` to the logits `[b, classes]` of each set of parameters."""
-    each = [session.compute(p) for p in params]
-    if not vmaps(session):
-        one = session.predictor(model)
-        return lambda images: [one(p, images) for p in each]
-    # What torch.func.stack_module_state does to modules. The CPU's fused attention has no batching rule: written out.
-    stacked = {name: torch.stack([p[name] for p in each]) for name in each[0]}
-    predict = torch.func.vmap(make_predict(model, policy=session.policy), (0, None))
-    return lambda images: list(predict(stacked, images))
+def differences(session: Session, member: LoadedModel) -> list[str]:
+    """Notes where a member says that it is evaluated with another size or crop than this ensemble."""
+    size, crop = member.said.size, member.said.crop
+    notes = []
+    if size is not None and size != session.size:
+        notes.append(
+            f"says {size[0]}x{size[1]} px; all members are evaluated at {session.size[0]}x{session.size[1]} px"
+        )
+    if crop is not None and crop != session.config.eval.crop:
+        notes.append(f"says crop {crop:g}; all members are evaluated with {session.config.eval.crop:g}")
+    return notes
 
 
-def vmaps(session: Session) -> bool:
-    """Whether the members run as one; compiled blocks take one member after the other."""
-    return session.device.supports_vmap and backend(session.device, session.config.compile) == "none"
+def align(loaded: Sequence[LoadedModel]) -> list[LoadedModel]:
+    """The members with their outputs in the order of the first one that names its classes.
+
+    Raises:
+        UserError: when two name different classes.
+    """
+    first = next((member for member in loaded if member.classes is not None), loaded[0])
+    aligned = []
+    for member in loaded:
+        if first.classes is None or member.classes in (None, first.classes):
+            aligned.append(member)
+            continue
+        assert member.classes is not None
+        if set(member.classes) != set(first.classes):
+            raise UserError(
+                f"config.eval.ensemble: {member.path} was trained on {listed(member.classes)} and {first.path} on "
+                f"{listed(first.classes)}: give members of the same classes"
+            )
+        named = [member.classes.index(name) for name in first.classes]
+        rows = [*named, *range(len(named), member.model.num_classes)]  # a head may have more outputs than names
+        head = {name: member.params[name][rows] for name in HEAD}
+        aligned.append(member._replace(params={**member.params, **head}, said=first.said))
+    return aligned
 
 
 def average_probabilities(logits: Sequence[Tensor]) -> Tensor:
@@ -90,33 +110,44 @@ def run(session: Session) -> int:
     began = time.perf_counter()
     config = session.config
     console = Console(session.world.is_main)
-    loaded = members(session)
-    dataset = sessions.open_data(session, "val")
-    for member in loaded:
-        check_labels(member, dataset.classes, config.num_classes)
-    model, count = loaded[0].model, len(loaded)
-    predict = predict_each(session, model, [*(m.params for m in loaded), soup([m.params for m in loaded])])
-    # As many activations at once as for one model.
-    split = evaluator.open_split(session, dataset, max(1, eval_batch(config) // (count + 1)))
-    how = "together (vmap)" if vmaps(session) else "one by one"
-    console.say(f"evaluating {count} members {how} on {len(dataset)} images of {config.data.path or config.data.name}")
+    members_said = members(session)
+    for member in members_said:
+        for note in (*member.notes, *differences(session, member)):
+            console.say(f"note: {member.path}: {note}")
+    loaded = align(members_said)
+    named = next((member for member in loaded if member.classes is not None), loaded[0])
+    matched = match(named, sessions.open_data(session, "val"), config)
+    for note in matched.notes:
+        console.say(f"note: {note}")
+    for warning in matched.warnings:
+        warn_once(warning)
+    dataset, model = matched.dataset, loaded[0].model
+    predict = session.predictor(model)
+    every = [session.inference(p) for p in [*(m.params for m in loaded), soup([m.params for m in loaded])]]
+    split = evaluator.open_split(session, dataset, eval_batch(config))
+    console.say(
+        f"evaluating {len(loaded)} members on {len(dataset)} images of {config.data.path or config.data.name}, split "
+        f"{evaluator.split_name(dataset)}: {session.preprocessing}"
+    )
 
     def eval_step(batch: Batch) -> list[evaluator.Scored]:
-        *each, blend = predict(batch["image"])
-        outputs = [*each, blend, average_probabilities(each)]
+        *each, blend = [predict(params, batch["image"]) for params in every]
+        outputs = [average_probabilities(each), *each, blend]  # the first one is recorded
         return [(logits, metrics.sums(logits, batch["label"], batch["valid"])) for logits in outputs]
 
-    summaries = evaluator.evaluate(session, split, eval_step)
-    assert summaries is not None  # nothing stops it
-    *each, blend, average = summaries
-    names = [f"{m.path} ({m.which})" for m in loaded]
-    names += ["soup (mean of weights)", "ensemble (mean of probabilities)"]
-    for name, summary in zip(names, summaries, strict=True):
-        console.say(f"{name}: {evaluator.report(summary)}")
+    predictions = PredictionLog(len(dataset))
+    found = evaluator.evaluate(session, split, eval_step, observe=predictions)
+    assert found is not None  # nothing stops it
+    average, *each, blend = (evaluation.metrics for evaluation in found)
+    for member, figures in zip(loaded, each, strict=True):
+        console.say(f"{member.path} ({member.which}): {evaluator.report(figures)}")
+    console.say(f"soup (mean of weights): {evaluator.report(blend)}")
+    console.say(f"ensemble (mean of probabilities): {evaluator.report(average)}")
     described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(loaded, each, strict=True)]
-    figures = {
-        **average, "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
-        "ensemble": {"members": described, "average": average, "soup": blend, "vmap": vmaps(session)},
+    result = {
+        "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
+        "ensemble": {"members": described, "average": average, "soup": blend},
     }  # fmt: skip
-    evaluator.write_result(session, model, figures, time.perf_counter() - began)
+    evaluated = output.Evaluated(model, dataset, matched.left_out, predictions, found[0], result)
+    output.write(session, evaluated, time.perf_counter() - began)
     return 0

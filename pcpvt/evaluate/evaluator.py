@@ -6,16 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pcpvt.config import stored
 from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.distributed import collectives
 from pcpvt.functional import metrics
 from pcpvt.functional.objective import Batch
-from pcpvt.models import pcpvt
-from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console, duration
+from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 
 Scored = tuple[Tensor, metrics.Sums]  # logits [b, classes] of one model, and their sums (see functional.metrics)
@@ -32,6 +29,15 @@ class UnreadableLog:
         if index not in self._named and collectives.first_to_say(text):
             self._console.warn(text)
         self._named.add(index)
+
+
+class Evaluation(NamedTuple):
+    """What a model got on a split."""
+
+    metrics: dict[str, float]  # see `functional.metrics.summarize`; and `unreadable` when samples were skipped
+    labels: list[int]  # samples of each class
+    hits: list[int]  # those of them whose top-1 prediction is right
+    predicted: list[int]  # samples that the top-1 prediction puts into each class
 
 
 class Split(NamedTuple):
@@ -66,7 +72,7 @@ def evaluate(
     *,
     observe: Callable[[Batch, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, float]] | None:
+) -> list[Evaluation] | None:
     """Evaluate one or several models in one pass over a split.
 
     Args:
@@ -75,7 +81,7 @@ def evaluate(
         stop: asked before each batch, on all processes alike; True ends the evaluation.
 
     Returns:
-        For each model `acc1`, `acc5`, `loss`, `seen`, and `unreadable` when samples were skipped; None when stopped.
+        One for each model; None when stopped.
 
     Raises:
         AssertionError: when not every sample was seen exactly once.
@@ -95,29 +101,36 @@ def evaluate(
     for index in left_out:
         split.unreadable.add(index, "left out of the evaluation")
     unreadable = int(collectives.sum_numbers([float(len(left_out))])[0])
-    summaries = []
+    found = []
     for model in zip(*batches, strict=True):
-        local = {name: sum(sums[name].item() for sums in model) for name in model[0]}
-        total = dict(zip(local, collectives.sum_numbers([float(v) for v in local.values()]), strict=True))
+        total = _total(model)
         assert int(total["seen"]) + unreadable == len(split.dataset), (total["seen"], unreadable, len(split.dataset))
-        summaries.append(metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {}))
-    return summaries
+        summary = metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {})
+        found.append(Evaluation(summary, *([int(n) for n in total[name]] for name in metrics.PER_CLASS)))
+    return found
 
 
-def write_result(session: Session, model: pcpvt.PCPVT, figures: dict[str, Any], seconds: float) -> None:
-    """Write `result-eval.json`, and `result.json` unless a training has left one, on the main process."""
-    path = session.workdir / "result-eval.json"
-    result = {
-        "mode": "eval", **figures, "images": figures["seen"],
-        "images_per_sec": round(figures["seen"] / seconds, 2), "seconds": round(seconds, 2),
-        "n_parameters": pcpvt.n_parameters(model),
-    }  # fmt: skip
-    if session.world.is_main:
-        records.write_json(path, result)
-        training = session.workdir / "result.json"
-        if not training.exists() or stored.read_config(training).get("mode") != "train":
-            records.write_json(training, result)
-    Console(session.world.is_main).say(f"{figures['seen']} images in {duration(seconds)}; written to {path}")
+def _total(batches: Sequence[metrics.Sums]) -> dict[str, Any]:
+    """The sums of all batches of all processes as numbers, those per class as lists."""
+    names = [name for name in batches[0] if name not in metrics.PER_CLASS]
+    numbers = [float(sum(sums[name].item() for sums in batches)) for name in names]
+    per_class = [torch.stack([sums[name] for sums in batches]).sum(0).tolist() for name in metrics.PER_CLASS]
+    classes = len(per_class[0])
+    flat = collectives.sum_numbers([*numbers, *(float(n) for row in per_class for n in row)])
+    rows = [flat[len(names) + i * classes :][:classes] for i in range(len(per_class))]
+    return dict(zip(names, flat, strict=False)) | dict(zip(metrics.PER_CLASS, rows, strict=True))
+
+
+def recall(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, float]:
+    """Class name to recall in percent, of the classes that have samples."""
+    names = [*classes, *(f"output {i}" for i in range(len(classes), len(evaluation.labels)))]
+    shares = zip(names, metrics.recalls(evaluation.labels, evaluation.hits), strict=True)
+    return {name: round(share, 4) for name, share in shares if share is not None}
+
+
+def split_name(dataset: sources.Dataset) -> str:
+    """The split of a dataset, as its source calls it."""
+    return str(getattr(dataset, "split", "val"))
 
 
 def report(summary: Mapping[str, Any]) -> str:
@@ -125,4 +138,7 @@ def report(summary: Mapping[str, Any]) -> str:
     text = f"top-1 {summary['acc1']:.3f} %   top-5 {summary['acc5']:.3f} %   loss {summary['loss']:.6f}"
     if "acc1_raw" in summary:
         text += f"   (weights before averaging: top-1 {summary['acc1_raw']:.3f} %   loss {summary['loss_raw']:.6f})"
+    balanced = summary.get("balanced_acc")  # equal to top-1 where all classes have as many samples
+    if balanced is not None and abs(balanced - summary["acc1"]) >= 0.05:
+        text += f"   balanced {balanced:.3f} %"
     return text + (f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else "")

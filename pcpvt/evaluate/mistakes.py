@@ -1,9 +1,9 @@
-"""`details.json`: the confusion matrix and the most confident mistakes of an evaluation.
+"""`details.json`, `details-eval.json`: confusion matrix, classes and most confident mistakes of an evaluation.
 
 A `PredictionLog` records each evaluation of a training, and the file is written when that evaluation is the best so
-far, so a run needs no extra pass at its end and a killed run has its details too. The cost per batch is a softmax and a
-maximum; nothing is read back from the device before the end. Every process fills in its own samples, so the
-file is exact at any world size.
+far, so a run needs no extra pass at its end and a killed run has its details too; `--mode=eval` writes its own file.
+The cost per batch is a softmax and a maximum; nothing is read back from the device before the end. Every process fills
+in its own samples, so the file is exact at any world size.
 """
 
 import base64
@@ -75,8 +75,9 @@ def summarize(
 ) -> dict[str, Any]:
     """What the report shows of a `PredictionLog.table`, as JSON values.
 
-    `classes`; `images` and `right` per class; `confusions`, [label, predicted, count] without the right ones, most
-    frequent first; `mistakes`, the most confident ones, with pictures of `size` and `crop` as in the evaluation.
+    `classes`; `images`, `right` and `predicted` per class; `confusions`, [label, predicted, count] without the right
+    ones, most frequent first; `mistakes`, the most confident ones, with pictures of `size` and `crop` as in the
+    evaluation.
     """
     seen = table["seen"]
     label, predicted = table["label"][seen], table["predicted"][seen]
@@ -92,6 +93,7 @@ def summarize(
         "classes": classes,
         "images": np.bincount(label, minlength=n).tolist(),
         "right": np.bincount(label[label == predicted], minlength=n).tolist(),
+        "predicted": np.bincount(predicted, minlength=n).tolist(),
         "confusions": [[i, j, c] for c, i, j in wrong[: max(PAIRS[0], PAIRS[1] * n)]],
         "confusions_in_all": len(wrong),
         "mistakes": [
@@ -106,17 +108,20 @@ def summarize(
     }  # fmt: skip
 
 
-def write(session: Session, predictions: PredictionLog, dataset: Dataset, step: int, warn: Warn) -> None:
-    """Write `details.json` on the main process, or warn: training continues without it. All processes must call this.
+def write(
+    session: Session, predictions: PredictionLog, dataset: Dataset, about: dict[str, Any], warn: Warn,
+    file: str = records.DETAILS,
+) -> None:  # fmt: skip
+    """Write the details on the main process, or warn: the report will lack them. All processes must call this.
 
     Args:
-        step: of the checkpoint that was evaluated.
+        about: what was evaluated: `step` of the checkpoint in a training, and the `recall` of each class.
     """
-    table, path = predictions.table(), session.workdir / records.DETAILS
+    table, path = predictions.table(), session.workdir / file
     if session.world.is_main:
         try:
             summary = summarize(table, dataset, session.size, session.config.eval.crop, session.reading)
-            records.write_json(path, {"step": step, **summary})
+            records.write_json(path, {**about, **summary})
         except (OSError, MemoryError) as error:
             warn(f"{path}: not written ({one_line(error)}); the report will lack it")
 

@@ -2,13 +2,16 @@
 
 import time
 
-from pcpvt.checkpoints.load import check_labels, load_configured
+from pcpvt.checkpoints.labels import match
+from pcpvt.checkpoints.load import load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
-from pcpvt.evaluate.evaluator import evaluate, open_split, report, write_result
+from pcpvt.evaluate.evaluator import evaluate, open_split, report, split_name
+from pcpvt.evaluate.mistakes import PredictionLog
+from pcpvt.evaluate.output import Evaluated, write
 from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console
+from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
 
 
@@ -20,23 +23,31 @@ def run(session: Session) -> int:
         return ensemble.run(session)
     console = Console(session.world.is_main)
     loaded = load_configured(config, session.workdir)
-    dataset = sessions.open_data(session, "val")
-    check_labels(loaded, dataset.classes, config.num_classes)
-    for note in loaded.notes:
+    matched = match(loaded, sessions.open_data(session, "val"), config)
+    dataset = matched.dataset
+    for note in (*loaded.notes, *matched.notes):
         console.say(f"note: {note}")
+    for warning in matched.warnings:
+        warn_once(warning)
     split = open_split(session, dataset, eval_batch(config))
     data = config.data.path or config.data.name
-    console.say(f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}")
+    console.say(
+        f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}, split {split_name(dataset)}: "
+        f"{session.preprocessing}"
+    )
     eval_step, params = make_eval_step(session.predictor(loaded.model)), session.inference(loaded.params)
-    summaries = evaluate(session, split, lambda batch: [eval_step(params, batch)])
-    assert summaries is not None  # nothing stops it
-    console.say(report(summaries[0]))
+    predictions = PredictionLog(len(dataset))
+    found = evaluate(session, split, lambda batch: [eval_step(params, batch)], observe=predictions)
+    assert found is not None  # nothing stops it
+    (evaluation,) = found
+    console.say(report(evaluation.metrics))
     meta = loaded.meta  # of our own checkpoints; empty for other files
     batch, examples = meta.get("config", {}).get("batch_size"), meta.get("examples")
-    result = {
+    figures = {
         "epochs": meta["step"] * batch / examples if batch and examples else None,
         "checkpoint": loaded.path,
         "weights": loaded.which,
     }
-    write_result(session, loaded.model, {**summaries[0], **result}, time.perf_counter() - began)
+    evaluated = Evaluated(loaded.model, dataset, matched.left_out, predictions, evaluation, figures)
+    write(session, evaluated, time.perf_counter() - began)
     return 0

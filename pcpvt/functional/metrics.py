@@ -1,10 +1,15 @@
 """Evaluation metrics as sums and counts, which are added over batches and ranks and divided once at the end."""
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Sums = dict[str, Tensor]
+PER_CLASS = ("labels", "hits", "predicted")  # the sums that have an entry per class
 
 
 def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
@@ -18,7 +23,8 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
     Returns:
         0-d tensors: `seen`, `top1`, `top5` in int64, `loss` (sum of cross-entropy) in the dtype of the logits. A label
         is in the top k when fewer than k classes score higher; of equal scores the lower class index counts as higher,
-        on every device.
+        on every device. And `[classes]` in int64: `labels`, rows with this label; `hits`, those of them in the top 1;
+        `predicted`, rows with this class in the top 1 (a row that is not finite has none).
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)[None, :]
@@ -27,20 +33,55 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
     usable = valid & torch.isfinite(logits).all(1)
     cross_entropy = -F.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
     loss = torch.where(valid, cross_entropy, torch.zeros_like(cross_entropy))
+    right = (rank < 1) & usable
+    is_label = index == labels[:, None]
+    highest = torch.where(logits == logits.amax(1, keepdim=True), index, logits.shape[1]).amin(1)
     return {
         "seen": valid.sum(),
-        "top1": ((rank < 1) & usable).sum(),
+        "top1": right.sum(),
         "top5": ((rank < 5) & usable).sum(),
         "loss": loss.sum(),
+        "labels": (is_label & valid[:, None]).sum(0),
+        "hits": (is_label & right[:, None]).sum(0),
+        "predicted": ((index == highest[:, None]) & usable[:, None]).sum(0),
     }
 
 
-def summarize(total: dict[str, float]) -> dict[str, float]:
-    """`acc1` and `acc5` (percent), `loss` (mean) and `seen` from the totals of `sums`."""
+def summarize(total: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics from the totals of `sums`, those of PER_CLASS as lists.
+
+    `acc1`, `acc5`, `balanced_acc` and `macro_f1` are in percent, `loss` is the mean, and `seen` the number of samples.
+    `balanced_acc` is the mean recall of the classes that have samples, `macro_f1` the mean F1 of those that have
+    samples or predictions, as scikit-learn defines them.
+    """
     seen = int(total["seen"])
+    rows = list(zip(*(total[name] for name in PER_CLASS), strict=True))
+    f1 = [2 * hits / (labels + predicted) for labels, hits, predicted in rows if labels + predicted]
     return {
         "acc1": 100.0 * total["top1"] / max(seen, 1),
         "acc5": 100.0 * total["top5"] / max(seen, 1),
+        "balanced_acc": _mean([share for share in recalls(total["labels"], total["hits"]) if share is not None]),
+        "macro_f1": 100 * _mean(f1),
         "loss": total["loss"] / max(seen, 1),
         "seen": seen,
     }
+
+
+def recalls(labels: Sequence[float], hits: Sequence[float]) -> list[float | None]:
+    """The share of each class's samples that are right, in percent; None of a class without samples."""
+    return [100 * right / count if count else None for count, right in zip(labels, hits, strict=True)]
+
+
+def score(metrics: Mapping[str, Any], by: str = "acc1") -> tuple[float, float]:
+    """A key that is higher for the better evaluation: by `acc1`, `balanced_acc` or `loss`, then by the lower loss.
+
+    A loss that is not a number, or is missing, is the highest; so is the score lowest that is missing.
+    """
+    loss = metrics.get("loss")
+    low = -math.inf if loss is None or math.isnan(loss) else -loss
+    value = low if by == "loss" else metrics.get(by)
+    return (-math.inf if value is None else value), low
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)

@@ -29,9 +29,14 @@ def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def make_objective(
-    model: pcpvt.PCPVT, *, smoothing: float = 0.0, policy: Policy = FLOAT32, kernels: Kernels = PLAIN
-) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:
+    model: pcpvt.PCPVT, *, smoothing: float = 0.0, class_weights: Tensor | None = None, policy: Policy = FLOAT32,
+    kernels: Kernels = PLAIN,
+) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:  # fmt: skip
     """`(params, batch, factor) -> factor * sum of cross-entropies`; params are in the compute dtype already.
+
+    With `class_weights` `[classes]`, on the device, a sample's cross-entropy is the sum over classes c of
+    -weight_c * target_c * log p_c, as in `torch.nn.functional.cross_entropy` with soft targets: it is not divided by
+    the sum of the weights, so that the loss stays a plain sum over samples, whatever the batch is cut into.
 
     The batch holds uint8 images `[b, h, w, channels]`, labels, and the recipe's random draws: `erase`, `lam`
     and `box`, `drop_path_scale` (see `data.loader`). The loss is computed in the policy's output dtype.
@@ -43,6 +48,8 @@ def make_objective(
             x = mixing.mix_images(x, batch["lam"], batch["box"])
         targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
         logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("drop_path_scale"), kernels=kernels)
+        if class_weights is not None:
+            targets = targets * class_weights
         cross_entropy = -(targets * F.log_softmax(logits.to(policy.output), -1)).sum(-1)
         return cross_entropy.sum() * factor
 

@@ -20,14 +20,13 @@ from pcpvt.data.decode import DecodeError, Picture, Reading
 from pcpvt.data.loader import EvalBatches
 from pcpvt.data.sources import Files
 from pcpvt.errors import UserError, silence
-from pcpvt.predict import attribution
+from pcpvt.predict import attribution, sorting
 from pcpvt.readers.files import image_files, left_out_text
 from pcpvt.readers.listing import unlabelled
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-TOP = 5
 FEW = 64  # up to this many images, starting loader processes takes longer than reading
 
 Ranked = list[tuple[str, int, float]]  # (class, index, probability), the most probable first
@@ -68,15 +67,20 @@ def run(session: Session) -> int:
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
         console.say(f"note: {note}")
-    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which})")
+    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which}); {session.preprocessing}")
     classes, readable = class_names(loaded), 0
+    sorted_into = sorting.open_folder(config.predict.sort_into) if config.predict.sort_into else None
+    folders, names = sorting.folder_names(classes), dict(zip(paths, unique_names(paths), strict=True))
     header, write_image = FORMATS[config.predict.format]
 
     def write(out: TextIO) -> None:
         nonlocal readable
         out.write(header)
         for path, probabilities in classify(session, loaded, paths, console):
-            write_image(out, path, best(probabilities, classes))
+            ranked = best(probabilities, classes, config.predict.top)
+            write_image(out, path, ranked)
+            if sorted_into is not None:
+                sorting.copy(path, sorted_into / folders[ranked[0][1]], names[path])
             readable += 1
         out.flush()
         if not readable:  # raised here so that no file is written
@@ -93,6 +97,8 @@ def run(session: Session) -> int:
     skipped = f", {len(paths) - readable} unreadable and skipped" if readable < len(paths) else ""
     where = f"; written to {config.predict.output}" if config.predict.output else ""
     console.say(f"{readable} images{skipped} in {duration(time.perf_counter() - began)}{where}")
+    if sorted_into is not None:
+        console.say(f"copied by predicted class into {sorted_into}")
     if config.predict.explain:
         console.say(f"heat maps in {session.workdir / 'explain'}")
     return 0
@@ -144,10 +150,10 @@ def _reason(path: str, size: tuple[int, int], reading: Reading) -> str:
     return f"{path}: could not be read a moment ago"
 
 
-def best(probabilities: Tensor, classes: list[str]) -> Ranked:
-    """The TOP most probable of `[classes]`; all of them when there are fewer."""
+def best(probabilities: Tensor, classes: list[str], top: int = 5) -> Ranked:
+    """The `top` most probable of `[classes]`; all of them when there are fewer."""
     values, indices = probabilities.float().sort(descending=True, stable=True)  # of equal ones, lower index first
-    return [(classes[i], i, p) for i, p in zip(indices[:TOP].tolist(), values[:TOP].tolist(), strict=True)]
+    return [(classes[i], i, p) for i, p in zip(indices[:top].tolist(), values[:top].tolist(), strict=True)]
 
 
 def write_table(out: TextIO, path: str, ranked: Ranked) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from pcpvt.config import stored
 from pcpvt.errors import UserError
+from pcpvt.functional.metrics import score
 from pcpvt.runtime import environment, records
 
 POINTS = 300  # of a curve: more cannot be seen at this size, and ImageNet's 100 epochs write 6,000 records
@@ -32,14 +33,15 @@ class RunData(NamedTuple):
         return f"{count} x {name}" if name and count != 1 else str(name)
 
     def best(self) -> dict[str, Any]:
-        """The best evaluation so far, by the rule that chooses checkpoints: higher top-1, then later."""
-        evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and _is_number(entry.get("acc1"))]
-        return max(evaluations, key=lambda entry: (entry["acc1"], entry["step"]), default={})
+        """The best evaluation so far, by the rule that chooses checkpoints."""
+        evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and is_number(entry.get("acc1"))]
+        by = self.config.get("best", "acc1")
+        return max(evaluations, key=lambda entry: (score(entry, by), entry["step"]), default={})
 
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of one number of the records of a kind, at most `POINTS` of them: means of equal parts."""
         entries = ([entry.get("epoch"), entry.get(name)] for entry in self.metrics if entry.get("kind") == kind)
-        points = [(float(x), float(y)) for x, y in entries if _is_number(x) and _is_number(y)]
+        points = [(float(x), float(y)) for x, y in entries if is_number(x) and is_number(y)]
         size = max(math.ceil(len(points) / POINTS), 1)
         parts = [points[i : i + size] for i in range(0, len(points), size)]
         return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
@@ -48,18 +50,18 @@ class RunData(NamedTuple):
 def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
     """Reads one workdir, which the report calls `name`; UserError when it holds no run, with the `field` it is from."""
     metrics = records.read_metrics(workdir / "metrics.jsonl")
-    config = _read_object(workdir / "config.json")
+    config = read_object(workdir / "config.json")
     if not metrics and not config:
         raise UserError(f"{field}: {workdir} holds no run (neither config.json nor metrics.jsonl): name another folder")
-    result = _read_object(workdir / "result.json")
+    result = read_object(workdir / "result.json")
     # It may be the result of an evaluation, or of a training that was extended since.
     if result.get("mode") != "train" or (metrics and result.get("steps") != metrics[-1]["step"]):
         result = {}
-    files = (_read_object(workdir / file) for file in (environment.FILE, records.DETAILS))
+    files = (read_object(workdir / file) for file in (environment.FILE, records.DETAILS))
     return RunData(name, stored.flat(config), metrics, result, *files)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one for a file that is missing or damaged."""
     try:
         return stored.read_config(path)
@@ -67,7 +69,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -75,12 +77,14 @@ def summarize_classes(details: dict[str, Any]) -> dict[str, Any]:
     """What `classes.html` shows of `details.json` (see `evaluate.mistakes`); empty if that is missing or damaged."""
     try:
         names, images, step = details["classes"], details["images"], details.get("step")
+        predicted = details.get("predicted") or [0] * len(names)  # earlier versions did not count it
         if not names or not all(isinstance(name, str) for name in names):
             return {}
         rights = enumerate(zip(details["right"], images, strict=True))
         accuracies = sorted((right / count, i, right, count) for i, (right, count) in rights if count)
         shown = accuracies if len(accuracies) <= MATRIX else accuracies[:LISTED]
         checkpoint = "" if step is None else f", the checkpoint of step {step}"
+        split = details.get("split", "validation")
         confusions = [(names[i], names[j], n, _percent(n / max(images[i], 1))) for i, j, n in details["confusions"]]
         mistakes = [
             {"name": mistake["name"], "picture": mistake["picture"], "file": os.path.basename(mistake["name"])}
@@ -89,14 +93,17 @@ def summarize_classes(details: dict[str, Any]) -> dict[str, Any]:
             for mistake in details["mistakes"]
         ]
         return {
-            "about": f"{sum(images):,} validation images, {len(names)} classes{checkpoint}",
+            "about": f"{sum(images):,} {split} images, {len(names)} classes{checkpoint}",
             "numbers": len(names) <= NUMBERS,
             # A matrix with numbers and a list of as many classes have equal heights.
             "beside": len(names) <= NUMBERS or len(names) > MATRIX,
             "matrix": _matrix(details) if len(names) <= MATRIX else [],
             "pairs": confusions[:LISTED],
             "order": "Lowest first" if shown is accuracies else f"The {LISTED} lowest of {len(accuracies)}",
-            "accuracies": [(names[i], _percent(share), right, count) for share, i, right, count in shown],
+            "accuracies": [
+                (names[i], _percent(share), right, count, _percent(right / predicted[i]) if predicted[i] else "–")
+                for share, i, right, count in shown
+            ],
             "mistakes": mistakes,
         }
     except (LookupError, TypeError, ValueError, AttributeError):  # valid JSON of another form

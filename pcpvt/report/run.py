@@ -113,6 +113,8 @@ def _figures(run: RunData) -> dict[str, str]:
     figures = {
         "top-1 accuracy": f"{best['acc1']:.2f} %" if best else "",
         "top-5 accuracy": f"{best['acc5']:.2f} %" if best.get("acc5") is not None else "",
+        "balanced accuracy": f"{best['balanced_acc']:.2f} %" if data.is_number(best.get("balanced_acc")) else "",
+        "macro F1": f"{best['macro_f1']:.2f} %" if data.is_number(best.get("macro_f1")) else "",
         "validation loss": short(best["loss"]) if best.get("loss") is not None else "",
         "images/s": short(speed) if speed else "",
         "epochs": short(round(float(last["epoch"]), 2)) if last.get("epoch") else "",

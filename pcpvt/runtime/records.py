@@ -14,7 +14,7 @@ from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.errors import UserError
 
 COMMAND = "command.txt"  # the command line that made the workdir, with its date and folder
-DETAILS = "details.json"  # of an evaluation; see `evaluate.mistakes`
+DETAILS, EVAL_DETAILS = "details.json", "details-eval.json"  # of a training's best evaluation, and of --mode=eval
 NONFINITE = "nonfinite.json"  # the non-finite steps in a row after which a run has ended
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pcpvt import devices
 from pcpvt.config.checks import parse_duration
 from pcpvt.config.cli import Command
-from pcpvt.data import sources
+from pcpvt.data import classes, sources
 from pcpvt.data.decode import Reading
 from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers, shared_workers
 from pcpvt.devices import base
@@ -41,6 +41,11 @@ class Session(NamedTuple):
     size: tuple[int, int]  # height, width
     kernels: Kernels
     command: Command | None = None  # as given; None where the program was not started by a command line
+
+    @property
+    def preprocessing(self) -> str:
+        """What images are evaluated as, for the log."""
+        return f"{self.size[0]}x{self.size[1]} px, crop {self.config.eval.crop:g}, {self.policy}"
 
     @property
     def checkpoints(self) -> Path:
@@ -97,7 +102,7 @@ def open_data(session: Session, split: str) -> sources.Dataset:
     config = session.config
     name, splits, columns = _naming(config)
     dataset = sources.open_split(name, config.data.path, split, session.size, config.num_classes, splits, columns)
-    return _remark(dataset, split)
+    return _arrange(config, _remark(dataset, split))
 
 
 def open_training_data(session: Session) -> tuple[sources.Dataset, sources.Dataset]:
@@ -108,7 +113,12 @@ def open_training_data(session: Session) -> tuple[sources.Dataset, sources.Datas
     train, val = sources.open_training(
         name, config.data.path, session.size, config.num_classes, splits, columns, validates=validates
     )
-    return _remark(train, "train"), _remark(val, "val")
+    return _arrange(config, _remark(train, "train")), _arrange(config, _remark(val, "val"))
+
+
+def _arrange(config: ConfigDict, dataset: sources.Dataset) -> sources.Dataset:
+    """The dataset with its classes in the configured order, or as the configured map says."""
+    return classes.arrange(dataset, config.data.class_order, config.data.class_map)
 
 
 def _naming(config: ConfigDict) -> tuple[str, Splits, Columns]:

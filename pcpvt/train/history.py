@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pcpvt.config.plan import Plan
+from pcpvt.functional.metrics import score
 
 
 class BadStep(NamedTuple):
@@ -46,6 +47,7 @@ class History(NamedTuple):
     window: Window = Window()
     clock: Clock = Clock()
     records: int = 0  # lines of metrics.jsonl
+    stale: int = 0  # evaluations since the last one that was better than all before it
     replaced: int = 0  # draws of unreadable training images that were replaced by the next image
     streak: tuple[BadStep, ...] = ()  # non-finite steps in a row up to now, in this part of the run; not stored
 
@@ -61,10 +63,15 @@ class History(NamedTuple):
         """The history that a checkpoint stores (`resume.REQUIRED` checks its types)."""
         window = Window(*(meta["window"][name] for name in Window._fields))
         clock = Clock(*(meta["clock"][name] for name in Clock._fields))
-        return cls(meta.get("metrics"), meta.get("best"), window, clock, meta["records"], meta.get("replaced", 0))
+        counts = (meta["records"], meta.get("stale", 0), meta.get("replaced", 0))
+        return cls(meta.get("metrics"), meta.get("best"), window, clock, *counts)
 
     def images_per_sec(self, batch: int) -> float:
         return self.clock.steps * batch / self.clock.seconds if self.clock.seconds else 0.0
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether `patience` evaluations in a row were no better than the best before them (`config.patience`)."""
+        return 0 < patience <= self.stale
 
     def diverged(self, max_skipped: int) -> bool:
         """Whether `max_skipped` steps in a row were not finite (`config.max_skipped`)."""
@@ -79,6 +86,16 @@ def add_metrics(history: History, step: int, metrics: Mapping[str, Tensor]) -> H
         streak = (*history.streak, BadStep(step, loss, grad_norm, int(skipped)))
         return history._replace(window=window._replace(skipped=window.skipped + 1), streak=streak)
     return history._replace(window=window._replace(loss=window.loss + loss, steps=window.steps + 1), streak=())
+
+
+def add_evaluation(history: History, step: int, metrics: Mapping[str, float], by: str) -> History:
+    """Add an evaluation of the current parameters; it is the best if none was better in `by` (`config.best`)."""
+    history = history._replace(metrics=dict(metrics), records=history.records + 1)
+    before = None if history.best is None else score(history.best, by)
+    now = score(metrics, by)
+    if before is None or now >= before:  # of equal ones the later
+        history = history._replace(best={**metrics, "step": step})
+    return history._replace(stale=0 if before is None or now > before else history.stale + 1)
 
 
 def add_step(history: History, seconds: float, *, timed: bool) -> History:

@@ -14,7 +14,7 @@ from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals, stacks
 from pcpvt.errors import UserError
 from pcpvt.evaluate import mistakes
-from pcpvt.evaluate.evaluator import UnreadableLog, evaluate
+from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
 from pcpvt.functional.state import TrainState
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
@@ -32,7 +32,7 @@ MAX_PENDING = 100  # reading metrics earlier than needed would stall the device
 def train(
     setup: TrainSetup, state: TrainState, history: History, writers: Sequence[Writer], saver: Saver
 ) -> tuple[TrainState, History]:
-    """Train from `state` to the end of the plan, until a signal asks to stop, or until the run has diverged.
+    """Train from `state` to the end of the plan or of the patience, until a signal asks to stop, or until it diverged.
 
     Unless it has diverged (see `History.diverged`), everything is saved on return.
 
@@ -48,7 +48,7 @@ def train(
         if owes_evaluation(plan, history, step):  # the run was interrupted between this checkpoint and its evaluation
             history, stopped = _evaluate(setup, state, history, writers, saver)
         batches = iter(session.device.prefetch(setup.train_loader))
-        while step < plan.steps and not stopped:
+        while step < plan.steps and not stopped and not history.exhausted(config.patience):
             # Stop when asked. All processes take the same decision at the same step.
             if stop_requested():
                 break
@@ -124,9 +124,10 @@ def train(
     return state, history
 
 
-def finished(plan: Plan, history: History, step: int) -> bool:
+def finished(plan: Plan, history: History, step: int, patience: int) -> bool:
     """Whether nothing is left to do after `step` steps."""
-    return step >= plan.steps and not owes_evaluation(plan, history, step)
+    ended = step >= plan.steps or history.exhausted(patience)
+    return ended and not owes_evaluation(plan, history, step)
 
 
 def owes_evaluation(plan: Plan, history: History, step: int) -> bool:
@@ -203,15 +204,16 @@ def _evaluate(
     )
     if summaries is None:
         return history, True
-    metrics, *raw = summaries
-    for summary in raw:
-        metrics |= {f"{name}_raw": summary[name] for name in ("acc1", "loss")}
+    evaluation, *others = summaries
+    metrics = evaluation.metrics
+    for other in others:
+        metrics |= {f"{name}_raw": other.metrics[name] for name in ("acc1", "loss")}
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)
-    history = history._replace(metrics=metrics, records=history.records + 1)
-    if history.best is None or metrics["acc1"] >= history.best["acc1"]:
-        history = history._replace(best={**metrics, "step": step})
-        mistakes.write(session, predictions, data, step, setup.console.warn)
+    history = histories.add_evaluation(history, step, metrics, session.config.best)
+    if history.best is not None and history.best["step"] == step:
+        about = {"step": step, "recall": recall(evaluation, data.classes)}
+        mistakes.write(session, predictions, data, about, setup.console.warn)
     saver.add_evaluation(state, checkpoint_meta(setup, history))
     return history, False

@@ -9,6 +9,7 @@ import torch
 
 from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.writer import Saver
+from pcpvt.config import stored
 from pcpvt.distributed import collectives, restart, signals
 from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
@@ -37,8 +38,9 @@ def run(session: Session) -> int:
         say(f"note: {note}")
     if setup.resumed_from is not None:
         say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
-    if loop.finished(plan, history, step):
-        say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}")
+    if loop.finished(plan, history, step, session.config.patience):
+        why = f", and {_lost_patience(session, history)}" if step < plan.steps else ""
+        say(f"nothing to do: {session.workdir} is at step {step} of {plan.steps}{why}")
         _conclude(setup, state, history)
         _propose(setup)
         return 0
@@ -65,10 +67,13 @@ def run(session: Session) -> int:
         if history.diverged(session.config.max_skipped):
             raise _divergence_error(setup, history, saver.last_good())
         signals.ignore_from_now()  # all is saved: a launcher's signals from here on must not change the exit code
-        if not loop.finished(plan, history, int(state.step)):
+        step = int(state.step)
+        if not loop.finished(plan, history, step, session.config.patience):
             collectives.await_all(signals.SAVE_LIMIT)  # the first process to leave makes the launcher stop the others
-            say(f"stopped by a signal at step {int(state.step)}; saved. The same command goes on from there.")
+            say(f"stopped by a signal at step {step}; saved. The same command goes on from there.")
             return signals.PREEMPTED
+        if step < plan.steps:
+            say(f"ended at step {step} of {plan.steps}: {_lost_patience(session, history)}")
         _conclude(setup, state, history)
         report.at_end(session, setup.console)
         _propose(setup)
@@ -108,10 +113,15 @@ def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
         records.write_json(session.workdir / "result.json", result)
     say("")
     if result["acc1"] is not None:
-        say(f"final accuracy: {metrics_line(result)} (best, step {result['best_step']})")
+        say(f"final accuracy: {metrics_line(result)} (best in {session.config.best}, step {result['best_step']})")
     time = duration(result["seconds"])
     say(f"final images/s: {result['images_per_sec']:.1f}   end-to-end duration: {time}")
     say(f"written to {session.workdir}: result.json, metrics.jsonl, config.json, checkpoints/")
+
+
+def _lost_patience(session: Session, history: History) -> str:
+    config = session.config
+    return f"{history.stale} evaluations in a row were not better in {config.best} (config.patience={config.patience})"
 
 
 def _propose(setup: TrainSetup) -> None:
@@ -128,16 +138,26 @@ def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
     counts = {"unreadable": best.get("unreadable"), "replaced": history.replaced}
     return {
         "mode": "train",
-        **{name: best.get(name) for name in ("acc1", "acc5", "loss")},
+        **{name: best.get(name) for name in ("acc1", "acc5", "balanced_acc", "macro_f1", "loss")},
         **{name: best[name] for name in ("acc1_raw", "loss_raw") if name in best},
         "best_step": best_step, "images": step * plan.batch,
-        "images_per_sec": round(history.images_per_sec(plan.batch), 2), "epochs": plan.epochs, "steps": step,
+        "images_per_sec": round(history.images_per_sec(plan.batch), 2),
+        "epochs": step * plan.batch / plan.examples, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),
         "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)), "last": history.metrics,
         "split": setup.split.dataset.split,
-        "device": session.device.describe(), "processes": session.world.size,
+        "device": session.device.describe(), "processes": session.world.size, "recall": _recall(session, best_step),
         **{name: count for name, count in counts.items() if count},
     }  # fmt: skip
+
+
+def _recall(session: Session, best_step: int) -> dict[str, float] | None:
+    """The recall of each class at the best step, from the details of that evaluation; None where they are missing."""
+    with contextlib.suppress(UserError):
+        details = stored.read_config(session.workdir / records.DETAILS)
+        if details.get("step") == best_step:
+            return details.get("recall")
+    return None
 
 
 def _earlier_result(session: Session, result: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.checkpoints.channels import adapt_channels
-from pcpvt.checkpoints.load import match_params, read_weights
+from pcpvt.checkpoints.labels import fit_head
+from pcpvt.checkpoints.load import HEAD, match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan, short_run_notes
 from pcpvt.data import augment, loader
+from pcpvt.data.classes import labels_of
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
@@ -25,9 +27,9 @@ from pcpvt.functional.objective import Batch, make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
-from pcpvt.runtime.console import Console
+from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import resume, utilisation
+from pcpvt.train import class_weights, resume, utilisation
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -98,7 +100,11 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "image_size": list(session.size), "examples": plan.examples,
     }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
-    train, score = train_step(session, model, plan, opt), step.make_eval_step(session.predictor(model))
+    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
+    notes = [*notes, *said]
+    for warning in warnings:
+        warn_once(warning)
+    train, score = train_step(session, model, plan, opt, weights), step.make_eval_step(session.predictor(model))
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
         session, console, split, model, plan, batches, reader, train, score, peak, meta,
@@ -143,16 +149,9 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     return loader.TrainBatches(
         dataset, spec, mix, pcpvt.drop_rates(model.spec, config.model.drop_path), seed=config.seed,
         batch=config.batch_size, rank=world.rank, world=world.size, repeats=a.repeats, on_error=config.data.on_error,
-        reading=session.reading, labels=labels_of(dataset) if config.data.sampler == "balanced" else None,
+        reading=session.reading,
+        labels=np.array(labels_of(dataset), np.int32) if config.data.sampler == "balanced" else None,
     )  # fmt: skip
-
-
-def labels_of(dataset: Dataset) -> np.ndarray:
-    """The labels of all samples, int32 `[n]`; of datasets that do not keep them they are read one by one."""
-    known = getattr(dataset, "labels", None)
-    if known is None:
-        known = [dataset[i][1] for i in range(len(dataset))]
-    return np.asarray(known() if callable(known) else known, np.int32)
 
 
 def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
@@ -185,10 +184,15 @@ def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.
     return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
 
 
-def train_step(session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer) -> Step:
-    """The pure step with this device's kernels, compilation and sums put in."""
+def train_step(
+    session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer, weights: Sequence[float] | None = None
+) -> Step:
+    """The pure step with this device's kernels, compilation and sums put in; `weights` are those of the classes."""
     config, policy = session.config, session.policy
-    objective = make_objective(model, smoothing=config.label_smoothing, policy=policy, kernels=session.kernels)
+    per_class = None if weights is None else torch.tensor(weights, dtype=policy.output).to(session.device.torch)
+    objective = make_objective(
+        model, smoothing=config.label_smoothing, class_weights=per_class, policy=policy, kernels=session.kernels
+    )
     names = list(pcpvt.shapes(model))
     frozen = matched(config, "frozen", names)
     trained = [name for name in names if name not in frozen] if frozen else None  # None: all
@@ -206,7 +210,7 @@ def init_params(
     """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`.
 
     Args:
-        classes: of the data, to tell when a head is kept for other classes.
+        classes: of the data; a file that names its own gives the head's rows by name.
     """
     config = session.config
     params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
@@ -214,13 +218,15 @@ def init_params(
     if config.finetune:
         path, weights = read_weights(config.finetune, config.weights)
         fresh = matched(config, "fresh", list(params))
-        theirs_adapted, adapted = adapt_channels(weights.params, config.model.in_chans, path)
-        fitted, said = match_params(theirs_adapted, pcpvt.shapes(model), path=path, fresh=fresh)
-        params |= {n: v.to(session.policy.params) for n, v in fitted.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *adapted, *said]
-        theirs = weights.classes
-        if "head.weight" in fitted and classes is not None and theirs is not None and theirs != list(classes):
-            notes.append(f"head: its classes were others ({theirs[0]!r}, ... in the file, {classes[0]!r}, ... here)")
+        adapted, about_channels = adapt_channels(weights.params, config.model.in_chans, path)
+        head: pcpvt.Params | None = None
+        about_head: list[str] = []
+        if classes is not None and not fresh & set(HEAD):
+            head, about_head = fit_head(path, weights, params, classes, config)
+        taken = fresh if head is None else {*fresh, *HEAD}  # the head is settled
+        fitted, said = match_params(adapted, pcpvt.shapes(model), path=path, fresh=taken)
+        params |= {n: v.to(session.policy.params) for n, v in {**fitted, **(head or {})}.items()}
+        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *about_channels, *said, *about_head]
     for field in ("fresh", "frozen"):
         if config[field]:
             notes.append(f"{field}: {_listed(matched(config, field, list(params)), params)}")

@@ -22,7 +22,7 @@ from pcpvt.functional.state import TrainState
 METRICS = {"acc1": 10.0, "acc5": 50.0, "loss": 1.0, "seen": 4}
 
 
-META = {"config": {}, "classes": ["a"], "metrics": None, "best": None, "records": 1}
+META = {"config": {}, "classes": ["a"], "metrics": None, "best": None, "records": 1, "stale": 0}
 
 
 def save(folder: Path, step: int) -> None:
