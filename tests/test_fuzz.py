@@ -119,7 +119,7 @@ def test_fields_of_a_wrong_type_are_refused_despite_a_valid_checksum(written, tm
     meta = {"format": checkpoint.FORMAT, **META, field: value}
     meta["digest"] = checkpoint.digest(meta, sorted(TENSORS.items()))
     path.write_bytes(save(TENSORS, {checkpoint.KEY: json.dumps(meta)}))
-    session = type("S", (), {"checkpoints": tmp_path, "config": base(), "workdir": tmp_path})
+    session = type("S", (), {"checkpoints": tmp_path, "config": base(), "workdir": tmp_path, "command": None})
     target = path
     if isinstance(meta["step"], int) and 0 <= meta["step"] < 10**8:
         target = path.rename(tmp_path / checkpoint.name_of(meta["step"]))

@@ -91,8 +91,10 @@ def test_error_of_communication_outside_a_collective_names_the_lost_rank(tmp_pat
     ],
 )
 def test_only_errors_of_communication_are_lost_peers(text, lost, monkeypatch):
-    monkeypatch.setattr(collectives, "_group", collectives._Group())
-    monkeypatch.setattr(collectives, "_roll_call", lambda: ["rank 1"])
+    group = collectives._Group()
+    group.store = torch.distributed.HashStore()
+    monkeypatch.setattr(collectives, "_group", group)
+    monkeypatch.setattr(collectives, "_roll_call", lambda asks: [1])
     monkeypatch.setattr(collectives.dist, "is_initialized", lambda: True)
     with pytest.raises(PeerError if lost else RuntimeError) as caught, collectives._peer_errors():
         raise RuntimeError(text)

@@ -231,7 +231,7 @@ def by_score(folder: Path) -> list[Path]:
         with contextlib.suppress(CheckpointError):
             meta = read_meta(path)
             if meta.get("metrics"):
-                by = meta.get("config", {}).get("best", "acc1")
+                by = str(meta.get("config", {}).get("best", "acc1"))
                 ranked.append((metrics.score(meta["metrics"], by), meta["step"], path))
     return [path for *_, path in sorted(ranked, reverse=True)]
 
