@@ -13,8 +13,8 @@ UNITS = ("epochs", "steps", "examples")
 # Of a run that is not longer than its warm-up. The recipes' own shares are smaller (at most 2 of 15 epochs), and four
 # fifths of the run are left for the higher rates.
 WARMUP_SHARE = 1 / 5
-# Steps below which a length in epochs is remarked on: with AdamW a parameter moves by about the learning rate a step, so
-# a hundred steps move it by at most a hundred times that.
+# Steps below which a length in epochs is remarked on: AdamW moves a parameter by about the learning rate a step, so a
+# hundred steps move it by at most a hundred times that.
 FEW_STEPS = 100
 
 
