@@ -3,6 +3,7 @@
 S has 304 parameters, and on an NPU launching a kernel takes as long as computing on most of them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,8 +41,9 @@ class Flat(dict[str, Tensor]):
         return Flat(self.flat.clone(), self.shapes)
 
     def zeros(self, names: Sequence[str]) -> "Flat":
-        """Zeros with the names and shapes of the first parameters, which must be these."""
-        assert list(self)[: len(names)] == list(names), "these parameters are not the first"
+        """Zeros with the names and shapes of parameters that follow each other."""
+        begin = list(self).index(names[0]) if names else 0
+        assert list(self)[begin : begin + len(names)] == list(names), "these parameters do not follow each other"
         shapes = {name: self.shapes[name] for name in names}
         return Flat(self.flat.new_zeros(_length(shapes.values())), shapes)
 
@@ -53,6 +55,12 @@ class Flat(dict[str, Tensor]):
     def span(self, names: Sequence[str]) -> slice:
         """Where parameters that follow each other lie."""
         return slice(self._spans[names[0]][0], self._spans[names[-1]][1])
+
+
+def stack(flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """Parameters of one shape that follow each other, as a view `[k, *shape]` of their part of a flat tensor."""
+    numel = math.prod(shape)
+    return flat.view(-1, _up(numel, ALIGNMENT))[:, :numel].unflatten(1, shape)
 
 
 def pack(params: Params, first: Sequence[str] = ()) -> Flat:

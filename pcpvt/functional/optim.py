@@ -47,6 +47,7 @@ class Group(NamedTuple):
     names: tuple[str, ...]
     weight_decay: float
     lr_scale: float = 1.0
+    matrix: tuple[int, ...] = ()  # their common shape, of matrices that are not AdamW's (see `muon`)
 
 
 def gradients(flat: Tensor, divisor: Tensor) -> Gradients:
@@ -69,16 +70,23 @@ def no_decay(name: str, shape: torch.Size) -> bool:
     return len(shape) <= 1 or name.endswith(".bias") or name.startswith("pos_block.")
 
 
-def groups(params: Params, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0) -> list[Group]:
-    """The parameters grouped by (weight decay, lr scale), in a stable order: first those with decay, last norms.
+def groups(
+    params: Params, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0,
+    is_matrix: Callable[[str, torch.Size], bool] = lambda name, shape: False,
+) -> list[Group]:  # fmt: skip
+    """The parameters grouped by (shape of matrices, weight decay, lr scale), in a stable order.
 
-    Norms are apart because they may have a compute dtype of their own (`precision.cast`).
+    First matrices that are not AdamW's, then what decays, last norms, because they may have a compute dtype of their
+    own (`precision.cast`).
     """
-    parts: dict[tuple[bool, bool, float], list[str]] = {}
+    parts: dict[tuple[tuple[int, ...], bool, bool, float], list[str]] = {}
     for name, value in params.items():
-        parts.setdefault((is_norm(name), no_decay(name, value.shape), lr_scale(name)), []).append(name)
-    ordered = sorted(parts.items(), key=lambda part: part[0][:2])
-    return [Group(tuple(names), 0.0 if bare else weight_decay, scale) for (_, bare, scale), names in ordered]
+        matrix = tuple(value.shape) if is_matrix(name, value.shape) else ()
+        parts.setdefault((matrix, is_norm(name), no_decay(name, value.shape), lr_scale(name)), []).append(name)
+    ordered = sorted(parts.items(), key=lambda part: (not part[0][0], *part[0][1:3]))
+    return [
+        Group(tuple(names), 0.0 if bare else weight_decay, scale, matrix) for (matrix, _, bare, scale), names in ordered
+    ]
 
 
 def lay_out(params: Params, groups: Sequence[Group]) -> Flat:
@@ -95,6 +103,7 @@ def adamw(
     State: `count` float32 [] (applied updates), `mu` and `nu` (first and second moments of the parameters in `groups`).
 
     Args:
+        groups: of parameters that follow each other.
         honors_found_inf: whether the device's fused kernel divides by grad_scale and skips on found_inf. If it ignores
             them, the host reads both numbers once per step and applies them, with bit-identical results.
     """
@@ -119,13 +128,31 @@ def adamw(
             grads.flat.div_(grads.divisor)
             grad_scale = None
         for group in groups:
-            part = params.span(group.names)
+            part, own = params.span(group.names), mu.span(group.names)
             torch._fused_adamw_(
-                [params.flat[part]], [grads.flat[part]], [mu.flat[part]], [nu.flat[part]], [], [count],
+                [params.flat[part]], [grads.flat[part]], [mu.flat[own]], [nu.flat[own]], [], [count],
                 lr=lr * group.lr_scale, beta1=betas[0], beta2=betas[1], weight_decay=group.weight_decay, eps=eps,
                 amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
             )  # fmt: skip
         return params, {"count": count, "mu": mu, "nu": nu}
+
+    return Optimizer(init, update)
+
+
+def together(*optimizers: Optimizer) -> Optimizer:
+    """Optimizers of different parameters, one after the other; their states have different keys.
+
+    The last one may change the gradients that it is given.
+    """
+
+    def init(params: Flat) -> Tree:
+        return {key: value for optimizer in optimizers for key, value in optimizer.init(params).items()}
+
+    def update(grads: Gradients, state: Tree, params: Flat, step: int, skip: Tensor) -> tuple[Flat, Tree]:
+        for optimizer in optimizers:
+            params, own = optimizer.update(grads, state, params, step, skip)
+            state = state | own
+        return params, state
 
     return Optimizer(init, update)
 

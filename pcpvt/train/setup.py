@@ -22,7 +22,7 @@ from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
 from pcpvt.errors import UserError
 from pcpvt.evaluate import evaluator
-from pcpvt.functional import mixing, optim, precision, state, step
+from pcpvt.functional import mixing, muon, optim, precision, state, step
 from pcpvt.functional.objective import Batch, make_objective
 from pcpvt.models import pcpvt
 from pcpvt.models.init import init
@@ -173,15 +173,22 @@ def param_groups(session: Session, params: pcpvt.Params) -> list[optim.Group]:
     config, frozen = session.config, matched(session.config, "frozen", params)
     trained = {name: value for name, value in params.items() if name not in frozen}
     layer_decay = pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay)
+    if config.optimizer == "muon":
+        return optim.groups(trained, config.weight_decay, layer_decay, muon.is_matrix)
     return optim.groups(trained, config.weight_decay, layer_decay)
 
 
 def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.Optimizer:
-    """Clipping and AdamW as the config says."""
+    """Clipping and AdamW, or Muon and AdamW, as the config says."""
     config = session.config
     betas, skips = (config.beta1, config.beta2), session.device.fused_adamw_honors_found_inf
-    adamw = optim.adamw(plan.schedule, groups, betas, config.eps, honors_found_inf=skips)
-    return optim.chain(optim.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optim.chain(adamw)
+    others, matrices = [g for g in groups if not g.matrix], [g for g in groups if g.matrix]
+    found = optim.adamw(plan.schedule, others, betas, config.eps, honors_found_inf=skips)
+    if matrices:
+        # float16 is too narrow for the iterations.
+        dtype = torch.bfloat16 if session.policy.compute == torch.bfloat16 else torch.float32
+        found = optim.together(muon.muon(plan.schedule, matrices, dtype), found)
+    return optim.chain(optim.clip_by_global_norm(config.clip_norm), found) if config.clip_norm else optim.chain(found)
 
 
 def train_step(
