@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from pictures import POLICY, agree, picture
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from pcpvt.data import randaugment
 from pcpvt.rng import generator
@@ -29,6 +29,35 @@ def test_operations_equal_timms(timm_posterize, theirs_seeded):
                 assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.03, op.name
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=op.name)
+
+
+def test_three_augment_is_timms(theirs_seeded):
+    """One of timm's three operations, equally often, with timm's arguments; the radius of the blur has timm's range."""
+    image = picture(48, 40)
+    grey, solarized = (np.asarray(op.aug_fn(Image.fromarray(image), *arguments)) for op, arguments in (
+        (op, op.level_fn(op.magnitude, op.hparams)) for (op,) in _timms_three()[1::-1]))  # fmt: skip
+    assert (grey[..., 0] == grey[..., 2]).all()
+    found = {"grey": 0, "solarized": 0}
+    blurred = []
+    for i in range(300):
+        rng = generator(0, "three", i)
+        ours = randaugment.rand_augment(image, "3a", "bicubic", (124, 116, 104), rng)
+        which = "grey" if (ours == grey).all() else "solarized" if (ours == solarized).all() else ""
+        if which:
+            found[which] += 1
+        else:
+            blurred.append(np.abs(ours.astype(int) - image).mean())
+        again = randaugment.rand_augment(image, "3a", "bicubic", (124, 116, 104), generator(0, "three", i))
+        assert (again == ours).all()
+    assert all(70 < count < 130 for count in (*found.values(), len(blurred)))
+    strongest = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2.0))).astype(int)
+    assert len(set(blurred)) > 60 and max(blurred) <= np.abs(strongest - image).mean()
+
+
+def _timms_three():
+    from timm.data.auto_augment import auto_augment_transform
+
+    return auto_augment_transform("3a").policy
 
 
 @pytest.mark.parametrize("factor", [-3.0, -0.31, -1e-9, 0.0, 0.02, 0.5, 2.5])

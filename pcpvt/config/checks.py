@@ -95,8 +95,10 @@ def area(value: tuple) -> str:
 
 
 def randaugment(value: str) -> str:
+    if re.fullmatch(r"3a(-mstd\d+(\.\d+)?)?", value):
+        return ""
     if value and not RANDAUGMENT.fullmatch(value):
-        return f"{value!r} is not timm's notation: try rand-m9-mstd0.5-inc1"
+        return f"{value!r} is not timm's notation: try rand-m9-mstd0.5-inc1, or 3a"
     layers, sets = re.findall(r"-n(\d+)", value), re.findall(r"-t(\w+)", value)
     most = WEIGHTED.get(sets[0], LARGEST) if sets else LARGEST
     if layers and int(layers[-1]) > most:

@@ -1,4 +1,4 @@
-"""timm's RandAugment with random numbers from a given generator and with faster shears and translations.
+"""timm's RandAugment and 3-Augment with random numbers from a given generator and with faster shears and translations.
 
 The policy, its magnitudes and its operations are timm's (`timm.data.auto_augment`), with two differences:
 - posterizing keeps at least one bit. timm asks for 0 bits in 0.15 % of the images under `rand-m9-mstd0.5-inc1`, which
@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+THREE = "3a"  # timm's name of 3-Augment
 _GLOBAL_RANDOM = threading.Lock()
 
 
@@ -30,17 +32,23 @@ def rand_augment(
 
     Args:
         pixels: uint8 `[height, width, 3]`; not written to.
-        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`; `config.checks.randaugment` refuses unknown sections,
-            which timm ignores.
+        policy: timm's notation, e.g. `rand-m9-mstd0.5-inc1`, or `3a`: one of greyscale, solarization and blur (H.
+            Touvron et al., "DeiT III", 2022). `config.checks.randaugment` refuses unknown sections, which timm ignores.
         interpolation: `bicubic` or `bilinear`, of the geometric operations.
         fill: the colour of pixels from outside the image; timm uses the dataset's mean.
     """
     transform = _policy(policy, min(pixels.shape[:2]), interpolation, fill)
-    weights = transform.choice_weights
-    indices = rng.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights)
-    for op in [transform.ops[i] for i in indices]:
+    if policy.startswith(THREE):
+        operations = transform.policy[rng.integers(len(transform.policy))]
+    else:
+        weights = transform.choice_weights
+        indices = rng.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights)
+        operations = [transform.ops[i] for i in indices]
+    for op in operations:
         if rng.random() < op.prob:
-            pixels = _apply(op, _arguments(op, rng), pixels, fast=interpolation == "bicubic")
+            arguments = _arguments(op, rng)
+            with _global_random(rng) if op.name == "GaussianBlurRand" else contextlib.nullcontext():  # draws its radius
+                pixels = _apply(op, arguments, pixels, fast=interpolation == "bicubic")
     return pixels
 
 
@@ -51,7 +59,8 @@ def _policy(policy: str, side: int, interpolation: str, fill: tuple[int, int, in
         "img_mean": fill,
         "interpolation": Image.Resampling[interpolation.upper()],
     }
-    return _timm().rand_augment_transform(policy, hparams)
+    timm = _timm()
+    return (timm.auto_augment_transform if policy.startswith(THREE) else timm.rand_augment_transform)(policy, hparams)
 
 
 @functools.cache
@@ -83,15 +92,21 @@ def _arguments(op: Any, rng: np.random.Generator) -> tuple:
     elif op.magnitude_std > 0:
         magnitude = rng.normal(magnitude, op.magnitude_std)
     magnitude = max(0.0, min(magnitude, op.magnitude_max or 10.0))
-    # timm draws the sign from Python's global generator: seed it from `rng`, and restore its state afterwards.
+    with _global_random(rng):  # of which timm draws the sign
+        arguments = op.level_fn(magnitude, op.hparams)
+    return (max(1, *arguments),) if op.name.startswith("Posterize") else arguments
+
+
+@contextlib.contextmanager
+def _global_random(rng: np.random.Generator) -> Iterator[None]:
+    """Seeds Python's global generator, which timm uses, from `rng` in this block; restores its state afterwards."""
     with _GLOBAL_RANDOM:
         state = random.getstate()
         random.seed(int(rng.integers(2**63)))
         try:
-            arguments = op.level_fn(magnitude, op.hparams)
+            yield
         finally:
             random.setstate(state)
-    return (max(1, *arguments),) if op.name.startswith("Posterize") else arguments
 
 
 def _apply(op: Any, arguments: tuple, pixels: np.ndarray, fast: bool) -> np.ndarray:
