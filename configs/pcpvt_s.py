@@ -7,7 +7,7 @@ python -m pcpvt.main --config=configs/pcpvt_s.py:cpu --config.data.path=DIR
 python -m pcpvt.main --config=configs/pcpvt_s.py:npu8 --config.data.path=DIR
     ImageNet in 100 epochs, batch 128 a card; the Ascend port reports 77.5 % top-1 at 1934 images/s
 python -m pcpvt.main --config=configs/pcpvt_s.py:npu8,paper --config.data.path=DIR
-    the authors' 300 epochs; 81.2 % top-1 in the paper
+    the authors' 300 epochs, batch 1280; 81.2 % top-1 in the paper
 python -m pcpvt.main --config=configs/pcpvt_s.py:npu8,finetune --config.finetune=FILE --config.data.path=DIR
     10 epochs from given weights
 python -m pcpvt.main --config=configs/pcpvt_s.py:npu1,perf --config.data.path=DIR

@@ -40,11 +40,11 @@ def planned(arg: str, examples: int = 1_281_167, classes: int = 1000, name: str 
         ("pcpvt_s", "cuda8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
         ("pcpvt_b", "npu8", 8, 1024, 100, 2e-3, 0.3, "cosine"),
         ("pcpvt_l", "npu8", 8, 1024, 100, 2e-3, 0.5, "cosine"),
-        ("pcpvt_s", "npu8,paper", 8, 1024, 300, 1e-3, 0.2, "reference"),
+        ("pcpvt_s", "npu8,paper", 8, 1280, 300, 1.25e-3, 0.2, "reference"),
         ("pcpvt_b", "npu8,paper", 8, 1024, 300, 1e-3, 0.3, "reference"),
         ("pcpvt_l", "npu8,paper", 8, 1024, 300, 1e-3, 0.5, "reference"),
-        ("pcpvt_s", "cuda1,paper", 1, 1024, 300, 1e-3, 0.2, "reference"),
-        ("pcpvt_s", "npu64,paper", 64, 1024, 300, 1e-3, 0.2, "reference"),
+        ("pcpvt_s", "cuda1,paper", 1, 1280, 300, 1.25e-3, 0.2, "reference"),
+        ("pcpvt_s", "npu64,paper", 64, 1280, 300, 1.25e-3, 0.2, "reference"),
     ],
 )
 def test_the_imagenet_recipes_are_those_of_the_port_and_of_the_paper(

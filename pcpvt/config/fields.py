@@ -75,7 +75,7 @@ FIELDS = {
     "warmup_lr": Field(1e-6, "learning rate at the first step of the warm-up", FIXED, at_least(0)),
     "min_lr": Field(1e-5, "learning rate at the end", RECIPE, at_least(0)),
     "optimizer": Field("adamw", "adamw | muon (for the matrices of the blocks, with AdamW for the rest)",
-        RECIPE, one_of("adamw", "muon")),
+        FIXED, one_of("adamw", "muon")),
     "weight_decay": Field(0.05, "AdamW's, except on 1-d tensors, biases and all of pos_block", FIXED, at_least(0)),
     "beta1": Field(0.9, "AdamW's first-moment decay", FIXED, below(1)),
     "beta2": Field(0.999, "AdamW's second-moment decay", FIXED, below(1)),
