@@ -22,6 +22,7 @@ class Device:
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
     pins_memory = False  # whether host batches are page-locked, so that copies to the device overlap with computation
     default_compile = "none"
+    repeats_exactly = False  # whether a gradient that is computed again, also on another such device, has the same bits
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
     environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set

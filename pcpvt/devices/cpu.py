@@ -14,6 +14,7 @@ from pcpvt.models.layers import Attend, Kernels
 
 class Cpu(Device):
     name = "cpu"
+    repeats_exactly = True  # with the same number of threads
     # layer_norm's backward sums over rows in the input's dtype: in bfloat16 the bias gradient of 25,088 rows (stage 1,
     # 8 images of 224 px) is 92 % off.
     fp32_norms = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals, stacks
-from pcpvt.errors import UserError
+from pcpvt.errors import FaultError, UserError
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
 from pcpvt.functional.state import TrainState
@@ -107,10 +107,12 @@ def train(
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:
-                saver.save(state, checkpoint_meta(setup, history))
+                _save(setup, state, history, saver)
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver)
-    except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
+    except UserError as error:  # the data or another process failed; no step had begun to change the state
+        if isinstance(error, FaultError) and not error.state_is_whole:
+            raise
         history = _read(setup, unreadable, history, pending, writers, with_others=False)
         saver.save(state, checkpoint_meta(setup, history))
         saver.finish()
@@ -119,9 +121,15 @@ def train(
     if history.diverged(config.max_skipped):
         saver.finish()
     else:
-        saver.save(state, checkpoint_meta(setup, history))
+        _save(setup, state, history, saver)
         saver.finish_last(step)
     return state, history
+
+
+def _save(setup: TrainSetup, state: TrainState, history: History, saver: Saver) -> None:
+    """Save a state that all processes agree on; otherwise see `Audit.compare_states`."""
+    setup.audit.compare_states(state)
+    saver.save(state, checkpoint_meta(setup, history))
 
 
 def finished(plan: Plan, history: History, step: int, patience: int) -> bool:
