@@ -86,6 +86,16 @@ class Device:
         """Waits until all queued work is done."""
         self.module.synchronize()
 
+    def stamp(self) -> Any:
+        """A mark in the device's queue of work, for `seconds_between`; the host does not wait."""
+        event = self.module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """Seconds of the device from one stamp to another, both of which it must have passed."""
+        return start.elapsed_time(end) / 1000
+
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches on the device; from pinned memory, batch i+1 is copied on a side stream while batch i is used."""
         if not self.pins_memory:

@@ -50,7 +50,7 @@ def train(
         batches = iter(session.device.prefetch(setup.train_loader))
         while step < plan.steps and not stopped and not history.exhausted(config.patience):
             # Stop when asked. All processes take the same decision at the same step.
-            if stop_requested():
+            if setup.stopwatch.meet(stop_requested):
                 break
 
             # Take a batch.
@@ -99,8 +99,10 @@ def train(
                 setup.console.say(preflight.expectation(plan, step, images, first_seconds, seconds, memory))
                 reader = setup.train_loader
                 setup.console.say(preflight.feeding(reader.seconds, seconds - waited, reader.workers))
+            setup.stopwatch.add(waited, interrupted=saves or evaluates)
             if logs:
                 entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec))
+                entry |= setup.stopwatch.record()
                 history = history._replace(window=Window(), records=history.records + 1)
                 for writer in writers:
                     writer.record(entry)

@@ -164,6 +164,8 @@ PLACES = {
     "launch": in_module("pcpvt.distributed.launch", "launch"),
     "join": in_module("pcpvt.distributed.collectives", "join"),
     "step": in_module("pcpvt.train.history", "add_step", after=True),
+    "before the sum": in_module("pcpvt.functional.flat", "Flat.gather"),
+    "reading": in_module("pcpvt.data.loader", "TrainBatches.of_rank"),
     "inside step": in_module("pcpvt.functional.optim", "gradients"),
     "evaluation": in_module("pcpvt.functional.metrics", "sums"),
     "start": in_module("pcpvt.train.setup", "train_step"),
