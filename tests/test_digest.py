@@ -51,7 +51,6 @@ def test_parts_are_the_flat_tensors_of_a_state():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_order_of_addition_is_within_the_tolerance_and_a_wrong_sample_is_not(dtype):
-    """Halves of a batch, added later, differ by 1 to 2 epsilon of the norm in float32, by 0.4 in bfloat16."""
     model, params = nano_state(torch.float32)
     policy = precision.parse(dtype)
     laid_out = optim.lay_out(params, optim.groups(params, 0.05))
@@ -68,7 +67,9 @@ def test_another_order_of_addition_is_within_the_tolerance_and_a_wrong_sample_is
     whole = gradient(images, labels)
     halves = gradient(images[:8], labels[:8]) + gradient(images[8:], labels[8:])
     other = gradient(images, torch.cat([labels[:15], (labels[15:] + 1) % 10]))
-    tolerance = TOLERANCE * torch.finfo(policy.compute).eps
+    tolerance = TOLERANCE[policy.compute]
     first, second, third = (digest.sketch(flat).tolist() for flat in (whole, halves, other))
-    assert not whole.equal(halves) and same(first, second, tolerance) and not same(first, third, tolerance)
+    change = ((whole - halves).norm() / whole.norm()).item()
+    assert 0 < change < tolerance / 5, change  # measured: a tenth
+    assert same(first, second, tolerance) and not same(first, third, tolerance)
     assert first[0] == pytest.approx(whole.norm().item(), rel=1e-5)
