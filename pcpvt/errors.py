@@ -26,6 +26,20 @@ class PeerError(UserError):
     exit_code = 76
 
 
+class FaultError(UserError):
+    """An audit has found that a process computed something wrong, and `config.audit_action` ends this attempt.
+
+    Attributes:
+        state_is_whole: it was found before the state has changed, which may be saved.
+    """
+
+    exit_code = 77
+
+    def __init__(self, message: str, *, state_is_whole: bool):
+        super().__init__(message)
+        self.state_is_whole = state_is_whole
+
+
 def show(message: str) -> None:
     """Prints the error line of a run that ends."""
     put(f"pcpvt: error: {printable(message)}\n", sys.stderr)

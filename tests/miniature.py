@@ -24,7 +24,10 @@ from pcpvt.checkpoints import checkpoint
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).parent / "faults"
 MARK = "MINIATURE_RUN"  # in the environment of a run and all that it starts
-TIMINGS = ("images_per_sec", "waiting", "seconds", "mfu")
+TIMINGS = (
+    "images_per_sec", "waiting", "seconds", "mfu", "slowest_rank", "slowest_computing", "slowest_reading",
+    "slowest_waiting", "slowness",
+)  # fmt: skip
 RECIPE = {
     "model.name": "pcpvt_nano", "precision": "float32", "steps": 12, "batch_size": 48, "lr": 2e-3,
     "warmup_epochs": 0.1, "model.drop_path": 0.1, "mixup": 0.2, "eval_every": "8 steps", "save_every": "4 steps",

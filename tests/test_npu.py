@@ -251,3 +251,14 @@ def test_api_computes_the_exact_model_on_an_npu():
     image = batches(1, 32, 4)[0]["image"]
     there = {name: value.to(device.torch) for name, value in params.items()}
     assert torch.equal(api.logits(model, there, image.to(device.torch)).cpu(), api.logits(model, params, image))
+
+
+@pytest.mark.parametrize("bit", [pytest.param(None, marks=pytest.mark.slow), 30])
+def test_audits_compare_within_a_tolerance_and_times_are_of_the_device(bit, tmp_path):
+    """The highest bit of an exponent is found; a change that is less than the tolerance is not, as rounding is not."""
+    faults = [] if bit is None else [{"at": "bit of a gradient", "n": 2, "bit": bit, "rank": 1}]
+    ended = run(tmp_path, "npu2", *faults, audit_every=2, eval_every="0", steps=6, precision="bfloat16")
+    assert ended.code == 0 and "compared within 0.03 of its norm" in ended.out, ended.err
+    assert ("audit of step 2: rank 1 (" in ended.err) == bool(faults) and ended.err.count("audit of") == len(faults)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["slowness"] >= 1 and 0 < last["slowest_waiting"] < 1

@@ -259,3 +259,20 @@ def test_flattened_state_has_the_names_of_checkpoints():
     assert {"params/head.bias", "ema/head.bias", "opt/mu/head.bias", "opt/count", "step", "skipped"} <= state.flatten(
         ts
     ).keys()
+
+
+def test_the_step_shows_its_gradient_before_anything_has_changed():
+    _, params = nano_state()
+    (batch,) = batches(1, 32, 4)
+    before, seen = optim.lay_out(params, optim.groups(params, 0.05)).flat.clone(), []
+
+    def inspect(ts, own, addends, work):
+        assert own is batch and ts.params.flat.equal(before)
+        seen.append((int(ts.step), all(map(torch.equal, addends, work(batch)))))
+        assert not addends[0].equal(work({name: value[:2] for name, value in batch.items()})[0])
+
+    options = {"name": "pcpvt_nano", "data": [batch], "schedule": schedules.constant(1e-3), "dtype": torch.float64}
+    plain, shown = (
+        our_loop(params, steps=1, grad_accum_steps=2, **options, **more)[0] for more in ({}, {"inspect": inspect})
+    )
+    assert seen == [(0, True)] and shown.params.flat.equal(plain.params.flat)

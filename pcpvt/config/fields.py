@@ -108,6 +108,10 @@ FIELDS = {
     "grace": Field(60.0, "seconds from a signal until the run ends unsaved if no step has ended", FREE, at_least(1)),
     "restarts": Field(int, "times that crashed, killed or hung processes are started again from the newest checkpoint; "
         "unset: 3 with several processes, 0 with one", FREE, at_least(0)),
+    "audit_every": Field(int, "steps from one audit to the next: each process repeats another one's gradient; 0: "
+        "never; unset: 200 with several processes, 0 with one", FREE, at_least(0)),
+    "audit_action": Field("warn", "after an audit that found a difference: warn | restart | end",
+        FREE, one_of("warn", "restart", "end")),
     "elastic": Field(0, "fewest processes to go on with when a host does not come back; 0: all", FREE, at_least(0)),
     "finetune": Field("", "weights to start from: a file, timm:NAME, hf-hub:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),

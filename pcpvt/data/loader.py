@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,18 @@ from pcpvt.images.depth import RangeWatch
 from pcpvt.models.pcpvt import draw_drop_path_scale
 
 MOST_WORKERS = 16  # loader processes of one loader that are started unasked
+
+
+class Batches(Protocol):
+    """What a loader reads: `batches[i]` is the i-th batch of one process."""
+
+    @property
+    def dataset(self) -> Dataset: ...
+
+    @property
+    def ranges(self) -> RangeWatch: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,7 +72,11 @@ class TrainBatches:
         return order.rank_slice(self.global_draws(step), self.rank, self.world)
 
     def __getitem__(self, step: int) -> Batch:
-        draws = self.draws(step)
+        return self.of_rank(step, self.rank)
+
+    def of_rank(self, step: int, rank: int) -> Batch:
+        """Any process's part of the global batch of a step."""
+        draws = order.rank_slice(self.global_draws(step), rank, self.world)
         height, width = self.spec.size
         batch = {
             "image": _shared((len(draws), height, width, self.reading.channels), torch.uint8),
@@ -82,8 +98,8 @@ class TrainBatches:
         if self.mix is not None:
             generator = rng.generator(self.seed, "mix", step)
             lam, box = mixing.mixing_draws(generator, self.batch, self.spec.size, self.mix)
-            batch["lam"] = torch.from_numpy(order.rank_slice(lam, self.rank, self.world).copy())
-            batch["box"] = torch.from_numpy(order.rank_slice(box, self.rank, self.world).copy())
+            batch["lam"] = torch.from_numpy(order.rank_slice(lam, rank, self.world).copy())
+            batch["box"] = torch.from_numpy(order.rank_slice(box, rank, self.world).copy())
         return batch
 
     def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, int]:
@@ -164,7 +180,7 @@ class _Read(NamedTuple):
 
 
 class _Timed(torch.utils.data.Dataset[_Read]):
-    def __init__(self, batches: TrainBatches | EvalBatches):
+    def __init__(self, batches: Batches):
         self.batches = batches
 
     def __getitem__(self, index: int) -> _Read:
@@ -194,7 +210,7 @@ class Loader:
     """
 
     def __init__(
-        self, batches: TrainBatches | EvalBatches, indices: Sequence[int], workers: int, *,
+        self, batches: Batches, indices: Sequence[int], workers: int, *,
         start: str = "forkserver", pin: bool = False, warn: Callable[[str], None] = warn,
     ):  # fmt: skip
         self.loader = torch.utils.data.DataLoader(

@@ -22,6 +22,7 @@ class Device:
     worker_start = "forkserver"  # how loader processes start: a fork would inherit this process's threads and locks
     pins_memory = False  # whether host batches are page-locked, so that copies to the device overlap with computation
     default_compile = "none"
+    repeats_exactly = False  # whether a gradient that is computed again, also on another such device, has the same bits
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
     environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set
@@ -84,6 +85,16 @@ class Device:
     def synchronize(self) -> None:
         """Waits until all queued work is done."""
         self.module.synchronize()
+
+    def stamp(self) -> Any:
+        """A mark in the device's queue of work, for `seconds_between`; the host does not wait."""
+        event = self.module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """Seconds of the device from one stamp to another, both of which it must have passed."""
+        return start.elapsed_time(end) / 1000
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches on the device; from pinned memory, batch i+1 is copied on a side stream while batch i is used."""

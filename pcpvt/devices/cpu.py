@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from pcpvt.models.layers import Attend, Kernels
 
 class Cpu(Device):
     name = "cpu"
+    repeats_exactly = True  # with the same number of threads
     # layer_norm's backward sums over rows in the input's dtype: in bfloat16 the bias gradient of 25,088 rows (stage 1,
     # 8 images of 224 px) is 92 % off.
     fp32_norms = True
@@ -50,6 +52,12 @@ class Cpu(Device):
         peak = _proc_value("self/status", "VmHWM")  # not ru_maxrss, which a process inherits from its parent
         peak_kb = int(peak.split()[0]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak_kb * 1024, total
+
+    def stamp(self) -> float:
+        return time.perf_counter()
+
+    def seconds_between(self, start: float, end: float) -> float:
+        return end - start
 
     def micro_batch(self, size: tuple[int, int], compute: torch.dtype, blocks: int) -> int:
         # 8 images of 224 px keep two cores busy: 16 at once are no faster, and 64 at once take three times the memory.

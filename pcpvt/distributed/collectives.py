@@ -48,6 +48,8 @@ class _Group:
     world = World()
     timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
+    place: threading.Thread | None = None  # see `_tell_place`
+    left = threading.Event()
     broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
 
 
@@ -84,7 +86,8 @@ def join(device: Device, timeout: int) -> World:
             store = _rendezvous(limit)
             _group.store = dist.PrefixStore("pcpvt", store)
             # A connection of its own, as the main thread may hang in the other.
-            threading.Thread(target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True).start()
+            _group.place = threading.Thread(target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True)
+            _group.place.start()
             dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
 
@@ -107,7 +110,8 @@ def _tell_place(store: dist.Store) -> None:
     """Thread that tells the other ranks where this one is, once one of them asks because its wait was over."""
     with contextlib.suppress(RuntimeError):  # the store's host is down
         while not store.check(["where"]):
-            time.sleep(POLL)
+            if _group.left.wait(POLL):
+                return
         store.set(f"where/{_group.world.rank}", stacks.place())
         stacks.write()
 
@@ -121,6 +125,10 @@ def limit_waiting(seconds: float) -> None:
 
 
 def leave() -> None:
+    """Leaves the process group; at the end of the process, because it cannot be joined again."""
+    if _group.place is not None:  # in a store's call at the end of the interpreter it would abort the process
+        _group.left.set()
+        _group.place.join(UNJOINED.total_seconds())
     if dist.is_initialized() and not _group.broken:
         dist.destroy_process_group()
         _group.store = None
@@ -145,6 +153,23 @@ def sum_numbers(values: list[float]) -> list[float]:
     with _peer_errors():
         dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """The numbers of every process, by rank; as many in each, and exact as float64."""
+    rank, size = _group.world.rank, _group.world.size
+    row = [0.0] * len(values)
+    flat = sum_numbers([*row * rank, *values, *row * (size - 1 - rank)])
+    return [flat[i * len(values) : (i + 1) * len(values)] for i in range(size)]
+
+
+def gather_texts(name: str, text: str) -> list[str]:
+    """The text of every process, by rank; each name is used once."""
+    if _group.store is None:
+        return [text]
+    with _peer_errors():
+        _group.store.set(f"{name}/{_group.world.rank}", text)
+        return [_group.store.get(f"{name}/{rank}").decode() for rank in range(_group.world.size)]
 
 
 def any_true(value: bool) -> bool:

@@ -69,7 +69,8 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
     )  # fmt: skip
     # The default folder is one in /tmp that nobody removes.
     limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
-    agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), restart.Rule(newest_checkpoint), limit)
+    rule = restart.Rule(newest_checkpoint, ends_on_fault=config.audit_action == "end")
+    agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), rule, limit)
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:
@@ -123,7 +124,7 @@ def _rendezvous(place: hosts.Hosts, fewest: int) -> dict[str, Any]:
 def _exit_code(failures: restart.Failures) -> int:
     """The exit code of the rank that failed first, after printing which one."""
     code = restart.first_failure(failures)[1]
-    if code != 2 and code not in restart.STOPPED:  # a rank with code 2 has printed its error
+    if code not in (2, signals.FAULTY, *restart.STOPPED):  # a rank with code 2 or 77 has printed its error
         show(f"{restart.what_failed(failures)}; the others were stopped")
     return 128 - code if code < 0 else code
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pcpvt.distributed import signals
 from pcpvt.errors import warn
 
+FINAL = frozenset({2, signals.PREEMPTED})  # exit codes after which nothing is started again
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
 RESTART = "PCPVT_RESTART"  # environment variable of ranks: a `Restart` as JSON
 
@@ -37,16 +38,21 @@ def restarted() -> Restart | None:
 
 
 class Rule:
-    """When all ranks are started again: not after an error of the user or a signal, nor without progress."""
+    """When all ranks are started again: not after an error of the user or a signal, nor without progress.
 
-    def __init__(self, newest_checkpoint: Callable[[], Path | None]):
+    Args:
+        ends_on_fault: nor when an audit has found a fault (`config.audit_action`).
+    """
+
+    def __init__(self, newest_checkpoint: Callable[[], Path | None], *, ends_on_fault: bool = False):
         self._newest, self._done = newest_checkpoint, 0
+        self._final = FINAL | {signals.FAULTY} if ends_on_fault else FINAL
         self._before: Path | None = None  # the newest checkpoint at the restart before
 
     def __call__(self, failures: Failures) -> str:
         """The reason to start all ranks again, which is printed; empty when they are not."""
         codes = {failure.exitcode for failure in failures.values()}
-        if signals.stop_requested() or codes & {2, signals.PREEMPTED}:
+        if signals.stop_requested() or codes & self._final:
             return ""
         newest, what = self._newest(), what_failed(failures)
         if self._done and newest == self._before:
@@ -69,6 +75,8 @@ def what_failed(failures: Failures) -> str:
     rank, code = first_failure(failures)
     if code == signals.PEER_LOST:
         return f"rank {rank} has lost another"
+    if code == signals.FAULTY:
+        return "an audit found a fault"
     if code >= 0:
         return f"rank {rank} failed with exit code {code}"
     what = f"rank {rank} was killed by {signal.Signals(-code).name}"

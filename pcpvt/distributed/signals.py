@@ -6,7 +6,7 @@ boundary. A second signal, or the end of the grace period, ends the process and 
 the loop; a checkpoint that is being written has a limit of its own (`finish_save_first`). A thread does this, because
 Python's own handlers do not run while the main thread is inside a collective or a compiler.
 
-Exit codes beside 0 (done) and 2 (an error meant for the user): the two below, and 128 + n when signal n ended the run
+Exit codes beside 0 (done) and 2 (an error meant for the user): the three below, and 128 + n when signal n ended the run
 before it had saved.
 """
 
@@ -25,6 +25,7 @@ from pcpvt.distributed import stacks
 
 PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
 PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
+FAULTY = 77  # an audit found that a device computed something wrong (`config.audit_action`)
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group and a launcher forwards it: both count as one signal

@@ -18,6 +18,9 @@ from pcpvt.functional.state import TrainState
 from pcpvt.models.pcpvt import Params
 
 Objective = Callable[[Params, Batch, Tensor], Tensor]  # (params, batch, factor) -> factor * sum of losses
+# This replica's part of the sums over all: the flat gradient, the loss, and an overflow flag where there is one.
+Addends = list[Tensor]
+Inspect = Callable[[TrainState, Batch, Addends, Callable[[Batch], Addends]], None]
 
 
 def autograd_value_and_grad(objective: Objective, trainable: Collection[str] | None = None):
@@ -60,6 +63,7 @@ def make_step(
     psum: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
     overflow: Overflow | None = None,
     fp32_norms: bool = False,
+    inspect: Inspect | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
     """Builds the train step.
 
@@ -74,6 +78,8 @@ def make_step(
         psum: sum over replicas of a list of tensors. Skipping is decided after it, so all replicas agree.
         fp32_norms: norms compute in float32, for devices whose kernel does not sum their gradients in float32.
         overflow: the overflow flag of devices that saturate; an overflow on any replica skips the step as a nan would.
+        inspect: called as `inspect(state, batch, addends, work)` before the sum, when nothing of the state has changed;
+            `work(batch)` gives the addends of any batch. It must not change its arguments, and may raise.
 
     Returns:
         The step. Its metrics are 0-d tensors on the device: `loss`, `grad_norm` (before clipping), `skipped`
@@ -89,21 +95,25 @@ def make_step(
         divisor = one if scale is None else scale
         factor = divisor / global_batch
         compute = precision.cast(state.params, policy, fp32_norms)
-        if overflow is not None:
-            overflow.clear()
 
         def gradient(part: Batch) -> tuple[Tensor, Tensor]:
             value, leaves = differentiate(compute, part, factor)
             return value, state.params.gather(leaves, policy.params)
 
-        first, *others = split(batch, grad_accum_steps)
-        loss, total = gradient(first)
-        for part in others:
-            value, addend = gradient(part)
-            loss, total = loss + value, total.add_(addend)
+        def work(batch: Batch) -> Addends:
+            if overflow is not None:
+                overflow.clear()
+            first, *others = split(batch, grad_accum_steps)
+            loss, total = gradient(first)
+            for part in others:
+                value, addend = gradient(part)
+                loss, total = loss + value, total.add_(addend)
+            return [total, loss, *([] if overflow is None else [overflow.seen()])]
 
-        overflowed = [] if overflow is None else [overflow.seen()]
-        total, loss, *overflowed = psum([total, loss, *overflowed])
+        addends = work(batch)
+        if inspect is not None:
+            inspect(state, batch, addends, work)
+        total, loss, *overflowed = psum(addends)
         grads = optim.gradients(total, divisor)
         good = torch.isfinite(grads.norm) & torch.isfinite(loss)
         for flag in overflowed:

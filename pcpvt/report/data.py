@@ -1,5 +1,6 @@
 """The files of a workdir, read for the report: either the config or the metrics must exist, the rest is optional."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ class RunData(NamedTuple):
     result: dict[str, Any]
     environment: dict[str, Any]
     details: dict[str, Any]
+    ranks: dict[str, Any] = {}  # noqa: RUF012 - constant
 
     def device(self) -> str:
         """The device, with the number of processes when there are several; empty when it is not known."""
@@ -37,6 +39,16 @@ class RunData(NamedTuple):
         evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and is_number(entry.get("acc1"))]
         by = self.config.get("best", "acc1")
         return max(evaluations, key=lambda entry: (score(entry, by), entry["step"]), default={})
+
+    def times(self) -> dict[str, list[tuple[float, float]]]:
+        """By rank, the share of its time that a process spends computing, reading and waiting for others."""
+        shares: dict[str, list[tuple[float, float]]] = {"computing": [], "reading": [], "waiting for others": []}
+        with contextlib.suppress(LookupError, TypeError, ValueError, ZeroDivisionError):  # damaged
+            for each in self.ranks.get("ranks", []):
+                parts = [float(each[name]) for name in ("computing", "reading", "waiting")]
+                for points, part in zip(shares.values(), parts, strict=True):
+                    points.append((float(each["rank"]), part / sum(parts)))
+        return shares
 
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of one number of the records of a kind, at most `POINTS` of them: means of equal parts."""
@@ -57,7 +69,7 @@ def load(workdir: Path, name: str, field: str = "--workdir") -> RunData:
     # It may be the result of an evaluation, or of a training that was extended since.
     if result.get("mode") != "train" or (metrics and result.get("steps") != metrics[-1]["step"]):
         result = {}
-    files = (read_object(workdir / file) for file in (environment.FILE, records.DETAILS))
+    files = (read_object(workdir / file) for file in (environment.FILE, records.DETAILS, records.RANKS))
     return RunData(name, stored.flat(config), metrics, result, *files)
 
 

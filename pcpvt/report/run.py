@@ -149,4 +149,8 @@ def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         draw("Gradient norm, before clipping", ("train", "grad_norm", ""), zero=True, log=None),
         draw("Share of time waiting for data", ("train", "waiting", ""), zero=True),
     ]
+    charts.append(draw("Slowest process: own time over the median's", ("train", "slowness", "")))
+    if not several:
+        curves = [Series(name, points, color) for color, (name, points) in enumerate(runs[0].times().items())]
+        charts.append(chart("Share of time by rank, last part of the run", curves, x="rank", zero=True))
     return [drawn for drawn in charts if drawn]

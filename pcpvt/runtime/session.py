@@ -13,7 +13,7 @@ from pcpvt.config.checks import parse_duration
 from pcpvt.config.cli import Command
 from pcpvt.data import classes, sources
 from pcpvt.data.decode import Reading
-from pcpvt.data.loader import EvalBatches, Loader, TrainBatches, default_workers, shared_workers
+from pcpvt.data.loader import Batches, Loader, default_workers, shared_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
@@ -181,9 +181,7 @@ def training_workers(session: Session, train: sources.Dataset, val: sources.Data
     return configured, min(configured, max(1, cores - configured))
 
 
-def open_loader(
-    session: Session, batches: TrainBatches | EvalBatches, indices: Sequence[int], processes: int | None = None
-) -> Loader:
+def open_loader(session: Session, batches: Batches, indices: Sequence[int], processes: int | None = None) -> Loader:
     """A loader of the batches with these indices, by `processes` loader processes (default: see `workers`)."""
     if processes is None:
         processes = workers(session, batches.dataset)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals, stacks
-from pcpvt.errors import UserError
+from pcpvt.errors import FaultError, UserError
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
 from pcpvt.functional.state import TrainState
@@ -50,7 +50,7 @@ def train(
         batches = iter(session.device.prefetch(setup.train_loader))
         while step < plan.steps and not stopped and not history.exhausted(config.patience):
             # Stop when asked. All processes take the same decision at the same step.
-            if stop_requested():
+            if setup.stopwatch.meet(stop_requested):
                 break
 
             # Take a batch.
@@ -99,18 +99,22 @@ def train(
                 setup.console.say(preflight.expectation(plan, step, images, first_seconds, seconds, memory))
                 reader = setup.train_loader
                 setup.console.say(preflight.feeding(reader.seconds, seconds - waited, reader.workers))
+            setup.stopwatch.add(waited, interrupted=saves or evaluates)
             if logs:
                 entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec))
+                entry |= setup.stopwatch.record()
                 history = history._replace(window=Window(), records=history.records + 1)
                 for writer in writers:
                     writer.record(entry)
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:
-                saver.save(state, checkpoint_meta(setup, history))
+                _save(setup, state, history, saver)
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver)
-    except UserError:  # the data or another process failed; the state is whole: no step had begun to change it
+    except UserError as error:  # the data or another process failed; no step had begun to change the state
+        if isinstance(error, FaultError) and not error.state_is_whole:
+            raise
         history = _read(setup, unreadable, history, pending, writers, with_others=False)
         saver.save(state, checkpoint_meta(setup, history))
         saver.finish()
@@ -119,9 +123,15 @@ def train(
     if history.diverged(config.max_skipped):
         saver.finish()
     else:
-        saver.save(state, checkpoint_meta(setup, history))
+        _save(setup, state, history, saver)
         saver.finish_last(step)
     return state, history
+
+
+def _save(setup: TrainSetup, state: TrainState, history: History, saver: Saver) -> None:
+    """Save a state that all processes agree on; otherwise see `Audit.compare_states`."""
+    setup.audit.compare_states(state)
+    saver.save(state, checkpoint_meta(setup, history))
 
 
 def finished(plan: Plan, history: History, step: int, patience: int) -> bool:

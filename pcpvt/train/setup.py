@@ -17,6 +17,7 @@ from pcpvt.checkpoints.load import HEAD, match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan, short_run_notes
 from pcpvt.data import augment, loader
+from pcpvt.data.audited import AuditedBatches
 from pcpvt.data.classes import labels_of
 from pcpvt.data.sources import Dataset
 from pcpvt.distributed import collectives
@@ -29,7 +30,7 @@ from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import class_weights, resume, utilisation
+from pcpvt.train import audit, class_weights, resume, stragglers, utilisation
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -47,6 +48,8 @@ class TrainSetup(NamedTuple):
     train_loader: loader.Loader  # of the batches, from the first step on
     step: Step
     eval_step: Callable[[pcpvt.Params, Batch], evaluator.Scored]
+    audit: audit.Audit
+    stopwatch: stragglers.Stopwatch
     peak_flops: float | None  # of one device, where its data sheet is known
     meta: dict[str, Any]  # the same JSON in every checkpoint of the run
     resumed_from: Path | None
@@ -79,7 +82,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     first_step = resumed.meta["step"] if resumed else 0
     batches = train_batches(session, model, train_data)
     train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
-    reader = sessions.open_loader(session, batches, range(first_step, plan.steps), train_workers)
+    turns = audit.turns(session)
+    audited = AuditedBatches(batches, turns)
+    reader = sessions.open_loader(session, audited, range(first_step, plan.steps), train_workers)
     if first_step < plan.steps:
         reader.start()  # loader processes take seconds to start: they do so while the state is created
 
@@ -104,10 +109,15 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     notes = [*notes, *said]
     for warning in warnings:
         warn_once(warning)
-    train, score = train_step(session, model, plan, opt, weights), step.make_eval_step(session.predictor(model))
+    auditor = audit.Audit(session, turns, batches)
+    stopwatch = stragglers.Stopwatch(session)
+    hooks = {"inspect": auditor.inspect if turns.every else None, "psum": stopwatch.psum(collectives.psum)}
+    train = auditor.around(train_step(session, model, plan, opt, weights, **hooks))
+    score = step.make_eval_step(session.predictor(model))
+    notes += [auditor.note()] if turns.every else []
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
-        session, console, split, model, plan, batches, reader, train, score, peak, meta,
+        session, console, split, model, plan, batches, reader, train, score, auditor, stopwatch, peak, meta,
         resumed.path if resumed else None, [*short, *notes], began,
     )  # fmt: skip
     return setup, start, History.from_meta(resumed.meta) if resumed else History()
@@ -192,9 +202,15 @@ def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.
 
 
 def train_step(
-    session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer, weights: Sequence[float] | None = None
-) -> Step:
-    """The pure step with this device's kernels, compilation and sums put in; `weights` are those of the classes."""
+    session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer, weights: Sequence[float] | None = None,
+    **hooks: Any,
+) -> Step:  # fmt: skip
+    """The pure step with this device's kernels, compilation and sums put in.
+
+    Args:
+        weights: of the classes.
+        hooks: further arguments of `make_step`.
+    """
     config, policy = session.config, session.policy
     per_class = None if weights is None else torch.tensor(weights, dtype=policy.output).to(session.device.torch)
     objective = make_objective(
@@ -205,9 +221,9 @@ def train_step(
     trained = [name for name in names if name not in frozen] if frozen else None  # None: all
     return step.make_step(
         objective, opt, global_batch=plan.batch, grad_accum_steps=plan.grad_accum_steps, policy=policy,
-        scaler=precision.loss_scale(policy), ema_decay=config.ema, trainable=trained, psum=collectives.psum,
+        scaler=precision.loss_scale(policy), ema_decay=config.ema, trainable=trained,
         value_and_grad=session.value_and_grad(), overflow=session.device.overflow(policy.compute),
-        fp32_norms=session.device.fp32_norms,
+        fp32_norms=session.device.fp32_norms, **{"psum": collectives.psum, **hooks},
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
 `cores` to print those it may use, or an errno's name to be raised), and optionally `rank`, `again` (at every call from
-the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again).
+the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again). Bits that are
+flipped and constants have no `do`.
 """
 
 from __future__ import annotations
@@ -122,11 +123,49 @@ def poison(fault: dict) -> None:
     sys.meta_path.insert(0, AfterImport("pcpvt.distributed.collectives", patch))
 
 
+def flip(module: str, path: str, of=lambda args, value: value):
+    """Flips bit number `bit` (default 0) of element `index` (default 100) of a float32 tensor that a function gives.
+
+    Args:
+        of: the tensor, of the function's arguments and its value.
+    """
+
+    def arm(fault: dict) -> None:
+        def patch(loaded) -> None:
+            *owners, name = path.split(".")
+            owner = functools.reduce(getattr, owners, loaded)
+            function, count = getattr(owner, name), [0]
+
+            @functools.wraps(function)
+            def wrapper(*args, **kwargs):
+                import torch
+
+                value = function(*args, **kwargs)
+                count[0] += 1
+                if count[0] == fault["n"] or (fault.get("again") and count[0] > fault["n"]):
+                    bits = of(args, value).detach().view(-1).view(torch.int32)
+                    bits[fault.get("index", 100)] ^= 1 << fault.get("bit", 0)
+                return value
+
+            setattr(owner, name, wrapper)
+
+        sys.meta_path.insert(0, AfterImport(module, patch))
+
+    return arm
+
+
+def constant(fault: dict) -> None:
+    """Another value of a constant: `module`, `name`, `value`."""
+    sys.meta_path.insert(0, AfterImport(fault["module"], lambda loaded: setattr(loaded, fault["name"], fault["value"])))
+
+
 PLACES = {
     "begin": happen,
     "launch": in_module("pcpvt.distributed.launch", "launch"),
     "join": in_module("pcpvt.distributed.collectives", "join"),
     "step": in_module("pcpvt.train.history", "add_step", after=True),
+    "before the sum": in_module("pcpvt.functional.flat", "Flat.gather"),
+    "reading": in_module("pcpvt.data.loader", "TrainBatches.of_rank"),
     "inside step": in_module("pcpvt.functional.optim", "gradients"),
     "evaluation": in_module("pcpvt.functional.metrics", "sums"),
     "start": in_module("pcpvt.train.setup", "train_step"),
@@ -134,6 +173,11 @@ PLACES = {
     "save": in_module("pcpvt.checkpoints.checkpoint", "write_tensors"),
     "disk": in_system("fsync", "replace", "unlink"),
     "gradient": poison,
+    "bit of a gradient": flip("pcpvt.functional.flat", "Flat.gather"),
+    "bit of a weight": flip("pcpvt.functional.flat", "Flat.gather", lambda args, value: args[0].flat),
+    "bit of an activation": flip("pcpvt.models.layers", "Peg.forward"),
+    "bit of a batch": flip("pcpvt.data.loader", "TrainBatches.of_rank", lambda args, value: value["image"]),
+    "constant": constant,
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
