@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
-from pcpvt.distributed import stacks
+from pcpvt.distributed import hosts, stacks
 from pcpvt.errors import PeerError
 
 UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
@@ -57,9 +57,9 @@ _group = _Group()
 def from_environment() -> World | None:
     """This process's place as torchrun or `launch` has set it; None in a process that they have not started.
 
-    Schedulers set RANK and WORLD_SIZE too, with the meaning of a host and without LOCAL_RANK (see `hosts`).
+    Schedulers set RANK and WORLD_SIZE too, with the meaning of a host (see `hosts`).
     """
-    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+    if not hosts.is_rank(os.environ):
         return None
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
 
@@ -74,8 +74,9 @@ def join(device: Device, timeout: int) -> World:
         UserError: if this host does not have the devices.
         PeerError: if other processes do not join in time.
     """
-    world = from_environment() or World()
-    device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    place = from_environment()
+    world = place or World()
+    device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if place else 1)
     device.bind(world.local_rank)
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
