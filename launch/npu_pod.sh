@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts the processes of one node of a multi-node run: finds CANN, sets HCCL's variables, then executes pcpvt, which
-# starts a process per card and meets the other nodes.
+# Starts the processes of one node of a multi-node run: finds CANN and the network's addresses, then executes pcpvt,
+# which starts a process per card and meets the other nodes.
 #
 #   launch/npu_pod.sh [--nnodes=N] [--node_rank=R] [--master_addr=HOST] [--master_port=PORT]
 #                     [--nproc_per_node=K] [--retry_code=C] [--dry_run] [--] PCPVT_FLAGS...
@@ -172,11 +172,7 @@ fi
 [[ -z $interface ]] || default GLOO_SOCKET_IFNAME "$interface"
 case $device in
     npu)
-        default CPU_AFFINITY_CONF 1 # binds each card's process to its own share of the cores
-        default HCCL_CONNECT_TIMEOUT 1800
-        default HCCL_WHITELIST_DISABLE 1
-        default OMP_NUM_THREADS 1
-        default TASK_QUEUE_ENABLE 2
+        # The others are in pcpvt/devices/npu_settings.py.
         [[ -z $address || -n ${HCCL_SOCKET_IFNAME:-} ]] || default HCCL_IF_IP "$address" ;;
     cpu)
         threads=$(($(nproc) / nproc_per_node))

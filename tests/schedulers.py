@@ -6,6 +6,7 @@ mind-cluster (component/ascend-operator) and SchedMD/slurm 284c3b9 (doc/man/man1
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -131,9 +132,7 @@ import schedulers; sys.exit(schedulers.srun(sys.argv[1:]))
 
 
 def srun(words: list[str]) -> int:
-    """Runs a command once per node, on this host; returns the highest exit code (srun.1, --wait, --kill-on-bad-exit)."""
-    import os
-
+    """Runs a command once per node, here; returns the highest exit code (srun.1: --wait, --kill-on-bad-exit)."""
     count = next(i for i, word in enumerate(words) if not word.startswith("--"))
     options = dict(word[2:].split("=", 1) for word in words[:count])
     assert options["ntasks-per-node"] == "1"
@@ -155,12 +154,15 @@ def srun(words: list[str]) -> int:
     return max(128 - node.returncode if node.returncode < 0 else node.returncode for node in nodes)
 
 
-def sbatch(script: Path, words: list[str], folder: Path, environment: Callable[[int], dict[str, str]]) -> list[int]:
+def sbatch(
+    script: Path, words: list[str], folder: Path, environment: Callable[[int], dict[str, str]], before: int = 0
+) -> list[int]:
     """Runs a batch script until it is not queued again; the exit code of each start.
 
     Args:
         folder: for the fakes `srun` and `scontrol`, which come first on PATH.
         environment: the variables of a start, by its number from 0.
+        before: starts before the first.
     """
     lines = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
     options = dict(line.removeprefix("--").partition("=")[::2] for line in lines)
@@ -172,7 +174,7 @@ def sbatch(script: Path, words: list[str], folder: Path, environment: Callable[[
     while True:
         given = environment(len(codes))
         slurm = {"SLURM_JOB_ID": "4321", "SLURM_NNODES": options["nodes"], "PATH": f"{folder}:{given['PATH']}"}
-        slurm |= {"SLURM_RESTART_COUNT": str(len(codes))} if codes else {}
+        slurm |= {"SLURM_RESTART_COUNT": str(before + len(codes))} if before or codes else {}
         done = subprocess.run(
             ["bash", str(script), *words], env=given | slurm, cwd=script.parent.parent, capture_output=True, text=True
         )
@@ -180,5 +182,5 @@ def sbatch(script: Path, words: list[str], folder: Path, environment: Callable[[
         if not queued.exists():
             return codes
         assert "requeue" in options and queued.read_text().split() == ["requeue", "4321"], done.stderr
-        assert f"exit code {done.returncode} in start {len(codes)}" in done.stderr
+        assert f"exit code {done.returncode} in start {before + len(codes)}" in done.stderr
         queued.unlink()

@@ -76,6 +76,7 @@ def join(device: Device, timeout: int) -> World:
     """
     place = from_environment()
     world = place or World()
+    os.environ.update(device.environment(timeout) | os.environ)  # done already where `launch` has started this process
     device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if place else 1)
     device.bind(world.local_rank)
     if world.size > 1:

@@ -37,7 +37,7 @@ def is_rank(environ: Mapping[str, str]) -> bool:
 
 
 def exit_code(environ: Mapping[str, str], code: int) -> int:
-    """The exit code of this process: of a rank `code`, which its launcher waits for; else what the scheduler is told."""
+    """The exit code of this process: `code` for a rank, whose launcher reads it; else what the scheduler is told."""
     retry = environ.get(RETRY_CODE, "")
     return int(retry) if retry and code not in (0, 2) and not is_rank(environ) else code
 

@@ -2,8 +2,9 @@
 
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
-`cores` to print those it may use, or an errno's name to be raised), and optionally `rank`, `again` (at every call from
-the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again).
+`cores` to print those it may use, `environ` to print the variables as JSON, or an errno's name to be raised), and
+optionally `rank`, `again` (at every call from the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in
+ranks that were started again).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def happen(fault: dict) -> None:
             time.sleep(0.05)  # for the handler
     elif what == "cores":
         os.write(1, f"cores {' '.join(map(str, sorted(os.sched_getaffinity(0))))}\n".encode())
+    elif what == "environ":
+        os.write(1, f"environ {json.dumps(dict(os.environ))}\n".encode())
     elif what == "error":
         raise RuntimeError(amount)
     else:
