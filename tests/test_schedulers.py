@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import miniature
 import pytest
 import schedulers
+from test_launch_real import free_port
 
 from pcpvt.distributed import hosts
 
@@ -180,9 +180,7 @@ def whole(tmp_path_factory) -> Path:
 
 def real(fault: dict | None) -> dict[str, str]:
     """The environment of a start of the real program, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place = LOOPBACK | {"MASTER_PORT": str(free_port())}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     faults = {"PYTHONPATH": str(miniature.FAULTS), "FAULTS": json.dumps([fault] if fault else [])}
     return {**os.environ, **place, **faults, "PATH": path, "OMP_NUM_THREADS": "1"}

@@ -48,6 +48,7 @@ class _Group:
     world = World()
     timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
+    shared = 0  # calls of `share`, as many in all processes
     broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
 
 
@@ -64,6 +65,12 @@ def from_environment() -> World | None:
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
 
 
+def local_size() -> int:
+    """The number of this run's processes on this host."""
+    world = from_environment()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if world else 1
+
+
 def join(device: Device, timeout: int) -> World:
     """Binds this process to its device and joins the process group if there are several processes.
 
@@ -74,10 +81,9 @@ def join(device: Device, timeout: int) -> World:
         UserError: if this host does not have the devices.
         PeerError: if other processes do not join in time.
     """
-    place = from_environment()
-    world = place or World()
+    world = from_environment() or World()
     os.environ.update(device.environment(timeout) | os.environ)  # done already where `launch` has started this process
-    device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if place else 1)
+    device.require(local_size())
     device.bind(world.local_rank)
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
@@ -152,6 +158,30 @@ def sum_numbers(values: list[float]) -> list[float]:
 def any_true(value: bool) -> bool:
     """Whether `value` is True in any process; every process gets the same answer."""
     return sum_numbers([float(value)])[0] > 0
+
+
+def share(text: str) -> list[str]:
+    """The text of every process, by rank."""
+    if _group.store is None:
+        return [text]
+    _group.shared += 1
+    keys = [f"share/{_group.shared}/{rank}" for rank in range(_group.world.size)]
+    with _peer_errors():
+        _group.store.set(keys[_group.world.rank], text)
+        return [value.decode() for value in _group.store.multi_get(keys)]
+
+
+def reduction_time(device: Device, numbers: int, rounds: int) -> float:
+    """Seconds that all processes take to sum so many float32 numbers on the device: the fastest of some rounds."""
+    bucket, times = torch.zeros(numbers, device=device.torch), []
+    with _peer_errors():
+        for _ in range(rounds + 1):  # the first connects the processes
+            device.synchronize()
+            began = time.perf_counter()
+            dist.all_reduce(bucket)
+            device.synchronize()
+            times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def await_all(seconds: float) -> None:

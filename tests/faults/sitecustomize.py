@@ -125,6 +125,15 @@ def poison(fault: dict) -> None:
     sys.meta_path.insert(0, AfterImport("pcpvt.distributed.collectives", patch))
 
 
+def shift_clock(fault: dict) -> None:
+    """The clock of this rank's checks is `do` seconds ahead."""
+
+    def patch(check) -> None:
+        check.clock = lambda: time.time() + float(fault["do"])
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.nodes.check", patch))
+
+
 PLACES = {
     "begin": happen,
     "launch": in_module("pcpvt.distributed.launch", "launch"),
@@ -137,6 +146,7 @@ PLACES = {
     "save": in_module("pcpvt.checkpoints.checkpoint", "write_tensors"),
     "disk": in_system("fsync", "replace", "unlink"),
     "gradient": poison,
+    "clock": shift_clock,
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
