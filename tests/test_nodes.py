@@ -107,7 +107,7 @@ def test_a_file_is_seen_only_with_its_text(tmp_path, monkeypatch):
 
 def reports(**changed: object) -> list[Report]:
     """Those of two hosts with two processes each; rank 2, the first on host b, differs in what is given."""
-    made = [Report(rank, "ab"[rank // 2], 2, [0.0, 1.0], True, [60, 40], "digest") for rank in range(4)]
+    made = [Report(rank, "ab"[rank // 2], 2, [0.0, 1.0], "/w", True, "/d", [60, 40], "digest") for rank in range(4)]
     firsts = {"memory": 8 * 10**9, "shm": 6 * 10**9, "disk": 10**12, "cards": {"0": "OK", "1": "OK"}}
     made = [r if r.rank % 2 else r._replace(**firsts) for r in made]
     made[2] = made[2]._replace(**changed)
@@ -137,17 +137,17 @@ CASES = {
         {"clock": [70.2, 71.1]}, check.of_clocks, (), "clocks: at most 70 s apart",
         "the clock of rank 2 on b differs by +70.1 s from that of rank 0 on a: set both by NTP", "",
     ),
-    "one workdir": ({}, check.of_workdir, (Path("/w"),), "workdir: one folder for all 4 processes", "", ""),
+    "one workdir": ({}, check.of_workdir, (), "workdir: one folder for all 4 processes", "", ""),
     "two workdirs": (
-        {"shared": False}, check.of_workdir, (Path("/w"),), "", "",
+        {"shared": False}, check.of_workdir, (), "", "",
         "--workdir: /w: rank 2 on b does not see what rank 0 on a writes there",
     ),
-    "data": ({}, check.of_data, ("/d",), "data: 60 training and 40 validation images in each process", "", ""),
+    "data": ({}, check.of_data, (), "data: 60 training and 40 validation images in each process", "", ""),
     "fewer files": (
-        {"data": [59, 40]}, check.of_data, ("/d",), "", "",
+        {"data": [59, 40]}, check.of_data, (), "", "",
         "config.data.path: /d: rank 0 on a finds 60 training and 40 validation images, rank 2 on b 59 and 40: give",
     ),
-    "other classes": ({"classes": "x"}, check.of_data, ("/d",), "", "", "rank 2 on b other classes: give all hosts"),
+    "other classes": ({"classes": "x"}, check.of_data, (), "", "", "rank 2 on b other classes: give all hosts"),
 }  # fmt: skip
 
 
@@ -167,24 +167,24 @@ def test_a_slow_all_reduce_is_a_doubt():
     )
 
 
-def one_process(tmp_path: Path, device: str) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """The session of a run of one process, and its data."""
+class Data(list):
+    """A data set without images."""
+
+    classes, in_memory = ("a",), True
+
+
+def one_process(tmp_path: Path, device: str) -> SimpleNamespace:
+    """The session of a run of one process."""
     config = SimpleNamespace(data=SimpleNamespace(path="/d", workers=0))
-    session = SimpleNamespace(config=config, device=SimpleNamespace(name=device), world=World(), workdir=tmp_path)
-    return session, SimpleNamespace(classes=["a"], in_memory=True, __len__=lambda: 3)
+    return SimpleNamespace(config=config, device=SimpleNamespace(name=device), world=World(), workdir=tmp_path)
 
 
 def test_one_process_prints_nothing_and_ends_without_a_healthy_card(tmp_path, tool, capsys):
-    class Data(list):
-        classes, in_memory = ("a",), True
-
-    session, _ = one_process(tmp_path, "cpu")
-    check.before_start(session, Data(), Data(), print)
-    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    check.before_start(one_process(tmp_path / "none", "cpu"), Data(), Data(), print)
+    assert capsys.readouterr() == ("", "")
     tool("npu-smi", NPU_SMI.replace("OK", "Alarm"))
-    session, _ = one_process(tmp_path, "npu")
     with pytest.raises(UserError, match=r"no card of .* is healthy \(0 Alarm, 1 Alarm\)"):
-        check.before_start(session, Data(), Data(), print)
+        check.before_start(one_process(tmp_path, "npu"), Data(), Data(), print)
 
 
 def test_each_check_prints_a_line_and_a_wrong_clock_is_a_warning(tmp_path):

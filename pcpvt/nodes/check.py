@@ -8,7 +8,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from pcpvt.data.sources import Dataset
@@ -48,7 +47,7 @@ def before_start(session: Session, train: Dataset, val: Dataset, say: Callable[[
     loads = not train.in_memory and config.data.workers != 0
     findings = [
         *([] if device == "cpu" else [of_cards(reports, device)]), of_memory(reports, loads), of_clocks(reports),
-        of_workdir(reports, session.workdir), of_data(reports, config.data.path),
+        of_workdir(reports), of_data(reports),
     ]  # fmt: skip
     if certain := [text for finding in findings for text in finding.certain]:
         raise UserError("; ".join(certain))
@@ -68,7 +67,8 @@ def _report(session: Session, train: Dataset, val: Dataset) -> Report:
         collectives.sum_numbers([0.0])  # ends in all processes at the same time
         moments.append(clock())
     found = Report(
-        world.rank, host.name(), collectives.local_size(), moments, _sees_rank_0(session), [len(train), len(val)],
+        world.rank, host.name(), collectives.local_size(), moments, str(session.workdir), _sees_rank_0(session),
+        session.config.data.path, [len(train), len(val)],
         hashlib.sha256("\0".join(train.classes).encode(errors="surrogateescape")).hexdigest(),
     )  # fmt: skip
     if world.local_rank:
@@ -149,22 +149,23 @@ def of_clocks(reports: Sequence[Report]) -> Finding:
     return Finding(f"clocks: at most {abs(skew):.2g} s apart", doubts, [])
 
 
-def of_workdir(reports: Sequence[Report], workdir: Path) -> Finding:
-    apart = [report.place for report in reports if not report.shared]
-    certain = [
-        f"--workdir: {workdir}: {_listed(apart)} does not see what {reports[0].place} writes there: give a folder on a "
-        "file system that all hosts share"
-    ]
-    return Finding(f"workdir: one folder for all {len(reports)} processes", [], certain if apart else [])
+def of_workdir(reports: Sequence[Report]) -> Finding:
+    first, certain = reports[0], []
+    if apart := [report.place for report in reports if not report.shared]:
+        certain = [
+            f"--workdir: {first.workdir}: {_listed(apart)} does not see what {first.place} writes there: give a folder "
+            "on a file system that all hosts share"
+        ]
+    return Finding(f"workdir: one folder for all {len(reports)} processes", [], certain)
 
 
-def of_data(reports: Sequence[Report], path: str) -> Finding:
+def of_data(reports: Sequence[Report]) -> Finding:
     first, certain = reports[0], []
     if other := [report for report in reports if (report.data, report.classes) != (first.data, first.classes)]:
         theirs = "other classes" if other[0].data == first.data else "{} and {}".format(*other[0].data)
         certain = [
-            f"config.data.path: {path}: {first.place} finds {first.data[0]} training and {first.data[1]} validation "
-            f"images, {_listed([report.place for report in other])} {theirs}: give all hosts the same files"
+            f"config.data.path: {first.source}: {first.place} finds {first.data[0]} training and {first.data[1]} "
+            f"validation images, {_listed([report.place for report in other])} {theirs}: give all hosts the same files"
         ]
     return Finding("data: {} training and {} validation images in each process".format(*first.data), [], certain)
 

@@ -23,7 +23,9 @@ class Report(NamedTuple):
     host: str
     processes: int  # on this host
     clock: list[float]  # time.time() at moments that are the same for all processes, as well as can be
-    shared: bool  # whether the file that rank 0 wrote into the workdir is here
+    workdir: str
+    shared: bool  # whether the file that rank 0 wrote into its workdir is in this one
+    source: str  # of the data
     data: list[int]  # training and validation images
     classes: str  # digest of their names
     cards: dict[str, str] | None = None  # see `cards.health`; None on CPUs, and in other processes than the first
