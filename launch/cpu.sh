@@ -7,7 +7,8 @@
 #
 # N processes (default: the count in --config's ARG, else 1) train together over gloo, each on an equal share of the
 # physical cores that this shell may use; `taskset -c LIST launch/cpu.sh ...` restricts it to the cores of LIST.
-# Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script.
+# Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script,
+# and what several processes check before the first step.
 # The exit status is the trainer's; 2 for wrong arguments.
 #
 # Of PyTorch's launchers, torchrun can bind processes only to cores near GPUs (--numa-binding) and turns every exit
@@ -112,6 +113,7 @@ else # each process binds itself to its share
     exported+=(PCPVT_CORES PET_NNODES PET_NPROC_PER_NODE)
 fi
 if [[ -n $dry_run ]]; then
+    ((nproc == 1)) || sed 's/^/# /' "${BASH_SOURCE[0]%/*}/checks.txt"
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort
     printf 'exec'; printf ' %q' "${command[@]}"; echo
     exit 0

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Starts the processes of one node of a multi-node run: finds CANN, sets HCCL's variables, then executes pcpvt, which
-# starts a process per card and meets the other nodes.
+# Starts the processes of one node of a multi-node run: finds CANN and the network's addresses, then executes pcpvt,
+# which starts a process per card and meets the other nodes.
 #
 #   launch/npu_pod.sh [--nnodes=N] [--node_rank=R] [--master_addr=HOST] [--master_port=PORT]
-#                     [--nproc_per_node=K] [--dry_run] [--] PCPVT_FLAGS...
+#                     [--nproc_per_node=K] [--retry_code=C] [--dry_run] [--] PCPVT_FLAGS...
 #   launch/npu_pod.sh --nnodes=8 --node_rank=3 --master_addr=10.0.0.1 \
 #                     --config=configs/pcpvt_s.py:npu64 --workdir=/shared/run
 #
 # Run it once per node, with a workdir that all nodes share. Missing options are taken from MASTER_ADDR and
 # MASTER_PORT, then from OpenMPI, Intel MPI or MPICH, Slurm, a PyTorchJob (PET_*), an AscendJob, Volcano or an indexed
 # Kubernetes job; without any of them the run has one node. The count in --config's ARG (npu64) is the total over all
-# nodes. Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script.
-# CANN_SET_ENV is the path of CANN's set_env.sh, for when the search does not find it. :cudaN and :cpuN work as well;
-# only :npuN needs CANN. The exit status is pcpvt's: 0 done, 2 an error of the user, 75 stopped by a signal after saving
+# nodes. Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script, and
+# what is checked before the first step. CANN_SET_ENV is the path of CANN's set_env.sh, for when the search does not find
+# it. :cudaN and :cpuN work as well; only :npuN needs CANN. The exit status is pcpvt's: 0 done, 2 an error of the user, 75 stopped by a signal after saving
 # (the same command resumes), 76 another node is lost, 128 + n killed by signal n, 1 another fault; 2 for wrong
-# arguments and without CANN.
+# arguments and without CANN. With --retry_code=138 all but 0 and 2 become 138, for schedulers whose policy ExitCode
+# starts a pod again after 128 to 255 only (AscendJob, PyTorchJob). More in docs/pods.md.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -23,13 +24,13 @@ number() { # NAME VALUE LOW HIGH
 }
 
 # --- arguments ----------------------------------------------------------------------------------------------
-nnodes='' node_rank='' master_addr='' master_port='' nproc_per_node='' dry_run='' flags=()
+nnodes='' node_rank='' master_addr='' master_port='' nproc_per_node='' retry_code='' dry_run='' flags=()
 while (($#)); do
     case $1 in
-        --nnodes | --node_rank | --master_addr | --master_port | --nproc_per_node)
+        --nnodes | --node_rank | --master_addr | --master_port | --nproc_per_node | --retry_code)
             set -- "$1=${2-}" "${@:3}"
             continue ;;
-        --nnodes=* | --node_rank=* | --master_addr=* | --master_port=* | --nproc_per_node=*)
+        --nnodes=* | --node_rank=* | --master_addr=* | --master_port=* | --nproc_per_node=* | --retry_code=*)
             [[ -n ${1#*=} ]] || die "${1%=}: no value: give ${1}VALUE"
             option=${1%%=*}
             declare "${option#--}=${1#*=}" ;;
@@ -74,7 +75,7 @@ elif [[ -n ${PET_NNODES:-} && -n ${PET_NODE_RANK:-} ]]; then
     from_scheduler PyTorchJob "${PET_NNODES#*:}" "$PET_NODE_RANK" 1 ''
     master_addr=${master_addr:-${PET_MASTER_ADDR:-}} master_port=${master_port:-${PET_MASTER_PORT:-}}
     [[ ! ${PET_NPROC_PER_NODE:-} =~ ^[0-9]+$ ]] || nproc_per_node=${nproc_per_node:-$PET_NPROC_PER_NODE}
-elif [[ -n ${LOCAL_WORLD_SIZE:-} && -n ${WORLD_SIZE:-} && -n ${RANK:-} && -z ${LOCAL_RANK:-} ]]; then
+elif [[ -n ${LOCAL_WORLD_SIZE:-} && -n ${WORLD_SIZE:-} && -n ${RANK:-} ]]; then
     from_scheduler AscendJob $((WORLD_SIZE / LOCAL_WORLD_SIZE)) "$RANK" 1 ''
     nproc_per_node=${nproc_per_node:-$LOCAL_WORLD_SIZE}
 elif [[ -n ${VC_TASK_INDEX:-} ]]; then
@@ -136,6 +137,7 @@ elif [[ -z $nproc_per_node ]]; then
     nproc_per_node=${#cards[@]}
 fi
 number --nproc_per_node "$nproc_per_node" 1 1000000
+[[ -z $retry_code ]] || number --retry_code "$retry_code" 128 255
 ((nnodes * nproc_per_node == ${total:-nnodes * nproc_per_node})) ||
     die "--config: $device$total: $nnodes nodes of $nproc_per_node are $((nnodes * nproc_per_node)): let both agree"
 ((${#cards[@]} == 0 || nproc_per_node <= ${#cards[@]})) ||
@@ -155,9 +157,10 @@ route_to_master() { # prints this node's interface and address on the route to t
 }
 
 settle() { export "$1=$2"; exported+=("$1"); } # NAME VALUE: exports VALUE; torchrun's options as variables (PET_*)
-unset "${!PET_@}" RANK WORLD_SIZE LOCAL_WORLD_SIZE
+unset "${!PET_@}" RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_RANK
 settle PET_NNODES "$nnodes"
 settle PET_NPROC_PER_NODE "$nproc_per_node"
+[[ -z $retry_code ]] || settle PCPVT_RETRY_CODE "$retry_code"
 interface=lo address=''
 if ((nnodes > 1)); then
     read -r interface address < <(route_to_master 2>/dev/null) || true
@@ -169,11 +172,7 @@ fi
 [[ -z $interface ]] || default GLOO_SOCKET_IFNAME "$interface"
 case $device in
     npu)
-        default CPU_AFFINITY_CONF 1 # binds each card's process to its own share of the cores
-        default HCCL_CONNECT_TIMEOUT 1800
-        default HCCL_WHITELIST_DISABLE 1
-        default OMP_NUM_THREADS 1
-        default TASK_QUEUE_ENABLE 2
+        # The others are in pcpvt/devices/npu_settings.py.
         [[ -z $address || -n ${HCCL_SOCKET_IFNAME:-} ]] || default HCCL_IF_IP "$address" ;;
     cpu)
         threads=$(($(nproc) / nproc_per_node))
@@ -207,6 +206,7 @@ fi
 # --- run ----------------------------------------------------------------------------------------------------
 command=(python -m pcpvt.main "${flags[@]}")
 if [[ -n $dry_run ]]; then
+    sed 's/^/# /' "${BASH_SOURCE[0]%/*}/checks.txt"
     [[ -z $set_env ]] || printf 'source %q\n' "$set_env"
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort
     printf 'exec'; printf ' %q' "${command[@]}"; echo

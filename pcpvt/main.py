@@ -23,7 +23,7 @@ except ImportError:
     show(SYSTEMS)
     sys.exit(2)
 
-from pcpvt.distributed import signals
+from pcpvt.distributed import hosts, signals
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -58,7 +58,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     """
     from pcpvt.checkpoints.load import describe, described, member_names, origin, trained_config
     from pcpvt.config.resolve import resolve
-    from pcpvt.distributed import collectives, hosts
+    from pcpvt.distributed import collectives
 
     mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
@@ -129,6 +129,20 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
 def entry() -> None:
     """Runs the program. A user error is one line on standard error; exit codes are in `distributed.signals`."""
     try:
+        _enter()
+    except SystemExit as ended:
+        if isinstance(ended.code, int):
+            sys.exit(hosts.exit_code(os.environ, ended.code))
+        raise
+    except BaseException:
+        if hosts.exit_code(os.environ, 1) != 1:  # the interpreter would end with 1
+            traceback.print_exc()
+            sys.exit(hosts.exit_code(os.environ, 1))
+        raise
+
+
+def _enter() -> None:
+    try:
         signals.install()  # before anything slow is imported: a signal must find its handler
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a PeerError says in one line what c10d warns of in 30
         if os.environ.get("TORCHELASTIC_RUN_ID"):
@@ -148,12 +162,12 @@ def entry() -> None:
         # A module that was being imported may have replaced Stopped by an error of its own.
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
-            if "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0":
+            if not hosts.is_rank(os.environ) or os.environ.get("RANK") == "0":
                 put(signals.NOTHING_NEW, sys.stderr)
             sys.exit(signals.PREEMPTED)
         if isinstance(error, UserError | OSError):
             error = _user_error(error)
-            _fail(str(error), error.exit_code, "LOCAL_RANK" not in os.environ or _is_first(error))
+            _fail(str(error), error.exit_code, not hosts.is_rank(os.environ) or _is_first(error))
         if isinstance(error, RuntimeError) and "backend extension" in str(error):
             # `import torch` fails like this where the NPU backend is installed and its libraries are missing.
             logging.disable()  # torch is half imported, and its exit hooks would log errors

@@ -36,12 +36,15 @@ def start(script: str, words: list[str], *faults: dict) -> subprocess.Popen:
     )
 
 
-def start_hosts(count: int, words: list[str], *faults: dict) -> list[subprocess.Popen]:
-    """Starts a run on so many hosts, all of them this one; the last begins first and waits for the first."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = [f"--nnodes={count}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        return probe.getsockname()[1]
+
+
+def start_hosts(count: int, words: list[str], *faults: dict) -> list[subprocess.Popen]:
+    """Starts a run on so many hosts, all of them this one; the last begins first and waits for the first."""
+    place = [f"--nnodes={count}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [start("npu_pod.sh", [*place, f"--node_rank={rank}", *words], *faults) for rank in reversed(range(count))]
     return nodes[::-1]
 

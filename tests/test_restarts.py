@@ -9,7 +9,7 @@ import miniature
 import pytest
 
 from pcpvt.distributed import signals
-from pcpvt.distributed.hosts import Hosts, from_environment
+from pcpvt.distributed.hosts import Hosts, exit_code, from_environment
 from pcpvt.distributed.restart import Failure, Rule
 from pcpvt.errors import UserError
 
@@ -85,7 +85,10 @@ def test_restarts_follow_the_exit_codes(monkeypatch):
 
 
 PYTORCH_JOB = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "m"}
-ASCEND_JOB = {"MASTER_ADDR": "m", "MASTER_PORT": "2222", "RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+ASCEND_JOB = {
+    "MASTER_ADDR": "m", "MASTER_PORT": "2222", "RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8",
+    "LOCAL_RANK": "0,1,2,3,4,5,6,7",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,26 @@ def test_wrong_variables_are_named(environ, message):
     with pytest.raises(UserError) as caught:
         from_environment(environ)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (2, 2), (1, 138), (75, 138), (76, 138), (137, 138)])
+def test_a_scheduler_that_tells_only_ranges_of_codes_apart_is_told_another(code, told):
+    environ = {"PCPVT_RETRY_CODE": "138"}
+    assert exit_code(environ, code) == told and exit_code({}, code) == code
+    assert exit_code(environ | {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, code) == code  # for the launcher
+
+
+@pytest.mark.parametrize(
+    ("arg", "fault", "told"),
+    [
+        ("cpu2", {"at": "step", "n": 3, "do": "SIGTERM", "rank": 1}, 138),
+        ("cpu", {"at": "inside step", "n": 3, "do": "error:a fault"}, 138),
+        ("cpu", {"at": "start of a mode", "n": 1, "do": "EDQUOT"}, 2),
+    ],
+)
+def test_the_program_ends_with_the_code_that_the_scheduler_is_told(arg, fault, told, tmp_path):
+    ended = miniature.run(miniature.words(tmp_path, arg), fault, env={"PCPVT_RETRY_CODE": "138"})
+    assert ended.code == told, ended.err
 
 
 def test_the_total_of_an_ascend_job_must_fit_the_config(tmp_path):

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class Device:
     repeats_exactly = False  # whether a gradient that is computed again, also on another such device, has the same bits
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
-    environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
@@ -34,6 +33,10 @@ class Device:
     def module(self) -> Any:
         """`torch.cpu`, `torch.cuda` or `torch.npu`."""
         return getattr(torch, self.name)
+
+    def environment(self, timeout: int) -> dict[str, str]:
+        """Environment variables of its processes, unless they are already set; `timeout` is `config.timeout`, in s."""
+        return {}
 
     def require(self, count: int) -> None:
         """Raises UserError, one line with the remedy, unless `count` devices can be used on this host."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pcpvt.devices import visible
+from pcpvt.devices import npu_settings, visible
 from pcpvt.devices.base import Device
 from pcpvt.errors import UserError
 from pcpvt.functional.precision import Overflow
@@ -36,15 +36,12 @@ class Npu(Device):
     fp32_norms = True  # saves a cast of each gradient: the kernel sums them in float32
     pins_memory = True
     fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf
-    environment = {  # noqa: RUF012 - constant
-        "TASK_QUEUE_ENABLE": "2",
-        "CPU_AFFINITY_CONF": "1",
-        "HCCL_CONNECT_TIMEOUT": "1800",
-        "HCCL_WHITELIST_DISABLE": "1",
-    }
 
     def __init__(self) -> None:
         """`bind` creates the torch.device: its name exists only once torch_npu has renamed the backend."""
+
+    def environment(self, timeout: int) -> dict[str, str]:
+        return npu_settings.environment(timeout)
 
     @visible.driver_errors
     def require(self, count: int) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
-from pcpvt.distributed import stacks
+from pcpvt.distributed import hosts, stacks
 from pcpvt.errors import PeerError
 
 UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
@@ -50,6 +50,7 @@ class _Group:
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
     place: threading.Thread | None = None  # see `_tell_place`
     left = threading.Event()
+    shared = 0  # calls of `share`, as many in all processes
     broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
 
 
@@ -59,11 +60,17 @@ _group = _Group()
 def from_environment() -> World | None:
     """This process's place as torchrun or `launch` has set it; None in a process that they have not started.
 
-    Schedulers set RANK and WORLD_SIZE too, with the meaning of a host and without LOCAL_RANK (see `hosts`).
+    Schedulers set RANK and WORLD_SIZE too, with the meaning of a host (see `hosts`).
     """
-    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+    if not hosts.is_rank(os.environ):
         return None
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def local_size() -> int:
+    """The number of this run's processes on this host."""
+    world = from_environment()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if world else 1
 
 
 def join(device: Device, timeout: int) -> World:
@@ -77,7 +84,8 @@ def join(device: Device, timeout: int) -> World:
         PeerError: if other processes do not join in time.
     """
     world = from_environment() or World()
-    device.require(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    os.environ.update(device.environment(timeout) | os.environ)  # done already where `launch` has started this process
+    device.require(local_size())
     device.bind(world.local_rank)
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
@@ -175,6 +183,30 @@ def gather_texts(name: str, text: str) -> list[str]:
 def any_true(value: bool) -> bool:
     """Whether `value` is True in any process; every process gets the same answer."""
     return sum_numbers([float(value)])[0] > 0
+
+
+def share(text: str) -> list[str]:
+    """The text of every process, by rank."""
+    if _group.store is None:
+        return [text]
+    _group.shared += 1
+    keys = [f"share/{_group.shared}/{rank}" for rank in range(_group.world.size)]
+    with _peer_errors():
+        _group.store.set(keys[_group.world.rank], text)
+        return [value.decode() for value in _group.store.multi_get(keys)]
+
+
+def reduction_time(device: Device, numbers: int, rounds: int) -> float:
+    """Seconds that all processes take to sum so many float32 numbers on the device: the fastest of some rounds."""
+    bucket, times = torch.zeros(numbers, device=device.torch), []
+    with _peer_errors():
+        for _ in range(rounds + 1):  # the first connects the processes
+            device.synchronize()
+            began = time.perf_counter()
+            dist.all_reduce(bucket)
+            device.synchronize()
+            times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def await_all(seconds: float) -> None:

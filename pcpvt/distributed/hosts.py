@@ -1,8 +1,8 @@
 """The hosts of a run, from the environment variables that schedulers and `launch/npu_pod.sh` set.
 
 Sources: `PET_*` are torchrun's options as variables, which PyTorchJob of Kubeflow's training operator sets; AscendJob
-of MindCluster sets MASTER_ADDR, MASTER_PORT, RANK (of the node), WORLD_SIZE (all cards) and LOCAL_WORLD_SIZE (cards
-here). Neither sets LOCAL_RANK, by which a process that torchrun or this project has started is told apart.
+of MindCluster sets MASTER_ADDR, MASTER_PORT, RANK (of the node), WORLD_SIZE (all cards), LOCAL_WORLD_SIZE (cards
+here) and LOCAL_RANK, a list like `0,1,2,3` (`setPytorchEnv` of its ascend-operator). docs/pods.md has all sources.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,9 @@ from typing import NamedTuple
 from pcpvt.errors import UserError
 
 PORT = 29500  # torchrun's default
+# Environment variable: the exit code instead of each after which another start would help, for schedulers that tell
+# only ranges of codes apart. `npu_pod.sh --retry_code` sets it.
+RETRY_CODE = "PCPVT_RETRY_CODE"
 
 
 class Hosts(NamedTuple):
@@ -28,13 +31,24 @@ class Hosts(NamedTuple):
         return self.processes and self.processes * self.number
 
 
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, `launch` or the like has started this process as one rank; it sets one number as LOCAL_RANK."""
+    return environ.get("LOCAL_RANK", "").isdecimal() and "RANK" in environ and "WORLD_SIZE" in environ
+
+
+def exit_code(environ: Mapping[str, str], code: int) -> int:
+    """The exit code of this process: `code` for a rank, whose launcher reads it; else what the scheduler is told."""
+    retry = environ.get(RETRY_CODE, "")
+    return int(retry) if retry and code not in (0, 2) and not is_rank(environ) else code
+
+
 def from_environment(environ: Mapping[str, str]) -> Hosts:
     """The hosts that the variables describe; one host where they describe none.
 
     Raises:
         UserError: for a variable that is no number, or for several hosts without a place to meet.
     """
-    if "LOCAL_RANK" in environ:
+    if is_rank(environ):
         return Hosts()
     prefix = "PET_" if "PET_NNODES" in environ else ""
     address, port = (

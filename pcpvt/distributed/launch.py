@@ -51,7 +51,7 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
     from pcpvt.distributed.agent import Agent
 
     logging.disable(logging.ERROR)  # torchelastic's error tables repeat the lines of the ranks and of `_exit_code`
-    defaults = dict(device.environment)
+    defaults = device.environment(config.timeout)
     if place.number == 1:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # works without a resolvable host name and without a network
     os.environ.update(defaults | os.environ)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcpvt.distributed import stacks
+from pcpvt.distributed import hosts, stacks
 
 PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
 PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
@@ -158,7 +158,7 @@ def _end(reason: str, code: int) -> None:
     if reason:
         stacks.write()
     kill_descendants()
-    os._exit(code)
+    os._exit(hosts.exit_code(os.environ, code))
 
 
 def _print(line: str) -> None:

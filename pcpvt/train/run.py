@@ -15,6 +15,7 @@ from pcpvt.errors import UserError
 from pcpvt.evaluate.evaluator import report as metrics_line
 from pcpvt.functional.state import TrainState
 from pcpvt.models import pcpvt
+from pcpvt.nodes import check
 from pcpvt.report import run as report
 from pcpvt.runtime import records
 from pcpvt.runtime.console import duration
@@ -36,6 +37,7 @@ def run(session: Session) -> int:
     say(f"splits: {setup.batches.dataset.split} to train on, {setup.split.dataset.split} to evaluate on")
     for note in setup.notes:
         say(f"note: {note}")
+    check.before_start(session, setup.batches.dataset, setup.split.dataset, say)
     if setup.resumed_from is not None:
         say(f"resumed: step {step} of {plan.steps}, from {setup.resumed_from}")
     if loop.finished(plan, history, step, session.config.patience):

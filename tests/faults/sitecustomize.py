@@ -2,9 +2,9 @@
 
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
-`cores` to print those it may use, or an errno's name to be raised), and optionally `rank`, `again` (at every call from
-the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again). Bits that are
-flipped and constants have no `do`.
+`cores` to print those it may use, `environ` to print the variables as JSON, or an errno's name to be raised), and
+optionally `rank`, `again` (at every call from the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in
+ranks that were started again). Bits that are flipped and constants have no `do`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def happen(fault: dict) -> None:
             time.sleep(0.05)  # for the handler
     elif what == "cores":
         os.write(1, f"cores {' '.join(map(str, sorted(os.sched_getaffinity(0))))}\n".encode())
+    elif what == "environ":
+        os.write(1, f"environ {json.dumps(dict(os.environ))}\n".encode())
     elif what == "error":
         raise RuntimeError(amount)
     else:
@@ -159,6 +161,15 @@ def constant(fault: dict) -> None:
     sys.meta_path.insert(0, AfterImport(fault["module"], lambda loaded: setattr(loaded, fault["name"], fault["value"])))
 
 
+def shift_clock(fault: dict) -> None:
+    """The clock of this rank's checks is `do` seconds ahead."""
+
+    def patch(check) -> None:
+        check.clock = lambda: time.time() + float(fault["do"])
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.nodes.check", patch))
+
+
 PLACES = {
     "begin": happen,
     "launch": in_module("pcpvt.distributed.launch", "launch"),
@@ -178,6 +189,7 @@ PLACES = {
     "bit of an activation": flip("pcpvt.models.layers", "Peg.forward"),
     "bit of a batch": flip("pcpvt.data.loader", "TrainBatches.of_rank", lambda args, value: value["image"]),
     "constant": constant,
+    "clock": shift_clock,
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
