@@ -3,7 +3,11 @@
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
 `cores` to print those it may use, or an errno's name to be raised), and optionally `rank`, `again` (at every call from
-the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in ranks that were started again).
+the n-th on), `to` (`self`, `group`, `child`, `launcher` or `node`: a launcher and all below it), `restarted` (also in
+ranks that were started again) and `once` (a file that the fault creates, and without which only it happens).
+
+`{"at": "samples", "folder": FOLDER}` is no fault: each rank appends a line to a file of FOLDER at the begin of a step:
+the time, its launcher's process id, the attempt, its rank, the steps done and the ids of its samples, as JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +25,11 @@ import time
 
 
 def happen(fault: dict) -> None:
+    if "once" in fault:
+        try:
+            os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
     what, _, amount = fault["do"].partition(":")
     os.write(1, f"fault: {fault['do']}\n".encode())
     if what == "sleep":
@@ -37,6 +46,15 @@ def happen(fault: dict) -> None:
             from pcpvt.distributed.signals import descendants
 
             os.kill(descendants()[-1], number)
+        elif fault.get("to") == "launcher":
+            os.kill(os.getppid(), number)
+        elif fault.get("to") == "node":
+            from pcpvt.distributed.signals import descendants
+
+            launcher = os.getppid()
+            others = [pid for pid in descendants(launcher) if pid != os.getpid()]
+            for pid in (launcher, *others, os.getpid()):
+                os.kill(pid, number)
         else:
             os.kill(os.getpid(), number)
             time.sleep(0.05)  # for the handler
@@ -122,6 +140,45 @@ def poison(fault: dict) -> None:
     sys.meta_path.insert(0, AfterImport("pcpvt.distributed.collectives", patch))
 
 
+def at_step(fault: dict) -> None:
+    """A fault after the n-th step of the run, also where the run was resumed."""
+
+    def patch(stacks) -> None:
+        original = stacks.at_step
+
+        def wrapper(step):
+            original(step)
+            if step == fault["n"]:
+                happen(fault)
+
+        stacks.at_step = wrapper
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.distributed.stacks", patch))
+
+
+def samples(what: dict) -> None:
+    """Writes down which samples this rank sees in which step."""
+
+    def patch(setup) -> None:
+        original = setup.train_step
+
+        def train_step(*args):
+            step = original(*args)
+
+            def wrapper(state, batch):
+                entry = [time.time(), os.getppid(), os.environ.get("PCPVT_ATTEMPT"), int(os.environ.get("RANK", 0))]
+                entry += [int(state.step), batch["id"].tolist()]
+                with open(os.path.join(what["folder"], f"{os.getpid()}.jsonl"), "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                return step(state, batch)
+
+            return wrapper
+
+        setup.train_step = train_step
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.train.setup", patch))
+
+
 PLACES = {
     "begin": happen,
     "launch": in_module("pcpvt.distributed.launch", "launch"),
@@ -134,10 +191,12 @@ PLACES = {
     "save": in_module("pcpvt.checkpoints.checkpoint", "write_tensors"),
     "disk": in_system("fsync", "replace", "unlink"),
     "gradient": poison,
+    "at step": at_step,
+    "samples": samples,
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
-    if "PCPVT_RESTART" in os.environ and not fault.get("restarted"):
+    if "PCPVT_RESTART" in os.environ and not (fault.get("restarted") or "once" in fault or fault["at"] == "samples"):
         continue
     if str(fault.get("rank", os.environ.get("RANK"))) == str(os.environ.get("RANK")):
         PLACES[fault["at"]](fault)
