@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import miniature
@@ -150,19 +151,24 @@ def hosts(count: int, folder: Path) -> Iterator[list[Node]]:
 
 def schedule(
     nodes: Sequence[Node], words: Sequence[str], faults: Sequence[dict], limit: float,
-    watch: Callable[[], None] = lambda: None,
+    watch: Callable[[], None] = lambda: None, away: Mapping[int, float] | None = None,
 ) -> None:  # fmt: skip
     """Runs the nodes' commands until all have ended with 0, as a scheduler that starts a failed one again.
 
     Args:
+        away: seconds, by number of the node, until it is started again; inf: never.
         limit: seconds after which the run counts as hung.
         watch: called all the time, to make what happens from outside.
     """
-    deadline, running = time.monotonic() + limit, list(nodes)
+    deadline, running, away = time.monotonic() + limit, list(nodes), away or {}
+    due: dict[Node, float] = {}
     for node in running:
         node.start(words, faults)
     while running:
         watch()
+        for node in [node for node, at in due.items() if at < time.monotonic()]:
+            del due[node]
+            node.start(words, faults)
         for node in list(running):
             if not node.ended():
                 continue
@@ -171,7 +177,9 @@ def schedule(
                 continue
             assert node.codes[-1] != 2, told(nodes)  # an error of the user, which no scheduler repeats
             node.kill()  # as the end of a pod does
-            node.start(words, faults)
+            due[node] = time.monotonic() + away.get(node.number, 0.0)
+            if due[node] == math.inf:
+                running.remove(node)
         assert time.monotonic() < deadline, f"not ended within {limit:g} s\n{told(nodes)}"
         time.sleep(0.05)
 

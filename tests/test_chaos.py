@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -133,7 +134,7 @@ def healing(fault: dict, folder: Path, hosts: Sequence[machines.Node]) -> dict |
     if not marker.exists():
         return None
     began, entries = marker.stat().st_mtime, seen(folder)
-    attempt, launchers = next((e[2], e[1]) for e in reversed(entries) if e[0] <= began)
+    attempt = next(entry[2] for entry in reversed(entries) if entry[0] <= began)
     after = [entry for entry in entries if entry[0] > began and entry[4] > fault["n"]]
     healed = after[0]
     outcome = "went on" if healed[2] == attempt else "ranks started again"
@@ -141,7 +142,6 @@ def healing(fault: dict, folder: Path, hosts: Sequence[machines.Node]) -> dict |
     later = {entry[1] for entry in entries if began < entry[0] <= healed[0] + 1}
     if later - known:
         outcome = "command started again"
-    del launchers
     return {"kind": fault["kind"], "outcome": outcome, "seconds": round(healed[0] - began, 1), "step": fault["n"]}
 
 
@@ -184,6 +184,62 @@ def survive(seed: int, folder: Path, wholes) -> None:
         ours, theirs = samples(folder / "samples"), samples(whole / "samples")
         assert ours == theirs
         miniature.assert_same_run(workdir, whole / "run")
+
+
+def run_hosts(folder: Path, faults: Sequence[dict], away: dict[int, float], **fields: object) -> Path:
+    """A run on two hosts of one rank each, in which one stays away after it was killed; returns the workdir."""
+    (folder / "samples").mkdir()
+    log = {"at": "samples", "folder": str(folder / "samples")}
+    words = miniature.words(folder / "run", "cpu2", **{**RECIPE, **fields})
+    with machines.hosts(2, folder / "out") as nodes:
+        machines.schedule(nodes, words, [log, *faults], 300, away=away)
+    return folder / "run"
+
+
+def lost(folder: Path) -> dict:
+    """The second host is gone after step 6."""
+    return {"at": "at step", "n": 6, "do": "SIGKILL", "to": "node", "rank": 1, "once": str(folder / "gone")}
+
+
+def sizes(folder: Path) -> list[int]:
+    """The number of ranks of each attempt."""
+    ranks: dict[str, set[int]] = collections.defaultdict(set)
+    for _, _, attempt, rank, _, _ in seen(folder):
+        ranks[attempt].add(rank)
+    return [len(found) for found in ranks.values()]
+
+
+def assert_equal_within_rounding(workdir: Path, whole: Path) -> None:
+    """Sums in another order; other samples would differ in the first digits."""
+    ours, theirs = miniature.records(workdir), miniature.records(whole)
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-5)  # as in test_resume.py
+
+
+@pytest.mark.slow
+def test_a_host_that_takes_the_place_of_another_joins_the_run(tmp_path, wholes):
+    run = run_hosts(tmp_path, [lost(tmp_path)], {})
+    miniature.assert_same_run(run, wholes(2) / "run")
+    assert sizes(tmp_path / "samples") == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_host_that_does_not_come_back_with_the_same_samples(tmp_path, wholes):
+    run = run_hosts(tmp_path, [lost(tmp_path)], {1: math.inf}, elastic=1)
+    assert samples(tmp_path / "samples") == samples(wholes(2) / "samples")
+    assert_equal_within_rounding(run, wholes(2) / "run")
+    assert sizes(tmp_path / "samples") == [2, 1] and len(miniature.restarts(run)) == 1
+
+
+@pytest.mark.nightly
+def test_a_host_that_comes_back_late_joins_the_run_again(tmp_path, wholes):
+    slow = {"at": "inside step", "n": 1, "again": True, "do": "sleep:2", "rank": 0, "restarted": True}
+    run = run_hosts(tmp_path, [lost(tmp_path), slow], {1: 60.0}, elastic=1)
+    assert samples(tmp_path / "samples") == samples(wholes(2) / "samples")
+    assert_equal_within_rounding(run, wholes(2) / "run")
+    assert sizes(tmp_path / "samples") == [2, 1, 2]
+    assert miniature.restarts(run)[-1]["reason"] == "a host has joined or left the run"
 
 
 @pytest.mark.nightly

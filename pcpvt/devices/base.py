@@ -24,6 +24,8 @@ class Device:
     default_compile = "none"
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
+    # Variables that switch on the recording of collectives; `{file}`: where a watchdog that ends the process writes it.
+    recording: Mapping[str, str] = {"TORCH_FR_BUFFER_SIZE": "2000"}  # collectives
     environment: Mapping[str, str] = {}  # environment variables that the launcher sets unless they are already set
 
     def __init__(self) -> None:
@@ -43,6 +45,12 @@ class Device:
     def describe(self) -> str:
         """Product name, for records and reports."""
         return self.module.get_device_name(self.torch)
+
+    def recorded_collectives(self) -> dict[str, bytes]:
+        """The last collectives of each library, as JSON."""
+        from torch._C import _distributed_c10d as library
+
+        return {"gloo": library._dump_fr_trace_json()}  # type: ignore[attr-defined]
 
     def precision(self) -> str:
         """The precision policy that `config.precision=auto` selects."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcpvt.distributed import signals
+from pcpvt.distributed import flight, signals, stacks
 from pcpvt.errors import warn
 
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)  # faulthandler's
 RESTART = "PCPVT_RESTART"  # environment variable of ranks: a `Restart` as JSON
 
 
@@ -39,8 +40,8 @@ def restarted() -> Restart | None:
 class Rule:
     """When all ranks are started again: not after an error of the user or a signal, nor without progress."""
 
-    def __init__(self, newest_checkpoint: Callable[[], Path | None]):
-        self._newest, self._done = newest_checkpoint, 0
+    def __init__(self, newest_checkpoint: Callable[[], Path | None], debug: Path):
+        self._newest, self._debug, self._done = newest_checkpoint, debug, 0
         self._before: Path | None = None  # the newest checkpoint at the restart before
 
     def __call__(self, failures: Failures) -> str:
@@ -48,7 +49,7 @@ class Rule:
         codes = {failure.exitcode for failure in failures.values()}
         if signals.stop_requested() or codes & {2, signals.PREEMPTED}:
             return ""
-        newest, what = self._newest(), what_failed(failures)
+        newest, what = self._newest(), what_failed(failures, self._debug)
         if self._done and newest == self._before:
             warn(f"{what}; not started again: there is no newer checkpoint than after restart {self._done}")
             return ""
@@ -64,8 +65,8 @@ def first_failure(failures: Failures) -> tuple[int, int]:
     return rank, first.exitcode
 
 
-def what_failed(failures: Failures) -> str:
-    """What happened to the rank that failed first."""
+def what_failed(failures: Failures, debug: Path) -> str:
+    """What happened to the rank that failed first; `debug` is the folder in which it has written where it was."""
     rank, code = first_failure(failures)
     if code == signals.PEER_LOST:
         return f"rank {rank} has lost another"
@@ -73,5 +74,13 @@ def what_failed(failures: Failures) -> str:
         return f"rank {rank} failed with exit code {code}"
     what = f"rank {rank} was killed by {signal.Signals(-code).name}"
     if code == -signal.SIGABRT:  # as libraries end a process, among them the watchdogs of NCCL and HCCL
-        what += " (by a library, such as the watchdog of its collectives when another rank has ended or hangs)"
+        if flight.ended_by_watchdog(debug, rank, failures[rank].timestamp):
+            what += (
+                ", by the watchdog of its collectives: one has failed or was not over in time, because another rank "
+                f"has ended or hangs ({flight.watchdog_file(debug, rank)} has the last ones)"
+            )
+        else:
+            what += ", by a library (its own lines above say why)"
+    if -code in CRASHES:
+        what += f"; its stacks are in {stacks.file_of(debug, rank)}"
     return what
