@@ -69,22 +69,23 @@ def test_a_rank_that_a_library_crashes_leaves_its_stacks_and_a_restart_keeps_the
     ended = miniature.run(miniature.words(tmp_path, "cpu2", restarts=1, steps=6, eval_every="0"), crash)
     assert ended.code == 0, ended.err
     file = tmp_path / "debug/rank-1.txt"
-    assert f"rank 1 was killed by SIGSEGV; its stacks are in {file}; restart 1" in ended.err
+    assert "rank 1 was killed by SIGSEGV; its stacks are in the workdir's debug/rank-1.txt; restart 1" in ended.err
     assert "Segmentation fault" in file.read_text() and "functional/step.py" in file.read_text()
     assert ended.err.count("Segmentation fault") == 0  # absl's are on standard error
 
 
 def test_a_watchdog_that_ends_a_rank_outside_python_is_told_as_what_it_is(tmp_path):
-    aborted = {3: Failure(-signal.SIGABRT, int(time.time()))}
-    assert "rank 3 was killed by SIGABRT, by a library (its own lines" in what_failed(aborted, tmp_path)
-    trace = flight.watchdog_file(tmp_path, 3)
+    aborted, debug = {3: Failure(-signal.SIGABRT, int(time.time()))}, tmp_path / "debug"
+    debug.mkdir()
+    assert "rank 3 was killed by SIGABRT, by a library (its own lines" in what_failed(aborted, debug)
+    trace = flight.watchdog_file(debug, 3)
     trace.write_bytes(b"")
-    told = what_failed(aborted, tmp_path)
+    told = what_failed(aborted, debug)
     assert "by the watchdog of its collectives: one has failed or was not over in time" in told
-    assert str(trace) in told and str(tmp_path / "rank-3.txt") in told
+    assert "debug/watchdog-rank-3" in told and told.endswith("its stacks are in the workdir's debug/rank-3.txt")
     os.utime(trace, (0, 0))  # an earlier run's
-    assert "by a library" in what_failed(aborted, tmp_path)
-    assert what_failed({3: Failure(-signal.SIGKILL, 5)}, tmp_path) == "rank 3 was killed by SIGKILL"
+    assert "by a library" in what_failed(aborted, debug)
+    assert what_failed({3: Failure(-signal.SIGKILL, 5)}, debug) == "rank 3 was killed by SIGKILL"
 
 
 @pytest.fixture

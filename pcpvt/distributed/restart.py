@@ -77,10 +77,10 @@ def what_failed(failures: Failures, debug: Path) -> str:
         if flight.ended_by_watchdog(debug, rank, failures[rank].timestamp):
             what += (
                 ", by the watchdog of its collectives: one has failed or was not over in time, because another rank "
-                f"has ended or hangs ({flight.watchdog_file(debug, rank)} has the last ones)"
+                f"has ended or hangs ({debug.name}/{flight.watchdog_file(debug, rank).name} has the last ones)"
             )
         else:
             what += ", by a library (its own lines above say why)"
     if -code in CRASHES:
-        what += f"; its stacks are in {stacks.file_of(debug, rank)}"
+        what += f"; its stacks are in the workdir's {debug.name}/{stacks.file_of(debug, rank).name}"
     return what
