@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -240,6 +241,29 @@ def test_a_host_that_comes_back_late_joins_the_run_again(tmp_path, wholes):
     assert_equal_within_rounding(run, wholes(2) / "run")
     assert sizes(tmp_path / "samples") == [2, 1, 2]
     assert miniature.restarts(run)[-1]["reason"] == "a host has joined or left the run"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_host_that_stands_still_for_longer_than_the_limit_joins_again(node, tmp_path, wholes):
+    pause = {"at": "at step", "n": 6, "do": "sleep:0.2", "rank": node, "once": str(tmp_path / "paused")}
+    (tmp_path / "samples").mkdir()
+    log = {"at": "samples", "folder": str(tmp_path / "samples")}
+    words, until = miniature.words(tmp_path / "run", "cpu2", **RECIPE), math.inf
+
+    def watch() -> None:
+        nonlocal until
+        if until == math.inf and os.path.exists(pause["once"]):
+            until = time.monotonic() + 3 * TIMEOUT
+            nodes[node].signal(signal.SIGSTOP)
+        elif 0 < until < time.monotonic():
+            until = 0.0
+            nodes[node].signal(signal.SIGCONT)
+
+    with machines.hosts(2, tmp_path / "out") as nodes:
+        machines.schedule(nodes, words, [log, pause], 300, watch)
+    assert until == 0.0 and samples(tmp_path / "samples") == samples(wholes(2) / "samples")
+    miniature.assert_same_run(tmp_path / "run", wholes(2) / "run")
 
 
 @pytest.mark.nightly

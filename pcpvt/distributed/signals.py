@@ -159,6 +159,7 @@ def _end(reason: str, code: int) -> None:
     _print(line)
     if reason:
         stacks.write()
+        flight.write()
     kill_descendants()
     os._exit(code)
 
