@@ -41,12 +41,14 @@ def main(command: Command) -> int:
     """Runs a parsed command line, in this process or in several that it starts; returns the exit code."""
     from pcpvt.checkpoints.checkpoint import newest_whole
     from pcpvt.distributed import collectives, launch
+    from pcpvt.runtime import records
 
     config, notes = read_config(command)
     trains = command.mode == "train"
     if (config.processes > 1 or (trains and config.restarts)) and collectives.from_environment() is None:
         newest = functools.partial(newest_whole, command.workdir / "checkpoints")
-        return launch.launch(config, command.words(), newest if trains else None)
+        debug = command.workdir / records.DEBUG
+        return launch.launch(config, command.words(), newest if trains else None, debug)
     return run(config, command.workdir, command.mode, notes, command)
 
 
@@ -104,7 +106,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
         stack.callback(collectives.leave)
         try:
             records.open_workdir(workdir)
-            stacks.install(workdir / "debug", world.rank if world else 0)
+            stacks.install(workdir / records.DEBUG, world.rank if world else None)
             if world:
                 log_to(workdir / "logs" / f"rank-{world.rank}.log")
             if mode == "train" and is_main:

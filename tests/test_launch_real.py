@@ -83,23 +83,6 @@ def test_an_error_of_the_user_on_one_host_ends_all_with_its_code(tmp_path):
     assert all(node.err.startswith("pcpvt: ") for node in ended if node.err)
 
 
-@pytest.mark.nightly
-def test_a_run_goes_on_without_a_host_that_does_not_come_back(tmp_path, whole):
-    lost = {"at": "step", "n": 6, "do": "sleep:600", "rank": 1}
-    nodes = start_hosts(2, miniature.words(tmp_path, "cpu2", restarts=3, elastic=1, timeout=5, steps=12), lost)
-    for node in nodes:
-        os.set_blocking(node.stdout.fileno(), False)
-    while not any("fault:" in (node.stdout.read() or "") for node in nodes):
-        pass
-    os.killpg(nodes[1].pid, signal.SIGKILL)
-    (ended,) = end(nodes[0], timeout=300)
-    assert ended.code == 0, ended.err
-    ours, theirs = miniature.records(tmp_path), miniature.records(whole)
-    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-5)  # as in test_resume.py
-
-
 def test_cpu_processes_have_their_own_cores(tmp_path):
     show = [{"at": "start of a mode", "n": 1, "do": "cores", "rank": rank} for rank in (0, 1)]
     words = miniature.words(tmp_path, "cpu2", steps=1, eval_every="0")

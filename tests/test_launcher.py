@@ -217,7 +217,7 @@ class Failure:
     ],
 )
 def test_exit_code_is_that_of_the_first_rank_with_an_error_of_its_own(failures, code, message, capsys):
-    assert launch._exit_code(failures) == code
+    assert launch._exit_code(failures, Path("debug")) == code
     err = capsys.readouterr().err
     assert message in err and bool(err) == bool(message)
 

@@ -91,6 +91,29 @@ def test_training_ends_with_a_report_of_what_it_recorded(trained):
     assert training["points"][-1][3] == report_charts.short(last)
 
 
+def test_restarts_are_marked_in_the_curves_and_listed_with_their_reasons(copied, trained):
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    middle = json.loads(lines[len(lines) // 2])
+    reason = "rank 3 was killed by <SIGKILL>"
+    again = {"kind": "restart", "step": middle["step"], "epoch": middle["epoch"], "restart": 1, "reason": reason}
+    lines.insert(len(lines) // 2 + 1, json.dumps(again))
+    (copied / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = report.write(copied).read_text(encoding="utf-8")
+    page = Page(text)
+    marks = re.findall(r'<g class="mark"><title>(.*?)</title>\s*<line x1="([\d.]+)"', text)
+    epochs = [record["epoch"] for record in report_data.load(copied, "run").metrics]
+    axis = report_charts.Axis(0.0, max(epochs), False, report_charts.LEFT, report_charts.RIGHT)
+    position, said = axis.place(middle["epoch"])[0], f"restart at step {middle['step']}: {reason}"
+    assert marks == [(said.replace("<", "&lt;").replace(">", "&gt;"), str(position))] * len(page.charts)
+    assert reason in page.texts and "Restarts" in page.texts
+    assert [len(curve["points"]) for curve in page.charts[0]] == [
+        len(curve["points"]) for curve in read(trained / "report.html").charts[0]
+    ]
+    assert "Restarts" not in read(trained / "report.html").texts
+    other = shutil.copytree(trained, copied.parent / "other")
+    assert reason in read(report.write(other, [copied])).texts
+
+
 def test_report_is_self_contained_and_small(trained):
     text = (trained / "report.html").read_text(encoding="utf-8")
     assert read(trained / "report.html").links == []

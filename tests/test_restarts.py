@@ -71,7 +71,7 @@ def test_a_single_process_is_started_again_on_demand(tmp_path):
 
 def test_restarts_follow_the_exit_codes(monkeypatch):
     newest = ["step-4"]
-    rule = Rule(lambda: Path(newest[0]))
+    rule = Rule(lambda: Path(newest[0]), Path("debug"))
     for codes in ((2,), (75, -15), (76, 2), (-9, 75)):
         assert not rule({rank: Failure(code, 5) for rank, code in enumerate(codes)}), codes
     for codes in ((1,), (-9, 76), (76, 143)):

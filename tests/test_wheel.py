@@ -77,6 +77,27 @@ def test_wrong_names_keywords_and_options_are_reported(tmp_path):
 
 
 @on_wheel
+def test_hccls_watchdog_takes_another_limit_and_its_recorder_obeys_our_variables():
+    import datetime
+    import json
+    import os
+
+    import torch.distributed as dist
+    from torch_npu._C import _distributed_c10d as library
+
+    from pcpvt.devices.npu import Npu
+
+    os.environ |= {name: value.format(file="/tmp/x") for name, value in Npu.recording.items()}
+    seconds = datetime.timedelta(seconds=300)
+    group = library.ProcessGroupHCCL(dist.HashStore(), 0, 1, seconds)
+    group.set_timeout(datetime.timedelta(seconds=30))
+    assert group.options._timeout == datetime.timedelta(seconds=30)
+    found = json.loads(Npu().recorded_collectives()["hccl"])
+    assert "version" in found, found
+    os._exit(0)  # the stub libraries do not let its threads end
+
+
+@on_wheel
 def test_standin_has_only_names_and_arguments_of_the_wheel():
     import torch
     import torch_npu

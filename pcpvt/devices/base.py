@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Device:
     repeats_exactly = False  # whether a gradient that is computed again, also on another such device, has the same bits
     fp32_norms = False  # whether layer_norm's kernel needs float32 weights to sum their gradients in float32
     fused_adamw_honors_found_inf = True  # whether the fused optimizer kernel divides by grad_scale and obeys found_inf
+    # Variables that switch on the recording of collectives; `{file}`: where a watchdog that ends the process writes it.
+    recording: Mapping[str, str] = {"TORCH_FR_BUFFER_SIZE": "2000"}  # collectives
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
@@ -47,6 +49,12 @@ class Device:
     def describe(self) -> str:
         """Product name, for records and reports."""
         return self.module.get_device_name(self.torch)
+
+    def recorded_collectives(self) -> dict[str, bytes]:
+        """The last collectives of each library, as JSON."""
+        from torch._C import _distributed_c10d as library
+
+        return {"gloo": library._dump_fr_trace_json()}  # type: ignore[attr-defined]
 
     def precision(self) -> str:
         """The precision policy that `config.precision=auto` selects."""

@@ -14,6 +14,9 @@ class Cuda(Device):
     backend = "cpu:gloo,cuda:nccl"
     pins_memory = True
     default_compile = "inductor"
+    recording = {  # noqa: RUF012 - constant
+        **Device.recording, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": "{file}",
+    }  # fmt: skip
 
     @visible.driver_errors
     def require(self, count: int) -> None:
@@ -32,6 +35,12 @@ class Cuda(Device):
         torch.cuda.set_device(index)
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions; float32 must mean float32
         self.torch = torch.device("cuda", index)
+
+    def recorded_collectives(self) -> dict[str, bytes]:
+        from torch._C import _distributed_c10d as library
+
+        nccl = library._dump_nccl_trace_json()  # type: ignore[attr-defined]
+        return {**super().recorded_collectives(), "nccl": nccl}
 
     def precision(self) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

@@ -36,6 +36,10 @@ class Npu(Device):
     fp32_norms = True  # saves a cast of each gradient: the kernel sums them in float32
     pins_memory = True
     fused_adamw_honors_found_inf = False  # torch_npu's _fused_adamw_ ignores grad_scale and found_inf
+    recording = {  # noqa: RUF012 - constant
+        **Device.recording, "TORCH_HCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_HCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_HCCL_DEBUG_INFO_TEMP_FILE": "{file}",
+    }  # fmt: skip
 
     def __init__(self) -> None:
         """`bind` creates the torch.device: its name exists only once torch_npu has renamed the backend."""
@@ -62,6 +66,11 @@ class Npu(Device):
         torch.npu.conv.allow_hf32 = False  # on by default, unlike that of matmul; float32 must mean float32
         torch.npu.set_device(index)
         self.torch = torch.device("npu", index)
+
+    def recorded_collectives(self) -> dict[str, bytes]:
+        from torch_npu._C import _distributed_c10d as library
+
+        return {**super().recorded_collectives(), "hccl": library._dump_hccl_trace_json()}
 
     def precision(self) -> str:
         return "bfloat16" if torch.npu.is_bf16_supported() else "float16"

@@ -65,6 +65,12 @@ class Agent(LocalElasticAgent):
             read()
         return {int(rank): Failure(*what) for told in found.values() for rank, what in told.items()}
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # A launcher keeps the address where the ranks have met before, and would not tell it to the launcher of a host
+        # that takes the place of another: that one would wait for it until its time is over (torch 2.13).
+        worker_group.spec.rdzv_handler._bootstrap_store_info = None  # type: ignore[attr-defined]
+        super()._rendezvous(worker_group)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         store = worker_group.store  # of this attempt, the same on all hosts
         assert store is not None  # they have met

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
-from pcpvt.distributed import hosts, stacks
+from pcpvt.distributed import flight, hosts, stacks
 from pcpvt.errors import PeerError
 
 UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
@@ -47,6 +47,7 @@ class _Group:
 
     world = World()
     timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
+    fixed = False  # the library cannot change its limit
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
     place: threading.Thread | None = None  # see `_tell_place`
     left = threading.Event()
@@ -90,6 +91,7 @@ def join(device: Device, timeout: int) -> World:
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
         _group.world, _group.timeout, _group.longest = world, timeout, timeout
+        flight.install(device.recording, device.recorded_collectives, world.rank)
         with _peer_errors():
             store = _rendezvous(limit)
             _group.store = dist.PrefixStore("pcpvt", store)
@@ -122,14 +124,21 @@ def _tell_place(store: dist.Store) -> None:
                 return
         store.set(f"where/{_group.world.rank}", stacks.place())
         stacks.write()
+        flight.write()
 
 
 def limit_waiting(seconds: float) -> None:
-    """Sets the limit of all waits from now on, `config.timeout` at most; HCCL's is fixed once a process has joined."""
+    """Sets the limit of all waits from now on, `config.timeout` at most, where the library can change it.
+
+    HCCL's watchdog can (torch_npu 2.13); what its devices themselves wait, HCCL_EXEC_TIMEOUT, is fixed.
+    """
     timeout = min(_group.longest, math.ceil(seconds))
-    if dist.is_initialized() and timeout != _group.timeout and not hasattr(torch, "npu"):
-        _group.timeout = timeout
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
+    if dist.group.WORLD is not None and timeout != _group.timeout and not _group.fixed:
+        try:
+            dist.group.WORLD.set_timeout(datetime.timedelta(seconds=timeout))
+            _group.timeout = timeout
+        except RuntimeError:  # what such a library is told
+            _group.fixed = True
 
 
 def leave() -> None:

@@ -27,12 +27,15 @@ FAILURE_GRACE = 30
 JOIN_TIMEOUT = 900  # seconds to wait for the other hosts: pods start at different times while images are pulled
 
 
-def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], Path | None] | None) -> int:
+def launch(
+    config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], Path | None] | None, debug: Path
+) -> int:
     """Runs `python -m pcpvt.main argv` in `config.processes` processes over all hosts; returns the run's exit code.
 
     Args:
         newest_checkpoint: of a training; a restart without a newer one than at the restart before is the last. None
             for a mode that saves nothing from which another attempt would go on.
+        debug: the folder in which ranks write where they were.
 
     Raises:
         UserError: when this host does not have the devices, or the hosts do not meet.
@@ -69,7 +72,7 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
     )  # fmt: skip
     # The default folder is one in /tmp that nobody removes.
     limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
-    rule = restart.Rule(newest_checkpoint, ends_on_fault=config.audit_action == "end")
+    rule = restart.Rule(newest_checkpoint, debug, ends_on_fault=config.audit_action == "end")
     agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), rule, limit)
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
@@ -92,7 +95,7 @@ def launch(config: ConfigDict, argv: list[str], newest_checkpoint: Callable[[], 
             f"{place.endpoint}: the {place.number} hosts are not together ({why}): another has ended or cannot be "
             "reached; the last lines of its log say why"
         )
-    return _exit_code(result.failures) if result.is_failed() else 0
+    return _exit_code(result.failures, debug) if result.is_failed() else 0
 
 
 def _on_this_host(config: ConfigDict, place: hosts.Hosts) -> int:
@@ -121,11 +124,11 @@ def _rendezvous(place: hosts.Hosts, fewest: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _exit_code(failures: restart.Failures) -> int:
+def _exit_code(failures: restart.Failures, debug: Path) -> int:
     """The exit code of the rank that failed first, after printing which one."""
     code = restart.first_failure(failures)[1]
     if code not in (2, signals.FAULTY, *restart.STOPPED):  # a rank with code 2 or 77 has printed its error
-        show(f"{restart.what_failed(failures)}; the others were stopped")
+        show(f"{restart.what_failed(failures, debug)}; the others were stopped")
     return 128 - code if code < 0 else code
 
 

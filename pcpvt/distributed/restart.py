@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcpvt.distributed import signals
+from pcpvt.distributed import flight, signals, stacks
 from pcpvt.errors import warn
 
 FINAL = frozenset({2, signals.PREEMPTED})  # exit codes after which nothing is started again
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)  # faulthandler's
 RESTART = "PCPVT_RESTART"  # environment variable of ranks: a `Restart` as JSON
 
 
@@ -41,11 +42,12 @@ class Rule:
     """When all ranks are started again: not after an error of the user or a signal, nor without progress.
 
     Args:
+        debug: the folder of stacks and recorded collectives.
         ends_on_fault: nor when an audit has found a fault (`config.audit_action`).
     """
 
-    def __init__(self, newest_checkpoint: Callable[[], Path | None], *, ends_on_fault: bool = False):
-        self._newest, self._done = newest_checkpoint, 0
+    def __init__(self, newest_checkpoint: Callable[[], Path | None], debug: Path, *, ends_on_fault: bool = False):
+        self._newest, self._debug, self._done = newest_checkpoint, debug, 0
         self._final = FINAL | {signals.FAULTY} if ends_on_fault else FINAL
         self._before: Path | None = None  # the newest checkpoint at the restart before
 
@@ -54,7 +56,7 @@ class Rule:
         codes = {failure.exitcode for failure in failures.values()}
         if signals.stop_requested() or codes & self._final:
             return ""
-        newest, what = self._newest(), what_failed(failures)
+        newest, what = self._newest(), what_failed(failures, self._debug)
         if self._done and newest == self._before:
             warn(f"{what}; not started again: there is no newer checkpoint than after restart {self._done}")
             return ""
@@ -70,8 +72,8 @@ def first_failure(failures: Failures) -> tuple[int, int]:
     return rank, first.exitcode
 
 
-def what_failed(failures: Failures) -> str:
-    """What happened to the rank that failed first."""
+def what_failed(failures: Failures, debug: Path) -> str:
+    """What happened to the rank that failed first; `debug` is the folder in which it has written where it was."""
     rank, code = first_failure(failures)
     if code == signals.PEER_LOST:
         return f"rank {rank} has lost another"
@@ -81,5 +83,13 @@ def what_failed(failures: Failures) -> str:
         return f"rank {rank} failed with exit code {code}"
     what = f"rank {rank} was killed by {signal.Signals(-code).name}"
     if code == -signal.SIGABRT:  # as libraries end a process, among them the watchdogs of NCCL and HCCL
-        what += " (by a library, such as the watchdog of its collectives when another rank has ended or hangs)"
+        if flight.ended_by_watchdog(debug, rank, failures[rank].timestamp):
+            what += (
+                ", by the watchdog of its collectives: one has failed or was not over in time, because another rank "
+                f"has ended or hangs ({debug.name}/{flight.watchdog_file(debug, rank).name} has the last ones)"
+            )
+        else:
+            what += ", by a library (its own lines above say why)"
+    if -code in CRASHES:
+        what += f"; its stacks are in the workdir's {debug.name}/{stacks.file_of(debug, rank).name}"
     return what

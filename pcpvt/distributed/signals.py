@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcpvt.distributed import hosts, stacks
+from pcpvt.distributed import flight, hosts, stacks
 
 PREEMPTED = 75  # stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)
 PEER_LOST = 76  # another process of the run died or hangs; its own exit code says why
@@ -124,7 +124,10 @@ def _watch(pipe: int) -> None:
         # The limit may change meanwhile: a save may begin or end.
         timeout = None if requested_at is None else min(1.0, max(0.0, _limit(requested_at) - time.monotonic()))
         ready = select.select([pipe], [], [], timeout)[0]
-        numbers = [n for n in os.read(pipe, 64) if n in STOPS] if ready else []
+        arrived = os.read(pipe, 64) if ready else b""
+        if signal.SIGUSR1 in arrived:
+            flight.write()
+        numbers = [n for n in arrived if n in STOPS]
         now = time.monotonic()
         if _request.ignored:
             requested_at = None
@@ -157,6 +160,7 @@ def _end(reason: str, code: int) -> None:
     _print(line)
     if reason:
         stacks.write()
+        flight.write()
     kill_descendants()
     os._exit(hosts.exit_code(os.environ, code))
 

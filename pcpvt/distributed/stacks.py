@@ -1,7 +1,8 @@
 """Where a process is: Python stacks in the workdir's `debug/`, on SIGUSR1, for another rank, or at the end of a wait.
 
-SIGUSR1 is handled by faulthandler in C, so it also works while the main thread hangs in a library. An empty file is
-removed at the end.
+SIGUSR1 is handled by faulthandler in C, so it also works while the main thread hangs in a library. It then reaches
+Python, for the thread of `signals`. A rank that a library crashes (SIGSEGV, SIGABRT) writes its stacks too. Files are
+appended to, since a restart must not remove what led to it; an empty one is removed at the end.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 _PACKAGE = str(Path(__file__).parent.parent)
 
@@ -22,16 +23,38 @@ class _Dump:
 
     file: TextIO | None = None
     step = 0  # steps done
+    before: Any = signal.SIG_DFL  # handler of SIGUSR1
 
 
 _dump = _Dump()
 
 
-def install(folder: Path, rank: int) -> None:
-    """Opens this rank's file in a folder, which is created, and handles SIGUSR1 from now on."""
+def install(folder: Path, rank: int | None) -> None:
+    """Opens this rank's file in a folder, which is created, and handles SIGUSR1 from now on.
+
+    Args:
+        rank: None in a process that no launcher has started; the stacks of its crash go to standard error (absl).
+    """
     folder.mkdir(exist_ok=True)
-    _dump.file = open(folder / f"rank-{rank}.txt", "w", errors="backslashreplace")  # noqa: SIM115 - until the end
-    faulthandler.register(signal.SIGUSR1, _dump.file, all_threads=True)
+    _dump.file = open(file_of(folder, rank or 0), "a", errors="backslashreplace")  # noqa: SIM115 - until the end
+    _dump.before = signal.signal(signal.SIGUSR1, _pass)
+    faulthandler.register(signal.SIGUSR1, _dump.file, all_threads=True, chain=True)
+    if rank is not None:
+        faulthandler.enable(_dump.file)
+
+
+def _pass(number: int, frame: object) -> None:
+    """Signal handler: Python has written the signal's number to its wakeup file by now (see `signals.install`)."""
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """A rank's file."""
+    return folder / f"rank-{rank}.txt"
+
+
+def folder() -> Path | None:
+    """The folder of this process's file; None while there is none."""
+    return Path(_dump.file.name).parent if _dump.file else None
 
 
 def uninstall() -> None:
@@ -39,6 +62,8 @@ def uninstall() -> None:
     if _dump.file is None:
         return
     faulthandler.unregister(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, _dump.before)
+    faulthandler.disable()
     file, _dump.file = _dump.file, None
     path = Path(file.name)
     with contextlib.suppress(OSError):  # the folder holds other ranks' files, or the user has removed it
@@ -51,6 +76,11 @@ def uninstall() -> None:
 def at_step(step: int) -> None:
     """Notes how many steps are done."""
     _dump.step = step
+
+
+def step() -> int:
+    """Steps done."""
+    return _dump.step
 
 
 def write() -> None:

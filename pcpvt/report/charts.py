@@ -17,6 +17,14 @@ class Series(NamedTuple):
     faint: bool = False
 
 
+class Mark(NamedTuple):
+    """A vertical line at a value of the horizontal axis; `color` is a number of the page's palette, None: neutral."""
+
+    x: float
+    text: str
+    color: int | None = None
+
+
 class Axis(NamedTuple):
     """Maps the values low..high to the positions start..end in the SVG; the default is vertical."""
 
@@ -35,13 +43,15 @@ class Axis(NamedTuple):
 
 
 def chart(
-    title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False
-) -> dict[str, Any]:
+    title: str, series: Sequence[Series], *, x: str = "epoch", zero: bool = False, log: bool | None = False,
+    marks: Sequence[Mark] = (),
+) -> dict[str, Any]:  # fmt: skip
     """What `charts.html` draws of the series that have points; empty when none has.
 
     The horizontal axis counts `x` and starts at 0, the vertical one does with `zero`. It is logarithmic with `log`, or
     for None when the largest value is over 20 times the median. Ticks are as `Axis.place` gives them; the points of
-    `curves`, the series as dicts, are (position of x, x as text, position of y, y as text).
+    `curves`, the series as dicts, are (position of x, x as text, position of y, y as text); of `marks`, those that are
+    on the axis are kept, with x as its position.
     """
     series = [s for s in series if s.points]
     if not series:
@@ -54,7 +64,8 @@ def chart(
     y_axis = scale(low, high, zero=zero, log=log and low > 0)
     curves = [s._asdict() | {"points": [x_axis.place(x) + y_axis.place(y) for x, y in s.points]} for s in series]
     x_ticks, y_ticks = (list(map(axis.place, ticks(axis, count))) for axis, count in ((x_axis, 6), (y_axis, 5)))
-    return {"title": title, "x": x, "x_ticks": x_ticks, "y_ticks": y_ticks, "curves": curves}
+    lines = [mark._replace(x=x_axis.place(mark.x)[0]) for mark in marks if x_axis.low <= mark.x <= x_axis.high]
+    return {"title": title, "x": x, "x_ticks": x_ticks, "y_ticks": y_ticks, "curves": curves, "marks": lines}
 
 
 def scale(low: float, high: float, *, zero: bool = False, log: bool = False) -> Axis:

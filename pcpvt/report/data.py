@@ -50,6 +50,11 @@ class RunData(NamedTuple):
                     points.append((float(each["rank"]), part / sum(parts)))
         return shares
 
+    def restarts(self) -> list[tuple[float, int, str]]:
+        """(epoch, step, reason) of each time that the processes were started again after a failure."""
+        entries = [entry for entry in self.metrics if entry.get("kind") == "restart" and is_number(entry.get("epoch"))]
+        return [(float(entry["epoch"]), entry["step"], str(entry.get("reason", ""))) for entry in entries]
+
     def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of one number of the records of a kind, at most `POINTS` of them: means of equal parts."""
         entries = ([entry.get("epoch"), entry.get(name)] for entry in self.metrics if entry.get("kind") == kind)

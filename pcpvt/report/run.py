@@ -8,7 +8,7 @@ from typing import Any
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config import fields, stored
 from pcpvt.report import data
-from pcpvt.report.charts import EDGES, SIZE, Series, chart, short
+from pcpvt.report.charts import EDGES, SIZE, Mark, Series, chart, short
 from pcpvt.report.data import RunData
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -66,7 +66,8 @@ def render_report(runs: Sequence[RunData]) -> str:
         subtitle=_subtitle(main), runs=runs, figures=figures,
         columns=list(dict.fromkeys(name for texts in figures for name in texts)),
         classes=data.summarize_classes(main.details),
-        recipe=recipe,
+        recipe=recipe, restarts=[(run.name, *restart) for run in runs for restart in run.restarts()],
+        shown_restarts=data.LISTED,
         differing={name: values for name, values in recipe.items() if any(value != values[0] for value in values)},
         changed={n: value for n, value in main.config.items() if n not in defaults or defaults[n] != value},
     )  # fmt: skip
@@ -127,6 +128,11 @@ def _figures(run: RunData) -> dict[str, str]:
 def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """The curves of one run have a colour each; with several runs the colour is the run's."""
     several = len(runs) > 1
+    marks = [
+        Mark(epoch, f"restart at step {step}: {reason}", i % COLORS if several else None)
+        for i, run in enumerate(runs)
+        for epoch, step, reason in run.restarts()
+    ]
 
     def draw(title: str, *curves: tuple[str, str, str], **options: Any) -> dict[str, Any]:
         """A chart of all runs' curves, each given as (kind of record, its number, label)."""
@@ -136,7 +142,7 @@ def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
                 name = (run.name if len(curves) == 1 else f"{run.name} {label}") if several else label
                 behind = kind == "train" and len(curves) > 1  # training, noisy, behind evaluation
                 series.append(Series(name, run.curve(kind, number), (i if several else j) % COLORS, behind))
-        return chart(title, series, **options)
+        return chart(title, series, marks=marks, **options)
 
     top1, top5 = ("eval", "acc1", "top-1"), ("eval", "acc5", "top-5")
     speeds = [speed for run in runs for _, speed in run.curve("train", "images_per_sec")]

@@ -16,6 +16,7 @@ from pcpvt.errors import UserError
 COMMAND = "command.txt"  # the command line that made the workdir, with its date and folder
 DETAILS, EVAL_DETAILS = "details.json", "details-eval.json"  # of a training's best evaluation, and of --mode=eval
 RANKS = "ranks.json"  # seconds of each process in the last part of a training with several (see `train.stragglers`)
+DEBUG = "debug"  # folder: where ranks were when they hung or crashed, and their last collectives
 NONFINITE = "nonfinite.json"  # the non-finite steps in a row after which a run has ended
 
 

@@ -3,8 +3,12 @@
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
 `cores` to print those it may use, `environ` to print the variables as JSON, or an errno's name to be raised), and
-optionally `rank`, `again` (at every call from the n-th on), `to` (`self`, `group` or `child`) and `restarted` (also in
-ranks that were started again). Bits that are flipped and constants have no `do`.
+optionally `rank`, `again` (at every call from the n-th on), `to` (`self`, `group`, `child`, `launcher` or `node`: a
+launcher and all below it), `restarted` (also in ranks that were started again) and `once` (a file that the fault
+creates, and without which only it happens). Bits that are flipped and constants have no `do`.
+
+`{"at": "samples", "folder": FOLDER}` is no fault: each rank appends a line to a file of FOLDER at the begin of a step:
+the time, its launcher's process id, the attempt, its rank, the steps done and the ids of its samples, as JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ import time
 
 
 def happen(fault: dict) -> None:
+    if "once" in fault:
+        try:
+            os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
     what, _, amount = fault["do"].partition(":")
     os.write(1, f"fault: {fault['do']}\n".encode())
     if what == "sleep":
@@ -38,6 +47,15 @@ def happen(fault: dict) -> None:
             from pcpvt.distributed.signals import descendants
 
             os.kill(descendants()[-1], number)
+        elif fault.get("to") == "launcher":
+            os.kill(os.getppid(), number)
+        elif fault.get("to") == "node":
+            from pcpvt.distributed.signals import descendants
+
+            launcher = os.getppid()
+            others = [pid for pid in descendants(launcher) if pid != os.getpid()]
+            for pid in (launcher, *others, os.getpid()):
+                os.kill(pid, number)
         else:
             os.kill(os.getpid(), number)
             time.sleep(0.05)  # for the handler
@@ -170,6 +188,45 @@ def shift_clock(fault: dict) -> None:
     sys.meta_path.insert(0, AfterImport("pcpvt.nodes.check", patch))
 
 
+def at_step(fault: dict) -> None:
+    """A fault after the n-th step of the run, also where the run was resumed."""
+
+    def patch(stacks) -> None:
+        original = stacks.at_step
+
+        def wrapper(step):
+            original(step)
+            if step == fault["n"]:
+                happen(fault)
+
+        stacks.at_step = wrapper
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.distributed.stacks", patch))
+
+
+def samples(what: dict) -> None:
+    """Writes down which samples this rank sees in which step."""
+
+    def patch(setup) -> None:
+        original = setup.train_step
+
+        def train_step(*args, **kwargs):
+            step = original(*args, **kwargs)
+
+            def wrapper(state, batch):
+                entry = [time.time(), os.getppid(), os.environ.get("PCPVT_ATTEMPT"), int(os.environ.get("RANK", 0))]
+                entry += [int(state.step), batch["id"].tolist()]
+                with open(os.path.join(what["folder"], f"{os.getpid()}.jsonl"), "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                return step(state, batch)
+
+            return wrapper
+
+        setup.train_step = train_step
+
+    sys.meta_path.insert(0, AfterImport("pcpvt.train.setup", patch))
+
+
 PLACES = {
     "begin": happen,
     "launch": in_module("pcpvt.distributed.launch", "launch"),
@@ -190,10 +247,12 @@ PLACES = {
     "bit of a batch": flip("pcpvt.data.loader", "TrainBatches.of_rank", lambda args, value: value["image"]),
     "constant": constant,
     "clock": shift_clock,
+    "at step": at_step,
+    "samples": samples,
 }
 
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
-    if "PCPVT_RESTART" in os.environ and not fault.get("restarted"):
+    if "PCPVT_RESTART" in os.environ and not (fault.get("restarted") or "once" in fault or fault["at"] == "samples"):
         continue
     if str(fault.get("rank", os.environ.get("RANK"))) == str(os.environ.get("RANK")):
         PLACES[fault["at"]](fault)
