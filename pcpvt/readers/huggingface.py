@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcpvt.errors import UserError, one_line, suppress_logging
-from pcpvt.readers.listing import checked_labels, name_labels
+from pcpvt.readers.listing import checked_labels, name_label_sets, name_labels
 from pcpvt.readers.manifest import Columns
 from pcpvt.readers.splits import Splits, choose, missing_split
 
@@ -40,10 +40,16 @@ class HubSet:
             ("image_column", columns.image, IMAGES, "Image"), ("label_column", columns.label, LABELS, "ClassLabel"),
         ))  # fmt: skip
         values = rows.select_columns([label])[:][label]
-        names = getattr(rows.features[label], "names", None)
+        feature = rows.features[label]
+        names = getattr(getattr(feature, "feature", feature) if columns.several else feature, "names", None)
         remedy = f"leave such samples out, or choose another split or config.data.label_column (it is {label!r})"
+        if not columns.several and any(isinstance(value, list) for value in values):
+            remedy = f"set config.task=multilabel for lists of labels, or {remedy}"
         self.labels: np.ndarray
-        if names:
+        self.sets: list[tuple[int, ...]] | None = None
+        if columns.several:
+            self.classes, self.labels, self.sets = name_label_sets(values, self.name, remedy, names)
+        elif names:
             self.classes = list(names)
             self.labels = checked_labels(values, len(names), self.name, remedy)
         else:
