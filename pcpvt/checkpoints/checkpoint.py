@@ -143,7 +143,9 @@ def _read(path: Path, *, keep_tensors: bool) -> tuple[dict[str, Any], dict[str, 
 
 def _is_metrics(value: object) -> bool:
     return value is None or (
-        isinstance(value, dict) and "acc1" in value and all(isinstance(v, int | float) for v in value.values())
+        isinstance(value, dict)
+        and ("acc1" in value or "map" in value)
+        and all(isinstance(v, int | float) for v in value.values())
     )
 
 

@@ -66,7 +66,7 @@ def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
         UserError: when no class of the data is known to the model, or nothing tells which outputs they are.
     """
     matched = _match(loaded, dataset, config)
-    return _over_all_outputs(loaded, matched) if isinstance(matched.dataset, LabelSets) else matched
+    return _over_all_outputs(loaded, matched, dataset.classes) if isinstance(matched.dataset, LabelSets) else matched
 
 
 def _match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
@@ -111,17 +111,17 @@ def _match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched
     return Matched(relabelled(dataset, found, class_names(loaded)), left_out, notes, warnings)
 
 
-def _over_all_outputs(loaded: LoadedModel, matched: Matched) -> Matched:
-    """Multi-hot rows over all outputs; a warning where no image has some of them."""
+def _over_all_outputs(loaded: LoadedModel, matched: Matched, classes: Sequence[str]) -> Matched:
+    """Multi-hot rows over all outputs; a warning where the data's classes lack some of them."""
     dataset, names = matched.dataset, class_names(loaded)
     assert isinstance(dataset, LabelSets)
     if len(dataset.classes) < len(names):
         dataset = dataset.relabelled(range(len(dataset.classes)), names)
     warnings = list(matched.warnings)
-    if never := [name for name, count in zip(names, dataset.counts, strict=True) if not count]:
+    if never := [name for name, n in zip(names, dataset.counts, strict=True) if not n and name not in classes]:
         warnings.append(
-            f"{loaded.path}: no image has the label of {len(never)} of its {len(names)} classes "
-            f"({shortened(never)}): map is over the others, and a prediction of these counts as wrong"
+            f"{loaded.path}: {len(never)} of its {len(names)} classes ({shortened(never)}) are no labels of the data: "
+            "map is over the others, and a prediction of these counts as wrong"
         )
     return matched._replace(dataset=dataset, warnings=warnings)
 

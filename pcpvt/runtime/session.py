@@ -158,8 +158,8 @@ def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
         raise UserError(f"config.num_classes: {config.num_classes} but the data have {found} classes: leave it unset")
     if config.task == "multilabel" and config.num_classes > found:
         raise UserError(
-            f"config.num_classes: {config.num_classes} but the data have {found} classes, and with config.task=multilabel "
-            "an output without a class would learn to say no: leave it unset"
+            f"config.num_classes: {config.num_classes} but the data have {found} classes, and an output without a "
+            "class would learn to say no (config.task=multilabel): leave it unset"
         )
     return config.num_classes
 

@@ -104,7 +104,10 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     notes = [*notes, *said]
     for warning in warnings:
         warn_once(warning)
-    train, score = train_step(session, model, plan, opt, weights), step.make_eval_step(session.predictor(model))
+    train, score = (
+        train_step(session, model, plan, opt, weights),
+        step.make_eval_step(session.predictor(model), session.task.sums),
+    )
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(
         session, console, split, model, plan, batches, reader, train, score, peak, meta,
