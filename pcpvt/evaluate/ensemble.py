@@ -51,6 +51,11 @@ def members(session: Session) -> list[LoadedModel]:
         options = {"which": which, "pad": config.model.pad, "in_chans": config.model.in_chans}
         options["task"] = config.task
         loaded.append(load_model(path, model=config.model.name, num_classes=outputs, **options))
+        if loaded[-1].said.task not in ("", config.task):
+            raise UserError(
+                f"config.eval.ensemble: {path} was trained with config.task={loaded[-1].said.task} and the others with "
+                f"{config.task}: give members of the same task"
+            )
     return loaded
 
 

@@ -77,6 +77,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     resumed = resume.newest(session, console)
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
+    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
+    if resumed and "class_weights" in resumed.meta:  # earlier versions did not store them
+        class_weights.check_same(config.class_weights, session.workdir, resumed.meta["class_weights"], weights)
     batches = train_batches(session, model, train_data)
     train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
     reader = sessions.open_loader(session, batches, range(first_step, plan.steps), train_workers)
@@ -97,10 +100,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     meta = {
         "config": stored.flat(config) | resume.origin(resumed),
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
-        "image_size": list(session.size), "examples": plan.examples,
+        "image_size": list(session.size), "examples": plan.examples, "class_weights": weights,
     }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
-    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
     notes = [*notes, *said]
     for warning in warnings:
         warn_once(warning)
