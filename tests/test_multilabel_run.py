@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from pcpvt.config.fields import FIELDS
 from pcpvt.config.recipes import from_arg
 from pcpvt.errors import UserError
 from pcpvt.functional import multilabel
+from pcpvt.predict import run as predict
 
 TEXT = (Path(__file__).parent.parent / "docs" / "multilabel.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S) for line in block.splitlines()]
@@ -34,13 +36,14 @@ FIELD_WORDS = [f"--config.{name}={value}" for name, value in MINIATURE.items()]
 
 
 def pictures(folder: Path) -> str:
-    """A manifest of 24 training and 13 validation images; one of the latter has no label. A label is a bright channel."""
+    """A manifest of 24 training and 13 validation images, some without a label; a label is a bright channel."""
     draws, lines = np.random.default_rng(0), ["path,label,split"]
     for i in range(37):
         has = np.array([i >> bit & 1 for bit in (0, 1, 2)], bool)
         pixels = draws.integers(0, 90, (32, 32, 3)) + 160 * has[::-1]
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
-        label = ";".join(name for name, own in zip(CLASSES, has, strict=True) if own)
+        noisy = has ^ (draws.random(3) < 0.15)  # no model is right everywhere
+        label = ";".join(name for name, own in zip(CLASSES, noisy, strict=True) if own)
         lines.append(f"{i:02}.png,{label},{'train' if i < 24 else 'val'}")
     (folder / "FILE.csv").write_text("\n".join(lines))
     return "\n".join(lines)
@@ -103,7 +106,7 @@ def test_training_and_evaluation_report_the_metrics_of_all_images(done):
     assert f"(best in map, step {trained['best_step']})" in outputs[0].out
     assert "note: config.best: map, because config.task=multilabel" in outputs[0].out
     assert read(place / "run" / "config.json")["best"] == "map"
-    assert trained["map"] > 60  # colours are easy
+    assert 60 < trained["map"] < 100  # colours are easy
 
 
 def test_the_reports_show_them(done):
@@ -120,7 +123,7 @@ def test_the_reports_show_them(done):
 
 def test_prediction_lists_every_class_over_the_threshold(done):
     place, outputs = done
-    listed = outputs[COMMANDS.index(next(line for line in COMMANDS if "predict" in line))].out
+    listed = outputs[COMMANDS.index(next(line for line in COMMANDS if "mode=predict" in line))].out
     logits, _ = truth(place)
     for i, row in enumerate(torch.from_numpy(logits).sigmoid().tolist(), 24):
         over = sorted(((p, name) for p, name in zip(row, CLASSES, strict=True) if p >= 0.3), reverse=True)
@@ -146,14 +149,9 @@ def test_an_exported_file_and_two_processes_give_the_same_metrics(done, tmp_path
     for name in ("map", "macro_f1", "micro_f1", "average_precision", "f1", "recall", "loss", "threshold", "images"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
     assert api.load(tmp_path / "a.safetensors").model.task == "multilabel"
-    refused = miniature.run([*words, "--config.task=classes"])
-    assert refused.code == 2
-    assert (
-        "config.task: 'classes' but" in refused.error and "was trained with 'multilabel': leave it out" in refused.error
-    )
 
 
-def test_an_ensemble_and_the_other_formats(done, tmp_path):
+def test_an_ensemble_has_the_figures_of_its_members(done):
     place, _ = done
     ended = miniature.run(["--mode=eval", f"--workdir={place}/run", "--config.eval.ensemble=ema"])
     assert ended.code == 0, ended.err
@@ -161,17 +159,16 @@ def test_an_ensemble_and_the_other_formats(done, tmp_path):
     trained = read(place / "run" / "result.json")
     assert [round(member["map"], 6) for member in members] == [round(trained[name], 6) for name in ("map_raw", "map")]
     assert '<th class="number">mAP</th>' in (place / "run" / "report-eval.html").read_text()
-    for form in ("jsonl", "csv"):
-        out = tmp_path / f"out.{form}"
-        words = ["--mode=predict", f"--workdir={place}/run", f"--config.predict.images={place}/PHOTOS/2*.png"]
-        words += [f"--config.predict.format={form}", f"--config.predict.output={out}", "--config.predict.threshold=1"]
-        assert miniature.run(words).code == 0
-        lines = out.read_text().splitlines()
-        path = f"{place}/PHOTOS/20.png"
-        if form == "jsonl":
-            assert json.loads(lines[0]) == {"image": path, "predictions": []} and len(lines) == 10
-        else:
-            assert lines[:2] == ["image,rank,class,index,probability", f"{path},,,,"] and len(lines) == 11
+
+
+def test_an_image_without_a_class_is_in_every_format():
+    found = {}
+    for name, (_, write) in predict.FORMATS.items():
+        write(out := io.StringIO(), "a.png", [])
+        found[name] = out.getvalue()
+    assert found == {
+        "table": "a.png\n  no class\n", "jsonl": '{"image": "a.png", "predictions": []}\n', "csv": "a.png,,,,\n",
+    }  # fmt: skip
 
 
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(done, tmp_path):
@@ -187,9 +184,14 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(done, tmp_path):
     assert miniature.records(tmp_path / "run") == miniature.records(place / "run")
 
 
-def resolved(mode: str = "train", **overrides: object):
-    named = {name.replace("__", "."): value for name, value in overrides.items()}
-    return resolve.resolve(lambda arg: from_arg(arg, "pcpvt_s", 0.2), "cpu,folder", named, mode=mode)[0]
+def resolved(mode: str = "train", where: str = "", trained=None, said=None, **overrides: object):
+    named, about = (
+        {name.replace("__", "."): value for name, value in overrides.items()},
+        {"trained": trained, "said": said},
+    )
+    return resolve.resolve(
+        lambda arg: from_arg(arg, "pcpvt_s", 0.2), "cpu,folder", named, mode=mode, where=where, **about
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,18 @@ def test_fields_that_do_not_go_with_the_task_are_one_line(fields, said):
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         resolved(**{"task": "multilabel", **fields})
     assert "\n" not in str(caught.value)
+
+
+def test_another_task_than_that_of_the_weights_is_one_line():
+    for options in ({"trained": {"task": "multilabel"}}, {"said": {"task": "multilabel"}}):
+        with pytest.raises(
+            UserError, match=r"config\.task: 'classes' but W was trained with 'multilabel': leave it out"
+        ):
+            resolved("eval", task="classes", where="W", **options)
+        config = resolved("eval", where="W", **options)
+        assert (config.task, config.best) == ("multilabel", "map")
+    with pytest.raises(UserError, match=r"config\.task: 'multilabel' but W was trained with 'classes'"):
+        resolved("predict", task="multilabel", where="W", trained={"seed": 0})  # of an earlier version
 
 
 def test_the_best_is_by_map_unless_another_is_given():

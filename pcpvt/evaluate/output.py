@@ -28,7 +28,6 @@ def write(session: Session, done: Evaluated, seconds: float) -> None:
     config, console, metrics = session.config, Console(session.world.is_main), done.evaluation.metrics
     path = session.workdir / "result-eval.json"
     by_class = per_class(done.evaluation, done.dataset.classes)
-    several = {"threshold": config.predict.threshold} if config.task == "multilabel" else {}
     assert done.evaluation.log is not None  # it is of the first model
     result = {
         "mode": "eval", **metrics, **done.figures, "images": metrics["seen"],
@@ -36,7 +35,7 @@ def write(session: Session, done: Evaluated, seconds: float) -> None:
         **({"left_out": done.left_out} if done.left_out else {}),
         "image_size": list(session.size), "crop": config.eval.crop, "precision": str(session.policy),
         "images_per_sec": round(metrics["seen"] / seconds, 2), "seconds": round(seconds, 2),
-        "n_parameters": pcpvt.n_parameters(done.model), "device": session.device.describe(), **several, **by_class,
+        "n_parameters": pcpvt.n_parameters(done.model), "device": session.device.describe(), **by_class,
     }  # fmt: skip
     about = {name: result[name] for name in ("data", "split", "checkpoint", "weights")}
     mistakes.write(session, done.evaluation.log, done.dataset, about, console.warn, records.EVAL_DETAILS)

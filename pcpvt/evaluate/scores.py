@@ -73,7 +73,7 @@ class ScoreLog:
     ) -> dict[str, Any]:
         """What the report shows of the table, as JSON values.
 
-        `classes`; `images`, `right` and `predicted` of each, counts, and `average_precision`; `answers`, the most
+        `classes`; `images`, `right` and `predicted` of each, counts, and `precisions`, the average precision of each; `answers`, the most
         confident wrong ones: an image and a class that is predicted and no label, or a label and not predicted.
         """
         # Those without finite logits have no confidence.
@@ -90,7 +90,7 @@ class ScoreLog:
             "images": table["labels"][table["seen"]].sum(0).tolist(),
             "right": (labels & predicted).sum(0).tolist(),
             "predicted": predicted.sum(0).tolist(),
-            "average_precision": self.average_precision(),
+            "precisions": self.average_precision(),
             "seen": int(table["seen"].sum()),
             "answers": [
                 {

@@ -55,8 +55,8 @@ def sums(logits: Tensor, labels: Tensor, valid: Tensor, threshold: float = 0.5) 
     }
 
 
-def summarize(total: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics from the totals of `sums`, those per class as lists.
+def summarize(total: Mapping[str, Any], threshold: float = 0.5) -> dict[str, float]:
+    """The metrics from the totals of `sums`, those per class as lists, and the `threshold` of the sums.
 
     `macro_f1`, the mean F1 of the classes that have labels or predictions, and `micro_f1`, the F1 of all answers
     together, are in percent, `loss` is the mean, and `seen` the number of samples.
@@ -67,6 +67,7 @@ def summarize(total: Mapping[str, Any]) -> dict[str, float]:
     return {
         "macro_f1": 100 * mean([value for value in f1 if value is not None]),
         "micro_f1": 100 * 2 * sum(total["hits"]) / max(every, 1),
+        "threshold": threshold,
         "loss": total["loss"] / max(seen, 1),
         "seen": seen,
     }

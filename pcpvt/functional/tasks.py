@@ -33,5 +33,6 @@ def choose(name: str, threshold: float = 0.5) -> Task:
     return Task(
         functools.partial(mixing.mix_targets, answers=multilabel.ANSWERS), multilabel.cross_entropy, Tensor.sigmoid,
         multilabel.average_probabilities, functools.partial(multilabel.sums, threshold=threshold),
-        multilabel.summarize, ("map", "macro_f1", "micro_f1", "loss"),
+        functools.partial(multilabel.summarize, threshold=threshold),
+        ("map", "macro_f1", "micro_f1", "threshold", "loss"),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pcpvt.report.data import LISTED, MATRIX
 def summarize_answers(details: dict[str, Any]) -> dict[str, Any]:
     """The classes and the wrong answers of `details.json` (see `evaluate.scores`); empty if missing or damaged."""
     try:
-        names, images, precisions = details["classes"], details["images"], details["average_precision"]
+        names, images, precisions = details["classes"], details["images"], details["precisions"]
         rows = []
         figures = zip(names, images, details["right"], details["predicted"], precisions, strict=True)
         for name, count, right, predicted, precision in figures:
