@@ -73,8 +73,9 @@ class ScoreLog:
     ) -> dict[str, Any]:
         """What the report shows of the table, as JSON values.
 
-        `classes`; `images`, `right` and `predicted` of each, counts, and `precisions`, the average precision of each; `answers`, the most
-        confident wrong ones: an image and a class that is predicted and no label, or a label and not predicted.
+        `classes`; `images`, `right` and `predicted` of each, counts, and `precisions`, the average precision of each;
+        `answers`, the most confident wrong ones: an image and a class that is predicted and no label, or a label and
+        not predicted.
         """
         # Those without finite logits have no confidence.
         ids = np.flatnonzero(table["seen"] & np.isfinite(table["scores"]).all(1))
