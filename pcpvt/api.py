@@ -24,7 +24,7 @@ from pcpvt.checkpoints.load import class_names, load_model
 from pcpvt.config.fields import DEVICES
 from pcpvt.data import augment
 from pcpvt.data.decode import RGB, ImageSource, Picture, Reading
-from pcpvt.functional import mixing, optim, schedules
+from pcpvt.functional import mixing, optim, schedules, tasks
 from pcpvt.functional import state as states
 from pcpvt.functional import step as steps
 from pcpvt.functional.objective import make_objective, make_predict, normalisation
@@ -87,12 +87,19 @@ def logits(model: PCPVT, params: Params, images: Tensor) -> Tensor:
 
 
 def classify(
-    model: PCPVT, params: Params, images: Tensor, classes: Sequence[str], top: int = 5
+    model: PCPVT, params: Params, images: Tensor, classes: Sequence[str], top: int = 5, threshold: float = 0.5
 ) -> list[list[tuple[str, float]]]:
-    """The `top` most probable classes of each of the uint8 images `[b, h, w, channels]`, with their probabilities."""
-    values, indices = logits(model, params, images).softmax(-1).topk(min(top, model.num_classes))
-    rows = zip(indices.tolist(), values.tolist(), strict=True)
-    return [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+    """The `top` most probable classes of each of the uint8 images `[b, h, w, channels]`, with their probabilities.
+
+    Of a model of several labels per image (`model.task`) instead all classes whose probability is at least `threshold`.
+    """
+    probabilities = tasks.choose(model.task).probabilities(logits(model, params, images))
+    values, indices = probabilities.sort(descending=True, stable=True)
+    counts = [top] * len(values)
+    if model.task == "multilabel":
+        counts = (probabilities >= threshold).sum(1).tolist()
+    rows = zip(indices.tolist(), values.tolist(), counts, strict=True)
+    return [[(classes[i], p) for i, p in zip(own[:n], ps[:n], strict=True)] for own, ps, n in rows]
 
 
 def features(model: PCPVT, params: Params, images: Tensor) -> list[Tensor]:
@@ -111,8 +118,9 @@ def train_state(params: Params) -> TrainState:
 def train_step(model: PCPVT, lr: float = 1e-4, weight_decay: float = 0.05, smoothing: float = 0.0) -> Step:
     """`step(state, batch) -> (state, metrics)`: loss, gradient, AdamW; reuses the memory of the state it is given.
 
-    The batch holds `image`, uint8 `[b, h, w, channels]`, and `label`, int64 `[b]`, and may hold the draws of
-    `data.loader`. Metrics are `loss` (the mean over the batch, before the update), `grad_norm` and `skipped`.
+    The batch holds `image`, uint8 `[b, h, w, channels]`, and `label`, int64 `[b]` (of several labels per image:
+    multi-hot rows, float `[b, classes]`), and may hold the draws of `data.loader`. Metrics are `loss` (the mean over
+    the batch, before the update), `grad_norm` and `skipped`.
     """
 
     def step(state: TrainState, batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:

@@ -114,3 +114,17 @@ def test_weights_reach_the_training_which_says_them(tmp_path):
     assert losses[1] == pytest.approx(losses[0] / 2, rel=0.05)  # augmented images of one colour differ a little
     assert f"class weights: {tmp_path / 'w.txt'}, from 1 to 1" in ended.out
     assert json.loads((workdir / "config.json").read_text())["class_weights"] == str(tmp_path / "w.txt")
+    (tmp_path / "w.txt").write_text("a\t1\nb\t0.5\n")
+    changed = miniature.run(miniature.words(workdir, "cpu,folder", **fields | {"steps": 2}))
+    assert changed.code == 2 and "the weights are no longer those that" in changed.error
+    assert "(output 1: 0 there, 0.5 here): restore them, or start anew with" in changed.error
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with_only():
+    class_weights.check_same("f", "run", [1.0, 0.1], [1.0, 0.1])
+    class_weights.check_same("none", "run", None, None)
+    weights = class_weights.balanced([15, 63, 0])
+    class_weights.check_same("balanced", "run", json.loads(json.dumps(weights)), weights)
+    for before in ([1.0, 0.2], None, [1.0]):
+        with pytest.raises(UserError, match=r"config\.class_weights: balanced: the weights are no longer .* run was"):
+            class_weights.check_same("balanced", "run", before, [1.0, 0.1])

@@ -12,6 +12,7 @@ from pcpvt.checkpoints import checkpoint
 from pcpvt.config import recipes
 from pcpvt.errors import UserError
 from pcpvt.evaluate import ensemble, run
+from pcpvt.functional import metrics
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
@@ -133,7 +134,7 @@ def test_ensemble_that_cannot_be_is_one_line(session, text, fields, said):
 def test_average_is_normalised_and_survives_certainty():
     sure = torch.tensor([[1e4, 0.0], [0.0, 3.0]])
     unsure = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    found = ensemble.average_probabilities([sure, unsure]).exp()
+    found = metrics.average_probabilities([sure, unsure]).exp()
     torch.testing.assert_close(found, (sure.softmax(-1) + unsure.softmax(-1)) / 2)
     torch.testing.assert_close(found.sum(-1), torch.ones(2))
 

@@ -143,7 +143,9 @@ def _read(path: Path, *, keep_tensors: bool) -> tuple[dict[str, Any], dict[str, 
 
 def _is_metrics(value: object) -> bool:
     return value is None or (
-        isinstance(value, dict) and "acc1" in value and all(isinstance(v, int | float) for v in value.values())
+        isinstance(value, dict)
+        and ("acc1" in value or "map" in value)
+        and all(isinstance(v, int | float) for v in value.values())
     )
 
 
@@ -158,6 +160,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "best": _is_metrics,
     "records": lambda v: type(v) is int and v >= 0,
     "stale": lambda v: type(v) is int and v >= 0,
+    "class_weights": lambda v: v is None or (isinstance(v, list) and all(isinstance(w, int | float) for w in v)),
 }
 
 

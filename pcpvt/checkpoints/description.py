@@ -1,4 +1,4 @@
-"""What a weights file says about itself: model, image size, crop, normalisation, class names.
+"""What a weights file says about itself: model, image size, crop, normalisation, class names, task.
 
 Checkpoints of pcpvt say it in their JSON, files of `--mode=export` for timm in their metadata, and timm's models in
 their pretrained config. `--mode=eval`, `predict`, `export`, fine-tuning and the Python API believe it; what the command
@@ -31,6 +31,7 @@ class Description(NamedTuple):
     interpolation: str = ""
     channels: int | None = None  # of the images
     value_range: tuple[float, float] | None = None  # of images of more than 8 bits
+    task: str = ""  # how the outputs are read, as `config.task`
 
     def fields(self) -> dict[str, Any]:
         """The config fields that it settles, by dotted name."""
@@ -38,7 +39,12 @@ class Description(NamedTuple):
         if self.size is not None:
             height, width = self.size
             found |= {"image_size": height, "image_width": None if width == height else width}
-        others = {"eval.crop": self.crop, "model.in_chans": self.channels, "data.value_range": self.value_range}
+        others: dict[str, Any] = {
+            "eval.crop": self.crop,
+            "model.in_chans": self.channels,
+            "data.value_range": self.value_range,
+        }
+        others["task"] = self.task or None
         return found | {name: value for name, value in others.items() if value is not None}
 
 
@@ -52,13 +58,14 @@ def from_export(value: Any) -> Description:
         _size(value.get("image_size")), _crop(value.get("crop")), class_list(value.get("classes")),
         _numbers(value.get("mean")), _numbers(value.get("std")), _text(value.get("interpolation")),
         _count(value.get("in_chans")), _range(value.get("value_range")),
+        task if (task := value.get("task")) in ("classes", "multilabel") else "",
     )  # fmt: skip
 
 
 def from_checkpoint(meta: Mapping[str, Any]) -> Description:
     """What the JSON of a checkpoint of pcpvt says."""
     config = meta.get("config", {})
-    named = {"crop": "eval.crop", "in_chans": "model.in_chans", "value_range": "data.value_range"}
+    named = {"crop": "eval.crop", "in_chans": "model.in_chans", "value_range": "data.value_range", "task": "task"}
     found = {name: config.get(field) for name, field in named.items()} if isinstance(config, Mapping) else {}
     return from_export({**meta, **found})
 

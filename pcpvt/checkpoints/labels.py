@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from pcpvt.checkpoints.foreign import Weights
 from pcpvt.checkpoints.load import LoadedModel, class_names
-from pcpvt.data.classes import Relabelled, class_order, labels_of, orders_differ, read_map
+from pcpvt.data.classes import class_order, labels_of, orders_differ, read_map, relabelled
+from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import Params
@@ -27,7 +28,7 @@ class Matched(NamedTuple):
     """A dataset labelled by a model's outputs."""
 
     dataset: Dataset
-    left_out: dict[str, int]  # images of each class that the model does not know
+    left_out: dict[str, int]  # images of each class that the model does not know (of several labels: only these)
     notes: list[str]  # for the log
     warnings: list[str]
 
@@ -64,6 +65,11 @@ def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
     Raises:
         UserError: when no class of the data is known to the model, or nothing tells which outputs they are.
     """
+    matched = _match(loaded, dataset, config)
+    return _over_all_outputs(loaded, matched, dataset.classes) if isinstance(matched.dataset, LabelSets) else matched
+
+
+def _match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
     outputs, classes, path = loaded.model.num_classes, dataset.classes, loaded.path
     num_classes, order, class_map = config.num_classes, config.data.class_order, config.data.class_map
     if class_map and read_map(class_map).positional:
@@ -92,15 +98,32 @@ def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
     unknown = [i for i, output in enumerate(found) if output is None]
     left_out, warnings = {}, []
     if unknown:
-        counts = collections.Counter(labels_of(dataset))
-        left_out = {classes[i]: counts[i] for i in unknown}
+        several = isinstance(dataset, LabelSets)
+        counts = dataset.counts if isinstance(dataset, LabelSets) else collections.Counter(labels_of(dataset))
+        left_out = {classes[i]: int(counts[i]) for i in unknown}
+        what = "labels are left out, the images stay" if several else "images are left out"
         warnings = [
             f"{path}: does not know {len(unknown)} classes of the data ({shortened([classes[i] for i in unknown])}): "
-            f"their {sum(left_out.values())} images are left out"
+            f"their {sum(left_out.values())} {what}"
         ]
     how = "by name" if loaded.classes is not None else "as ImageNet's"
     notes = [f"classes: {len(classes) - len(unknown)} of the model's {outputs} are matched {how}"]
-    return Matched(Relabelled(dataset, found, class_names(loaded)), left_out, notes, warnings)
+    return Matched(relabelled(dataset, found, class_names(loaded)), left_out, notes, warnings)
+
+
+def _over_all_outputs(loaded: LoadedModel, matched: Matched, classes: Sequence[str]) -> Matched:
+    """Multi-hot rows over all outputs; a warning where the data's classes lack some of them."""
+    dataset, names = matched.dataset, class_names(loaded)
+    assert isinstance(dataset, LabelSets)
+    if len(dataset.classes) < len(names):
+        dataset = dataset.relabelled(range(len(dataset.classes)), names)
+    warnings = list(matched.warnings)
+    if never := [name for name, n in zip(names, dataset.counts, strict=True) if not n and name not in classes]:
+        warnings.append(
+            f"{loaded.path}: {len(never)} of its {len(names)} classes ({shortened(never)}) are no labels of the data: "
+            "map is over the others, and a prediction of these counts as wrong"
+        )
+    return matched._replace(dataset=dataset, warnings=warnings)
 
 
 def assumed_order(path: object, classes: Sequence[str], order: str) -> list[str]:

@@ -49,7 +49,7 @@ class LoadedModel(NamedTuple):
 
 def load_model(
     path: str | Path, *, model: str = "", num_classes: int | None = None, which: str = "auto", pad: str = "pad",
-    in_chans: int | None = None,
+    in_chans: int | None = None, task: str = "",
 ) -> LoadedModel:  # fmt: skip
     """The weights of one file, with their model.
 
@@ -61,6 +61,7 @@ def load_model(
         which: "params", "ema", or "auto" (see `foreign.read`).
         pad: see `models.pcpvt.PCPVT`.
         in_chans: channels of the images; None: those of the file.
+        task: how the outputs are read (see `functional.tasks`); empty: as the file says, else classes.
 
     Raises:
         UserError: one line, when the file is missing, damaged, or of another model.
@@ -77,7 +78,7 @@ def load_model(
         in_chans = first.shape[1] if first is not None and first.ndim == 4 else 3
     else:
         params, adapted = adapt_channels(params, in_chans, path)
-    built = pcpvt.build(name, outputs, pad, in_chans)
+    built = pcpvt.build(name, outputs, pad, in_chans, task or weights.said.task or "classes")
     params, notes = match_params(params, pcpvt.shapes(built), path=path, exact=True)
     return LoadedModel(
         path, weights.which, built, params, weights.said, weights.meta, [*weights.notes, *adapted, *notes]
@@ -96,7 +97,7 @@ def read_weights(path: str | Path, which: str = "auto") -> tuple[str, foreign.We
 def load_configured(config: ConfigDict, workdir: Path) -> LoadedModel:
     """The weights that a config asks for; without `config.checkpoint` the best of the workdir."""
     options = {"num_classes": config.num_classes, "which": config.weights, "pad": config.model.pad}
-    options["in_chans"] = config.model.in_chans
+    options |= {"in_chans": config.model.in_chans, "task": config.task}
     return load_model(config.checkpoint or workdir, model=config.model.name, **options)
 
 
@@ -177,6 +178,7 @@ def described(config: Mapping[str, Any]) -> Description:
             "model": flat.get("model.name"),
             "image_size": [size, flat.get("image_width") or size],
             "crop": flat.get("eval.crop"),
+            "task": flat.get("task", "classes"),
         }
     )
 

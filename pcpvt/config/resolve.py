@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.config import fields, plan, recipes, stored
+from pcpvt.config import fields, plan, recipes, stored, task
 from pcpvt.config.recipes import DATA_RECIPES
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
@@ -61,6 +61,10 @@ def resolve(
             config.processes = 1  # it measures one device
     notes += believe(config, said or {}, overrides, where, mode)
     config.update_from_flattened_dict(overrides)
+    known = ""
+    if mode in ("eval", "predict", "export"):
+        known = str((said or {}).get("task", "") if trained is None else trained.get("task", "classes"))
+    notes += task.settle(config, overrides, known, where, mode)
     if mode == "train":
         if config.checkpoint:
             raise UserError("config.checkpoint: training does not start from it: use config.finetune")
@@ -175,6 +179,7 @@ def check(config: ConfigDict) -> None:
         UserError: naming the field, the value and the remedy.
     """
     fields.check_fields(config)
+    task.check(config)
     if config.bench.scaling and config.bench.against:
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: config.bench.scaling measures ours alone: leave it empty"

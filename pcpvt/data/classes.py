@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
 from pcpvt.errors import UserError
 
@@ -114,6 +115,13 @@ class Relabelled:
         return getattr(self.dataset, name)
 
 
+def relabelled(dataset: Dataset, labels: Sequence[int | None], classes: Sequence[str]) -> Dataset:
+    """The dataset under other labels: see `Relabelled`, or, with several labels per image, `LabelSets.relabelled`."""
+    if isinstance(dataset, LabelSets):
+        return dataset.relabelled(labels, classes)
+    return Relabelled(dataset, labels, classes)
+
+
 def known_labels(dataset: Dataset) -> list[int] | None:
     """The labels of all samples; None where the samples would have to be read for them."""
     known = getattr(dataset, "labels", None)
@@ -148,9 +156,9 @@ def arrange(dataset: Dataset, order: str, map_file: str) -> Dataset:
             raise UserError(
                 f"config.data.class_map: {map_file}: lacks {len(missing)} classes of the data ({listed}): add them"
             )
-        return Relabelled(dataset, [known.labels[name] for name in dataset.classes], known.classes)
+        return relabelled(dataset, [known.labels[name] for name in dataset.classes], known.classes)
     classes = dataset.classes if order == "auto" else class_order(dataset.classes, order)
     if classes == dataset.classes:
         return dataset
     positions = {name: i for i, name in enumerate(classes)}
-    return Relabelled(dataset, [positions[name] for name in dataset.classes], classes)
+    return relabelled(dataset, [positions[name] for name in dataset.classes], classes)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pcpvt import rng
 from pcpvt.data import augment, order
 from pcpvt.data.decode import RGB, DecodeError, Picture, Reading
+from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
 from pcpvt.data.workers import block_signals_in_children, explain, init_worker, worker_errors
 from pcpvt.errors import UserError, warn
@@ -80,7 +81,7 @@ class TrainBatches:
         height, width = self.spec.size
         batch = {
             "image": _shared((len(draws), height, width, self.reading.channels), torch.uint8),
-            "label": torch.empty(len(draws), dtype=torch.int64),
+            "label": _labels(self.dataset, len(draws)),
             "id": torch.empty(len(draws), dtype=torch.int64),
         }
         erase = np.zeros((len(draws), 4), np.int32)
@@ -88,7 +89,7 @@ class TrainBatches:
         for row, draw in enumerate(draws):
             generator = rng.generator(self.seed, "augment", draw.epoch, draw.index, draw.copy)
             index, pixels[row], erase[row], label = self._sample(draw.index, generator)
-            batch["label"][row], batch["id"][row] = label, index
+            batch["label"][row], batch["id"][row] = torch.as_tensor(label), index
         if self.spec.erase_prob:
             batch["erase"] = torch.from_numpy(erase)
         if self.drop_rates.any():
@@ -102,7 +103,7 @@ class TrainBatches:
             batch["box"] = torch.from_numpy(order.rank_slice(box, rank, self.world).copy())
         return batch
 
-    def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, int]:
+    def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, Any]:
         """(index, pixels, erasing box, label) of the sample, or with `on_error="skip"` of the next readable one."""
         for offset in range(len(self.dataset)):
             candidate = (index + offset) % len(self.dataset)
@@ -146,7 +147,7 @@ class EvalBatches:
         shape = (self.local_batch, *self.size, self.reading.channels)
         batch = {
             "image": _shared(shape, torch.uint8).zero_(),
-            "label": torch.zeros(self.local_batch, dtype=torch.int64),
+            "label": _labels(self.dataset, self.local_batch),
             "id": torch.full((self.local_batch,), -1, dtype=torch.int64),
             "valid": torch.zeros(self.local_batch, dtype=torch.bool),
         }
@@ -154,7 +155,8 @@ class EvalBatches:
         for row, sample in enumerate(self.batches[index]):
             batch["id"][row] = sample
             try:
-                image, batch["label"][row] = self.dataset[sample]
+                image, label = self.dataset[sample]
+                batch["label"][row] = torch.as_tensor(label)
                 picture = Picture(image, self.dataset.name(sample), self.reading)
                 pixels[row] = augment.eval_sample(picture, self.size, self.crop)
                 self.ranges.see(picture.depth)
@@ -251,6 +253,11 @@ class Loader:
 
 def _identity(value: Any) -> Any:
     return value
+
+
+def _labels(dataset: Dataset, rows: int) -> Tensor:
+    """Zeros for the labels of a batch: int64 `[rows]`, or float32 `[rows, classes]` where images have several."""
+    return torch.zeros(rows, len(dataset.classes)) if isinstance(dataset, LabelSets) else torch.zeros(rows).long()
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

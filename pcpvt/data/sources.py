@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pcpvt import rng
+from pcpvt.data.arrays import Arrays, digits, synthetic
+from pcpvt.data.label_sets import LabelSets, strata
 from pcpvt.data.shared import Samples
 from pcpvt.data.torch_sets import TorchSet
 from pcpvt.errors import UserError
@@ -28,7 +29,10 @@ NAMES = ("digits", "folder", "synthetic", "tar", "hfds/NAME", "torch/NAME")
 
 
 class Dataset(Protocol):
-    """Datasets may also have `labels` (int64 `[n]`, without reading an image) and `remarks` for the user."""
+    """Datasets may also have `labels` (int64 `[n]`, without reading an image) and `remarks` for the user.
+
+    With several labels per image, a label is a multi-hot row (see `label_sets`).
+    """
 
     classes: list[str]
     split: str  # as its source calls it
@@ -36,29 +40,11 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
     def name(self, index: int) -> str:
         """A sample's name in messages."""
         ...
-
-
-class Arrays:
-    """Decoded images in memory: uint8 `[n, h, w, 3]`, with labels, int64 `[n]`."""
-
-    in_memory = True
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], what: str, split: str = "val"):
-        self.images, self.labels, self.classes, self.what, self.split = images, labels, list(classes), what, split
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.images[index], int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.what}[{index}]"
 
 
 class Files:
@@ -74,6 +60,7 @@ class Files:
         self.classes, self.split, self.root = listing.classes, splits.shown(split), root
         self.samples = Samples(zip(listing.paths, listing.labels.tolist(), strict=True))
         self.labels, self.places, self.remarks = listing.labels, listing.places, listing.notes(root)
+        self.sets = listing.sets
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "places": set()}  # loader processes do not need them
@@ -112,9 +99,9 @@ class View:
     ):  # fmt: skip
         self.dataset, self.split, self.in_memory = dataset, split, dataset.in_memory
         self.rows = np.arange(len(dataset)) if rows is None else rows
-        self.relabel = np.arange(len(dataset.classes)) if relabel is None else np.array(relabel)
-        self.classes = list(dataset.classes if classes is None else classes)
-        self.labels, self.remarks = self.relabel[dataset.labels[self.rows]], getattr(dataset, "remarks", [])
+        self.classes, own = list(dataset.classes if classes is None else classes), dataset.labels[self.rows]
+        self.labels = own if relabel is None else np.array(relabel)[own]
+        self.sets, self.remarks = getattr(dataset, "sets", None), getattr(dataset, "remarks", [])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,30 +112,6 @@ class View:
 
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.rows[index]))
-
-
-def digits(split: str, size: tuple[int, int]) -> Arrays:
-    """scikit-learn's 1,797 scanned digits, enlarged bicubically; every fifth of each class is held out as `val`."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    held_out = np.zeros(len(data.target), bool)
-    for label in range(10):
-        held_out[np.flatnonzero(data.target == label)[::5]] = True
-    selected = held_out if split == "val" else ~held_out
-    grey = np.round(data.images[selected] * (255 / 16)).astype(np.uint8)
-    large = [np.asarray(Image.fromarray(g).resize(size[::-1], Image.Resampling.BICUBIC)) for g in grey]
-    images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    return Arrays(images, data.target[selected], [str(d) for d in range(10)], f"digits/{split}", split)
-
-
-def synthetic(split: str, size: tuple[int, int], num_classes: int, count: int = 256) -> Arrays:
-    """Random images and labels in memory, for benchmarks that exclude reading."""
-    generator = rng.generator(0, f"synthetic/{split}")
-    images = generator.integers(0, 256, (count, *size, 3), dtype=np.uint8)
-    labels = generator.integers(0, num_classes, count)
-    return Arrays(images, labels, [str(i) for i in range(num_classes)], f"synthetic/{split}", split)
 
 
 def open_split(
@@ -166,7 +129,24 @@ def open_split(
     Raises:
         UserError: when there is no such data, or it cannot be read.
     """
+    return _labelled(_open_numbered(name, path, split, size, num_classes, wanted, columns), columns)
+
+
+def _labelled(dataset: Any, columns: Columns) -> Dataset:
+    """The dataset with its multi-hot labels where images have several."""
+    return LabelSets(dataset, dataset.sets, dataset.classes) if columns.several else dataset
+
+
+def _open_numbered(
+    name: str, path: str, split: str, size: tuple[int, int], num_classes: int | None, wanted: Splits, columns: Columns
+) -> Any:
+    """One split, its labels whole numbers: of classes, or of sets of them."""
     splits.check(wanted)
+    if columns.several and not (name.lower().startswith("hfds/") or _is_manifest(path)):
+        raise UserError(
+            f"config.task: multilabel: {path or name} gives one label per image: give config.data.path=FILE.csv with "
+            "rows of path,label;label, or config.data.name=hfds/NAME with a column of lists"
+        )
     if name in ("digits", "synthetic"):
         if wanted.fraction or wanted.given("train") or wanted.given("val") not in ("", "val"):
             field = "val_fraction" if wanted.fraction else "train_split" if wanted.given("train") else "val_split"
@@ -194,7 +174,9 @@ def _with_images(val: Any, wanted: Splits) -> Any:
 
 def _parts(whole: Any, wanted: Splits) -> tuple[View, View]:
     """The training and the held-out part of a dataset."""
-    held_out = splits.hold_out(whole.labels, whole.key, wanted.fraction, wanted.seed)
+    several = getattr(whole, "sets", None)
+    labels = whole.labels if several is None else strata(whole.labels, several, len(whole.classes))
+    held_out = splits.hold_out(labels, whole.key, wanted.fraction, wanted.seed)
     share = 100 * wanted.fraction
     train = View(whole, f"{100 - share:g}% of {whole.split}", np.flatnonzero(~held_out))
     return train, View(whole, f"{share:g}% of {whole.split}", np.flatnonzero(held_out))
@@ -220,10 +202,10 @@ def _open(name: str, path: str, split: str, wanted: Splits, columns: Columns) ->
     if not os.path.exists(path):
         raise UserError(f"config.data.path: {path} does not exist: give the folder that holds train/ and val/")
     suffix = os.path.splitext(path)[1].lower()
-    if os.path.isfile(path) and suffix in (".csv", ".tsv"):
+    if _is_manifest(path):
         listing, chosen = manifest.read(path, split, wanted, columns)
         return Files(listing, chosen, os.path.dirname(os.path.abspath(path)))
-    for field, given in zip(("image_column", "label_column"), columns, strict=True):
+    for field, given in zip(("image_column", "label_column"), columns[:2], strict=True):
         if given:
             raise UserError(f"config.data.{field}: {given!r}: only manifests and hfds/... have columns: leave it unset")
     if name == "tar" or suffix == ".tar":
@@ -237,6 +219,10 @@ def _open(name: str, path: str, split: str, wanted: Splits, columns: Columns) ->
         if find(path, ".") or find(os.path.join(path, split), "."):
             raise UserError(f"config.data.path: {path} holds .tar archives: set config.data.name=tar") from None
         raise
+
+
+def _is_manifest(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in (".csv", ".tsv") and not os.path.isdir(os.path.expanduser(path))
 
 
 def _open_archives(path: str, split: str, wanted: Splits) -> Archives:
@@ -257,18 +243,19 @@ def open_training(
         UserError: when one of them cannot be opened, or they do not fit one another.
     """
     arguments = size, num_classes, wanted, columns
-    train = open_split(name, path, "train", *arguments)
-    if len(train.classes) == 1 and name != "synthetic":
+    train = _open_numbered(name, path, "train", *arguments)
+    if len(train.classes) == 1 and name != "synthetic" and not columns.several:
         raise UserError(
             f"config.data.path: the training images have one class, {train.classes[0]!r}: any model would be 100 % "
             "right: put them into one folder per class"
         )
     if not validates:
-        return train, Arrays(np.zeros((0, *size, 3), np.uint8), np.zeros(0, np.int64), train.classes, "none", "none")
+        nothing = Arrays(np.zeros((0, *size, 3), np.uint8), np.zeros(0, np.int64), train.classes, "none", "none")
+        return _labelled(train, columns), nothing
     if isinstance(train, View):  # the other part of the same images
-        val: Dataset = _with_images(_parts(train.dataset, wanted)[1], wanted)
+        val = _with_images(_parts(train.dataset, wanted)[1], wanted)
     else:
-        val = open_split(name, path, "val", *arguments)
+        val = _open_numbered(name, path, "val", *arguments)
         shared = train.shared(val) if hasattr(train, "shared") and type(train) is type(val) else 0
         if shared:
             raise UserError(
@@ -276,7 +263,7 @@ def open_training(
                 f"images ({train.split}) too: give splits without common images, such as train[:80%] and train[80%:] "
                 "of hfds/..., or config.data.val_fraction=0.2 alone"
             )
-    return train, align(train.classes, val)
+    return _labelled(train, columns), align(train.classes, _labelled(val, columns))
 
 
 def align(classes: Sequence[str], val: Dataset) -> Dataset:
@@ -285,8 +272,8 @@ def align(classes: Sequence[str], val: Dataset) -> Dataset:
     Raises:
         UserError: when it has images of other classes.
     """
-    labels = getattr(val, "labels", None)
-    present = set(range(len(val.classes)) if labels is None else np.unique(labels).tolist())
+    counts = image_counts(val)
+    present = set(range(len(val.classes)) if counts is None else np.flatnonzero(counts).tolist())
     ours = {name: i for i, name in enumerate(classes)}
     if unknown := [val.classes[i] for i in sorted(present) if val.classes[i] not in ours]:
         raise UserError(
@@ -295,14 +282,23 @@ def align(classes: Sequence[str], val: Dataset) -> Dataset:
         )
     if list(classes) == val.classes:
         return val
+    if isinstance(val, LabelSets):
+        return val.relabelled([ours.get(name) for name in val.classes], classes)
     return View(val, val.split, relabel=[ours.get(name, -1) for name in val.classes], classes=classes)
 
 
 def absent(dataset: Dataset) -> list[str]:
     """The classes that have no images."""
+    counts = image_counts(dataset)
+    return [] if counts is None else [name for name, n in zip(dataset.classes, counts, strict=True) if not n]
+
+
+def image_counts(dataset: Dataset) -> np.ndarray | None:
+    """The images of each class, int64 `[classes]`; None where the samples would have to be read for them."""
+    if isinstance(dataset, LabelSets):
+        return dataset.counts
     labels = getattr(dataset, "labels", None)
-    counts = np.bincount([] if labels is None else labels, minlength=len(dataset.classes))
-    return [] if labels is None else [name for name, count in zip(dataset.classes, counts, strict=True) if not count]
+    return None if labels is None else np.bincount(labels, minlength=len(dataset.classes))
 
 
 def named(classes: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -164,12 +165,17 @@ def psum(tensors: list[Tensor]) -> list[Tensor]:
 
 def sum_numbers(values: list[float]) -> list[float]:
     """Sums of host numbers over all processes, in float64."""
+    return sum_array(np.array(values, np.float64)).tolist() if dist.is_initialized() else values
+
+
+def sum_array(values: np.ndarray) -> np.ndarray:
+    """Sums of a host array, element by element, over all processes, in its dtype; its memory may be reused."""
     if not dist.is_initialized():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64)
+    tensor = torch.from_numpy(values)
     with _peer_errors():
         dist.all_reduce(tensor)
-    return tensor.tolist()
+    return tensor.numpy()
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:

@@ -12,20 +12,16 @@ Each member runs by itself, with the kernels, the precision and the batch size o
 those that it gets alone. (As one model by `torch.func.vmap` they were not, in bfloat16.)
 """
 
-import math
 import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from pcpvt.checkpoints.labels import listed, match
 from pcpvt.checkpoints.load import HEAD, OWN, LoadedModel, load_model, member_names
 from pcpvt.config.plan import eval_batch
 from pcpvt.errors import UserError
 from pcpvt.evaluate import evaluator, output
-from pcpvt.evaluate.mistakes import PredictionLog
-from pcpvt.functional import metrics
 from pcpvt.functional.objective import Batch
 from pcpvt.models import pcpvt
 from pcpvt.runtime import session as sessions
@@ -53,7 +49,13 @@ def members(session: Session) -> list[LoadedModel]:
         outputs = loaded[0].model.num_classes if loaded else config.num_classes
         which = name if own else config.weights
         options = {"which": which, "pad": config.model.pad, "in_chans": config.model.in_chans}
+        options["task"] = config.task
         loaded.append(load_model(path, model=config.model.name, num_classes=outputs, **options))
+        if loaded[-1].said.task not in ("", config.task):
+            raise UserError(
+                f"config.eval.ensemble: {path} was trained with config.task={loaded[-1].said.task} and the others with "
+                f"{config.task}: give members of the same task"
+            )
     return loaded
 
 
@@ -100,11 +102,6 @@ def align(loaded: Sequence[LoadedModel]) -> list[LoadedModel]:
     return aligned
 
 
-def average_probabilities(logits: Sequence[Tensor]) -> Tensor:
-    """Members' logits to the logarithm of their mean probabilities, `[b, classes]`."""
-    return torch.stack([member.log_softmax(-1) for member in logits]).logsumexp(0) - math.log(len(logits))
-
-
 def run(session: Session) -> int:
     """Evaluate the ensemble and write `result-eval.json`, whose own metrics are those of the averaged probabilities."""
     began = time.perf_counter()
@@ -122,7 +119,7 @@ def run(session: Session) -> int:
     for warning in matched.warnings:
         warn_once(warning)
     dataset, model = matched.dataset, loaded[0].model
-    predict = session.predictor(model)
+    predict, task = session.predictor(model), session.task
     every = [session.inference(p) for p in [*(m.params for m in loaded), soup([m.params for m in loaded])]]
     split = evaluator.open_split(session, dataset, eval_batch(config))
     console.say(
@@ -132,11 +129,10 @@ def run(session: Session) -> int:
 
     def eval_step(batch: Batch) -> list[evaluator.Scored]:
         *each, blend = [predict(params, batch["image"]) for params in every]
-        outputs = [average_probabilities(each), *each, blend]  # the first one is recorded
-        return [(logits, metrics.sums(logits, batch["label"], batch["valid"])) for logits in outputs]
+        outputs = [task.average(each), *each, blend]  # the first one is recorded
+        return [(logits, task.sums(logits, batch["label"], batch["valid"])) for logits in outputs]
 
-    predictions = PredictionLog(len(dataset))
-    found = evaluator.evaluate(session, split, eval_step, observe=predictions)
+    found = evaluator.evaluate(session, split, eval_step)
     assert found is not None  # nothing stops it
     average, *each, blend = (evaluation.metrics for evaluation in found)
     for member, figures in zip(loaded, each, strict=True):
@@ -148,6 +144,6 @@ def run(session: Session) -> int:
         "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
         "ensemble": {"members": described, "average": average, "soup": blend},
     }  # fmt: skip
-    evaluated = output.Evaluated(model, dataset, matched.left_out, predictions, found[0], result)
+    evaluated = output.Evaluated(model, dataset, matched.left_out, found[0], result)
     output.write(session, evaluated, time.perf_counter() - began)
     return 0

@@ -1,5 +1,6 @@
 """Evaluation of a whole split: exact counts at any world size, in a loop that can be stopped."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from pcpvt.data import sources
 from pcpvt.data.loader import EvalBatches, Loader
 from pcpvt.distributed import collectives
+from pcpvt.evaluate import mistakes, scores
 from pcpvt.functional import metrics
 from pcpvt.functional.objective import Batch
 from pcpvt.runtime import session as sessions
@@ -34,10 +36,11 @@ class UnreadableLog:
 class Evaluation(NamedTuple):
     """What a model got on a split."""
 
-    metrics: dict[str, float]  # see `functional.metrics.summarize`; and `unreadable` when samples were skipped
+    metrics: dict[str, float]  # those of the task; and `unreadable` when samples were skipped
     labels: list[int]  # samples of each class
-    hits: list[int]  # those of them whose top-1 prediction is right
-    predicted: list[int]  # samples that the top-1 prediction puts into each class
+    hits: list[int]  # those of them that are predicted to be of it
+    predicted: list[int]  # samples that are predicted to be of each class
+    log: mistakes.Log | None  # what was recorded of each sample, of the first model at least
 
 
 class Split(NamedTuple):
@@ -70,14 +73,12 @@ def evaluate(
     split: Split,
     eval_step: Callable[[Batch], Sequence[Scored]],
     *,
-    observe: Callable[[Batch, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Evaluation] | None:
     """Evaluate one or several models in one pass over a split.
 
     Args:
         eval_step: a batch on the device to the scores of each model (see `functional.step.make_eval_step`).
-        observe: called with each batch and the first model's logits, on the device.
         stop: asked before each batch, on all processes alike; True ends the evaluation.
 
     Returns:
@@ -88,13 +89,15 @@ def evaluate(
     """
     batches: list[list[metrics.Sums]] = []
     skipped: list[Tensor] = []
+    logs: list[mistakes.Log] = []
     for batch in session.device.prefetch(split.loader):
         if stop():
             return None
-        scores = eval_step(batch)
-        if observe is not None:
-            observe(batch, scores[0][0])
-        batches.append([sums for _, sums in scores])  # read from the device after the last batch
+        scored = eval_step(batch)
+        logs = logs or open_logs(session, len(split.dataset), len(scored))
+        for log, (logits, _) in zip(logs, scored, strict=False):
+            log(batch, logits)
+        batches.append([sums for _, sums in scored])  # read from the device after the last batch
         if session.config.data.on_error == "skip":
             skipped.append(torch.where(batch["valid"], -1, batch["id"]))  # -1: also of rows without a sample
     left_out = [index for ids in skipped for index in ids.tolist() if index >= 0]
@@ -102,12 +105,22 @@ def evaluate(
         split.unreadable.add(index, "left out of the evaluation")
     unreadable = int(collectives.sum_numbers([float(len(left_out))])[0])
     found = []
-    for model in zip(*batches, strict=True):
+    for log, model in itertools.zip_longest(logs, zip(*batches, strict=True)):
         total = _total(model)
         assert int(total["seen"]) + unreadable == len(split.dataset), (total["seen"], unreadable, len(split.dataset))
-        summary = metrics.summarize(total) | ({"unreadable": unreadable} if unreadable else {})
-        found.append(Evaluation(summary, *([int(n) for n in total[name]] for name in metrics.PER_CLASS)))
+        summary = (log.metrics() if log else {}) | session.task.summarize(total)
+        summary |= {"unreadable": unreadable} if unreadable else {}
+        labels, hits, predicted = ([int(n) for n in total[name]] for name in metrics.PER_CLASS)
+        found.append(Evaluation(summary, labels, hits, predicted, log))
     return found
+
+
+def open_logs(session: Session, samples: int, models: int) -> list[mistakes.Log]:
+    """Logs of an evaluation: of the first model's predictions, or with several labels of the scores of each model."""
+    config = session.config
+    if config.task == "multilabel":
+        return [scores.ScoreLog(samples, config.predict.threshold) for _ in range(models)]
+    return [mistakes.PredictionLog(samples)]
 
 
 def _total(batches: Sequence[metrics.Sums]) -> dict[str, Any]:
@@ -121,11 +134,22 @@ def _total(batches: Sequence[metrics.Sums]) -> dict[str, Any]:
     return dict(zip(names, flat, strict=False)) | dict(zip(metrics.PER_CLASS, rows, strict=True))
 
 
-def recall(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, float]:
-    """Class name to recall in percent, of the classes that have samples."""
-    names = [*classes, *(f"output {i}" for i in range(len(classes), len(evaluation.labels)))]
-    shares = zip(names, metrics.recalls(evaluation.labels, evaluation.hits), strict=True)
-    return {name: round(share, 4) for name, share in shares if share is not None}
+def per_class(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Figures by class name, in percent: `recall` of the classes that have samples.
+
+    With several labels also `f1`, of those that have samples or predictions, and `average_precision`.
+    """
+    labels, hits, predicted, log = evaluation[1:]
+    names = [*classes, *(f"output {i}" for i in range(len(classes), len(labels)))]
+    figures = {"recall": metrics.recalls(labels, hits)}
+    precision = log.average_precision() if log else None
+    if precision is not None:
+        f1 = [None if value is None else 100 * value for value in metrics.f1_scores(labels, hits, predicted)]
+        figures |= {"f1": f1, "average_precision": precision}
+    return {
+        figure: {name: round(value, 4) for name, value in zip(names, values, strict=True) if value is not None}
+        for figure, values in figures.items()
+    }
 
 
 def split_name(dataset: sources.Dataset) -> str:
@@ -135,10 +159,18 @@ def split_name(dataset: sources.Dataset) -> str:
 
 def report(summary: Mapping[str, Any]) -> str:
     """The metrics as one line, the same in training and evaluation."""
+    left_out = f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else ""
+    if "map" in summary:
+        f1 = f"macro F1 {summary['macro_f1']:.3f} %   micro F1 {summary['micro_f1']:.3f} %"
+        text = f"mAP {summary['map']:.3f} %   {f1}   loss {summary['loss']:.6f}"
+        if "map_raw" in summary:
+            raw = f"mAP {summary['map_raw']:.3f} %   loss {summary['loss_raw']:.6f}"
+            text += f"   (weights before averaging: {raw})"
+        return text + left_out
     text = f"top-1 {summary['acc1']:.3f} %   top-5 {summary['acc5']:.3f} %   loss {summary['loss']:.6f}"
     if "acc1_raw" in summary:
         text += f"   (weights before averaging: top-1 {summary['acc1_raw']:.3f} %   loss {summary['loss_raw']:.6f})"
     balanced = summary.get("balanced_acc")  # equal to top-1 where all classes have as many samples
     if balanced is not None and abs(balanced - summary["acc1"]) >= 0.05:
         text += f"   balanced {balanced:.3f} %"
-    return text + (f"   unreadable {summary['unreadable']}" if summary.get("unreadable") else "")
+    return text + left_out

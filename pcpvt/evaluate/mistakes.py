@@ -9,7 +9,7 @@ in its own samples, so the file is exact at any world size.
 import base64
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,22 @@ Warn = Callable[[str], None]
 MISTAKES = 24  # shown in the report
 THUMBNAIL = 96  # pixels of the shorter side: 24 JPEGs of this size take some 80 kB
 PAIRS = 40 * 40, 10  # confusions kept: all of 40 classes, else 10 per class; at 1000 classes the rest are single cases
+
+
+class Log(Protocol):
+    """What an evaluation records of each image: a `PredictionLog`, or with several labels a `scores.ScoreLog`."""
+
+    def __call__(self, batch: dict[str, Tensor], logits: Tensor) -> None: ...
+
+    def table(self) -> dict[str, np.ndarray]: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def average_precision(self) -> list[float | None] | None: ...
+
+    def summarize(
+        self, table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float, reading: Reading
+    ) -> dict[str, Any]: ...
 
 
 class PredictionLog:
@@ -68,6 +84,20 @@ class PredictionLog:
             "seen": seen > 0, "label": label.astype(np.int64), "predicted": predicted.astype(np.int64),
             "confidence": confidence, "own": own,
         }  # fmt: skip
+
+    def metrics(self) -> dict[str, float]:
+        """None beside those that sums give."""
+        return {}
+
+    def average_precision(self) -> list[float | None] | None:
+        """None: it is of several labels per image (see `scores.ScoreLog`)."""
+        return None
+
+    def summarize(
+        self, table: dict[str, np.ndarray], dataset: Dataset, size: tuple[int, int], crop: float, reading: Reading = RGB
+    ) -> dict[str, Any]:
+        """What the report shows of the table; see the function `summarize`."""
+        return summarize(table, dataset, size, crop, reading)
 
 
 def summarize(
@@ -109,18 +139,18 @@ def summarize(
 
 
 def write(
-    session: Session, predictions: PredictionLog, dataset: Dataset, about: dict[str, Any], warn: Warn,
+    session: Session, predictions: Log, dataset: Dataset, about: dict[str, Any], warn: Warn,
     file: str = records.DETAILS,
 ) -> None:  # fmt: skip
     """Write the details on the main process, or warn: the report will lack them. All processes must call this.
 
     Args:
-        about: what was evaluated: `step` of the checkpoint in a training, and the `recall` of each class.
+        about: what was evaluated: `step` of the checkpoint in a training, and the figures of each class.
     """
     table, path = predictions.table(), session.workdir / file
     if session.world.is_main:
         try:
-            summary = summarize(table, dataset, session.size, session.config.eval.crop, session.reading)
+            summary = predictions.summarize(table, dataset, session.size, session.config.eval.crop, session.reading)
             records.write_json(path, {**about, **summary})
         except (OSError, MemoryError) as error:
             warn(f"{path}: not written ({one_line(error)}); the report will lack it")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from pcpvt.config import stored
 from pcpvt.data.sources import Dataset
 from pcpvt.evaluate import mistakes
-from pcpvt.evaluate.evaluator import Evaluation, recall, split_name
+from pcpvt.evaluate.evaluator import Evaluation, per_class, split_name
 from pcpvt.models import pcpvt
 from pcpvt.report import evaluation as page
 from pcpvt.runtime import records
@@ -19,7 +19,6 @@ class Evaluated(NamedTuple):
     model: pcpvt.PCPVT
     dataset: Dataset
     left_out: dict[str, int]  # images of each class that the model does not know
-    predictions: mistakes.PredictionLog
     evaluation: Evaluation
     figures: dict[str, Any]  # what else belongs into the result: `checkpoint`, `weights`, `epochs`, ...
 
@@ -28,17 +27,18 @@ def write(session: Session, done: Evaluated, seconds: float) -> None:
     """Write the files on the main process; `result.json` too unless a training has left one. All must call this."""
     config, console, metrics = session.config, Console(session.world.is_main), done.evaluation.metrics
     path = session.workdir / "result-eval.json"
-    by_class = recall(done.evaluation, done.dataset.classes)
+    by_class = per_class(done.evaluation, done.dataset.classes)
+    assert done.evaluation.log is not None  # it is of the first model
     result = {
         "mode": "eval", **metrics, **done.figures, "images": metrics["seen"],
         "data": config.data.path or config.data.name, "split": split_name(done.dataset),
         **({"left_out": done.left_out} if done.left_out else {}),
         "image_size": list(session.size), "crop": config.eval.crop, "precision": str(session.policy),
         "images_per_sec": round(metrics["seen"] / seconds, 2), "seconds": round(seconds, 2),
-        "n_parameters": pcpvt.n_parameters(done.model), "device": session.device.describe(), "recall": by_class,
+        "n_parameters": pcpvt.n_parameters(done.model), "device": session.device.describe(), **by_class,
     }  # fmt: skip
     about = {name: result[name] for name in ("data", "split", "checkpoint", "weights")}
-    mistakes.write(session, done.predictions, done.dataset, about, console.warn, records.EVAL_DETAILS)
+    mistakes.write(session, done.evaluation.log, done.dataset, about, console.warn, records.EVAL_DETAILS)
     if session.world.is_main:
         records.write_json(path, result)
         training = session.workdir / "result.json"

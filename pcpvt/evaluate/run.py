@@ -7,7 +7,6 @@ from pcpvt.checkpoints.load import load_configured
 from pcpvt.config.plan import eval_batch
 from pcpvt.evaluate import ensemble
 from pcpvt.evaluate.evaluator import evaluate, open_split, report, split_name
-from pcpvt.evaluate.mistakes import PredictionLog
 from pcpvt.evaluate.output import Evaluated, write
 from pcpvt.functional.step import make_eval_step
 from pcpvt.runtime import session as sessions
@@ -35,9 +34,9 @@ def run(session: Session) -> int:
         f"evaluating {loaded.path} ({loaded.which}) on {len(dataset)} images of {data}, split {split_name(dataset)}: "
         f"{session.preprocessing}"
     )
-    eval_step, params = make_eval_step(session.predictor(loaded.model)), session.inference(loaded.params)
-    predictions = PredictionLog(len(dataset))
-    found = evaluate(session, split, lambda batch: [eval_step(params, batch)], observe=predictions)
+    eval_step = make_eval_step(session.predictor(loaded.model), session.task.sums)
+    params = session.inference(loaded.params)
+    found = evaluate(session, split, lambda batch: [eval_step(params, batch)])
     assert found is not None  # nothing stops it
     (evaluation,) = found
     console.say(report(evaluation.metrics))
@@ -48,6 +47,6 @@ def run(session: Session) -> int:
         "checkpoint": loaded.path,
         "weights": loaded.which,
     }
-    evaluated = Evaluated(loaded.model, dataset, matched.left_out, predictions, evaluation, figures)
+    evaluated = Evaluated(loaded.model, dataset, matched.left_out, evaluation, figures)
     write(session, evaluated, time.perf_counter() - began)
     return 0

@@ -126,10 +126,11 @@ def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
     """The description in the file: `labels` names the outputs, `classes` is None unless training named them."""
     channels, values = session.reading
     (mean, std), colours = normalisation(channels), "RGB" if channels == 3 else "as they are read"
+    probabilities = {"classes": "softmax", "multilabel": "sigmoid"}[loaded.model.task]
     return {
-        "model": session.config.model.name,
+        "model": session.config.model.name, "task": loaded.model.task,
         "input": f"images: float32 [batch, {channels}, height, width], {colours}, (pixel / 255 - mean) / std",
-        "output": "logits: float32 [batch, classes]",
+        "output": f"logits: float32 [batch, classes]; their {probabilities} are the probabilities",
         "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
         "mean": list(mean), "std": list(std), "in_chans": channels, "value_range": values and list(values),
         "classes": loaded.classes, "labels": class_names(loaded), "checkpoint": Path(loaded.path).name,

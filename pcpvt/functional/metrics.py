@@ -12,6 +12,27 @@ Sums = dict[str, Tensor]
 PER_CLASS = ("labels", "hits", "predicted")  # the sums that have an entry per class
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The cross-entropy of each sample, `[b]`: the sum over classes of -weight * target * log p.
+
+    That is `torch.nn.functional.cross_entropy` with soft targets. All arguments are `[b, classes]`, the weights
+    `[classes]`.
+    """
+    if class_weights is not None:
+        targets = targets * class_weights
+    return -(targets * F.log_softmax(logits, -1)).sum(-1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """The probabilities of the classes, `[b, classes]`."""
+    return logits.softmax(-1)
+
+
+def average_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """Members' logits to the logarithm of their mean probabilities, `[b, classes]`."""
+    return torch.stack([member.log_softmax(-1) for member in logits]).logsumexp(0) - math.log(len(logits))
+
+
 def sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Sums:
     """Sums over one batch.
 
@@ -55,13 +76,12 @@ def summarize(total: Mapping[str, Any]) -> dict[str, float]:
     samples or predictions, as scikit-learn defines them.
     """
     seen = int(total["seen"])
-    rows = list(zip(*(total[name] for name in PER_CLASS), strict=True))
-    f1 = [2 * hits / (labels + predicted) for labels, hits, predicted in rows if labels + predicted]
+    f1 = f1_scores(*(total[name] for name in PER_CLASS))
     return {
         "acc1": 100.0 * total["top1"] / max(seen, 1),
         "acc5": 100.0 * total["top5"] / max(seen, 1),
-        "balanced_acc": _mean([share for share in recalls(total["labels"], total["hits"]) if share is not None]),
-        "macro_f1": 100 * _mean(f1),
+        "balanced_acc": mean([share for share in recalls(total["labels"], total["hits"]) if share is not None]),
+        "macro_f1": 100 * mean([value for value in f1 if value is not None]),
         "loss": total["loss"] / max(seen, 1),
         "seen": seen,
     }
@@ -72,8 +92,14 @@ def recalls(labels: Sequence[float], hits: Sequence[float]) -> list[float | None
     return [100 * right / count if count else None for count, right in zip(labels, hits, strict=True)]
 
 
+def f1_scores(labels: Sequence[float], hits: Sequence[float], predicted: Sequence[float]) -> list[float | None]:
+    """The F1 of each class, between 0 and 1; None of a class without labels and predictions."""
+    rows = zip(labels, hits, predicted, strict=True)
+    return [2 * right / (count + found) if count + found else None for count, right, found in rows]
+
+
 def score(metrics: Mapping[str, Any], by: str = "acc1") -> tuple[float, float]:
-    """A key that is higher for the better evaluation: by `acc1`, `balanced_acc` or `loss`, then by the lower loss.
+    """A key that is higher for the better evaluation: by `acc1`, `balanced_acc`, `map` or `loss`, then the lower loss.
 
     A loss that is not a number, or is missing, is the highest; so is the score lowest that is missing.
     """
@@ -83,5 +109,6 @@ def score(metrics: Mapping[str, Any], by: str = "acc1") -> tuple[float, float]:
     return (-math.inf if value is None else value), low
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
     return sum(values) / max(len(values), 1)

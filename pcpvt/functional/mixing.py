@@ -97,19 +97,21 @@ def mix_images(x: Tensor, lam: Tensor, box: Tensor) -> Tensor:
 
 
 def mix_targets(
-    target: Tensor, lam: Tensor | None, num_classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Soft targets `[B, num_classes]` in `dtype`; each row sums to 1 up to rounding.
+    target: Tensor, lam: Tensor | None, num_classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
+    answers: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Soft targets `[B, num_classes]` in `dtype`; each row of a distribution sums to 1 up to rounding.
 
     Args:
-        target: labels, int64 `[B]`, or distributions over classes `[B, num_classes]`.
+        target: labels, int64 `[B]`, or distributions over classes, or multi-hot rows, `[B, num_classes]`.
         lam: float32 `[B]` from `mixing_draws`, or None for no mixing.
-        smoothing: probability mass spread over all classes.
+        smoothing: probability mass spread over all answers.
+        answers: of one question: None for all classes, 2 where each class is a question of its own.
     """
     if target.ndim == 1:
         # A comparison: F.one_hot does not work under torch.func on NPUs.
         target = target[:, None] == torch.arange(num_classes, device=target.device)
-    soft = target.to(dtype) * (1 - smoothing) + smoothing / num_classes
+    soft = target.to(dtype) * (1 - smoothing) + smoothing / (answers or num_classes)
     if lam is None:
         return soft
     own = lam[:, None].to(dtype)

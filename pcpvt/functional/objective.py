@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pcpvt.functional import mixing
+from pcpvt.functional import mixing, tasks
 from pcpvt.functional.precision import FLOAT32, Policy
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels
@@ -32,26 +31,26 @@ def make_objective(
     model: pcpvt.PCPVT, *, smoothing: float = 0.0, class_weights: Tensor | None = None, policy: Policy = FLOAT32,
     kernels: Kernels = PLAIN,
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:  # fmt: skip
-    """`(params, batch, factor) -> factor * sum of cross-entropies`; params are in the compute dtype already.
+    """`(params, batch, factor) -> factor * sum of losses`; params are in the compute dtype already.
 
-    With `class_weights` `[classes]`, on the device, a sample's cross-entropy is the sum over classes c of
-    -weight_c * target_c * log p_c, as in `torch.nn.functional.cross_entropy` with soft targets: it is not divided by
-    the sum of the weights, so that the loss stays a plain sum over samples, whatever the batch is cut into.
+    A sample's loss is that of the model's task: `metrics.cross_entropy`, or `multilabel.cross_entropy`. It is not
+    divided by the sum of the `class_weights` `[classes]`, on the device, so that the loss stays a plain sum over
+    samples, whatever the batch is cut into.
 
-    The batch holds uint8 images `[b, h, w, channels]`, labels, and the recipe's random draws: `erase`, `lam`
-    and `box`, `drop_path_scale` (see `data.loader`). The loss is computed in the policy's output dtype.
+    The batch holds uint8 images `[b, h, w, channels]`, labels (int64 `[b]`, or multi-hot `[b, classes]`), and the
+    recipe's random draws: `erase`, `lam` and `box`, `drop_path_scale` (see `data.loader`). The loss is
+    computed in the policy's output dtype.
     """
+
+    task = tasks.choose(model.task)
 
     def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
         x = mixing.decode_images(batch["image"], batch.get("erase"), *normalisation(model.in_chans))
         if "lam" in batch:
             x = mixing.mix_images(x, batch["lam"], batch["box"])
-        targets = mixing.mix_targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
+        targets = task.targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
         logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("drop_path_scale"), kernels=kernels)
-        if class_weights is not None:
-            targets = targets * class_weights
-        cross_entropy = -(targets * F.log_softmax(logits.to(policy.output), -1)).sum(-1)
-        return cross_entropy.sum() * factor
+        return task.loss(logits.to(policy.output), targets, class_weights).sum() * factor
 
     return objective
 

@@ -130,16 +130,19 @@ def make_step(
     return step
 
 
-def make_eval_step(predict: Callable[[Params, Tensor], Tensor]) -> Callable[[Params, Batch], tuple[Tensor, Sums]]:
+def make_eval_step(
+    predict: Callable[[Params, Tensor], Tensor], sums: Callable[[Tensor, Tensor, Tensor], Sums] = metrics.sums
+) -> Callable[[Params, Batch], tuple[Tensor, Sums]]:
     """Build the eval step: `(params, batch) -> (logits [b, classes], sums)`; see `metrics.sums` for the sums.
 
     Args:
         predict: `(params, uint8 images [b, h, w, 3]) -> logits`, e.g. of `objective.make_predict`.
+        sums: of the model's task (see `tasks`).
     """
 
     def eval_step(params: Params, batch: Batch) -> tuple[Tensor, Sums]:
         logits = predict(params, batch["image"])
-        return logits, metrics.sums(logits, batch["label"], batch["valid"])
+        return logits, sums(logits, batch["label"], batch["valid"])
 
     return eval_step
 

@@ -43,7 +43,7 @@ TIMM_NAMES = {"pcpvt_s": "twins_pcpvt_small", "pcpvt_b": "twins_pcpvt_base", "pc
 class PCPVT(nn.Module):
     """The structure of the model; call it through `apply`, `features` or `torch.func.functional_call`."""
 
-    def __init__(self, spec: Spec, num_classes: int, pad: str = "pad", in_chans: int = 3):
+    def __init__(self, spec: Spec, num_classes: int, pad: str = "pad", in_chans: int = 3, task: str = "classes"):
         """
         Args:
             spec: the model size.
@@ -51,10 +51,11 @@ class PCPVT(nn.Module):
             pad: how a side that 32 does not divide is handled: "pad" pads with zeros (see `layers.PatchLinear`),
                 "error" raises ValueError.
             in_chans: channels of the images.
+            task: how the logits are read: "classes" or "multilabel" (see `functional.tasks`).
         """
         super().__init__()
         assert pad in ("pad", "error"), pad
-        self.spec, self.num_classes, self.pad, self.in_chans = spec, num_classes, pad, in_chans
+        self.spec, self.num_classes, self.pad, self.in_chans, self.task = spec, num_classes, pad, in_chans, task
         channels = (in_chans, *spec.dims)
         self.patch_embeds = nn.ModuleList(map(PatchEmbed, channels[:-1], channels[1:], spec.patches))
         self.pos_block = nn.ModuleList(map(Peg, spec.dims))
@@ -128,10 +129,10 @@ def _capturing(kernels: Kernels, capture: Capture, name: str) -> Kernels:
     return kernels._replace(attend=attend, block_fn=PLAIN.block_fn)
 
 
-def build(name: str, num_classes: int, pad: str = "pad", in_chans: int = 3) -> PCPVT:
+def build(name: str, num_classes: int, pad: str = "pad", in_chans: int = 3, task: str = "classes") -> PCPVT:
     """A model on the meta device; `name` is a key of SPECS."""
     with torch.device("meta"):
-        return PCPVT(SPECS[name], num_classes, pad, in_chans)
+        return PCPVT(SPECS[name], num_classes, pad, in_chans, task)
 
 
 def shapes(model: PCPVT) -> dict[str, torch.Size]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.checkpoints.atomic import write_atomically
@@ -77,7 +78,7 @@ def run(session: Session) -> int:
         nonlocal readable
         out.write(header)
         for path, probabilities in classify(session, loaded, paths, console):
-            ranked = best(probabilities, classes, config.predict.top)
+            ranked = choose(probabilities, classes, config)
             write_image(out, path, ranked)
             if sorted_into is not None:
                 sorting.copy(path, sorted_into / folders[ranked[0][1]], names[path])
@@ -116,7 +117,7 @@ def classify(session: Session, loaded: LoadedModel, paths: list[str], console: C
     names, folder = unique_names(paths), session.workdir / "explain"
     for batch in device.prefetch(loader):
         valid = batch["valid"]
-        probabilities = predict(weights, batch["image"]).softmax(-1)[valid]
+        probabilities = session.task.probabilities(predict(weights, batch["image"]))[valid]
         ids, readable = batch["id"].cpu(), valid.cpu()
         for index in ids[(ids >= 0) & ~readable].tolist():
             console.warn(_reason(paths[index], session.size, session.reading))
@@ -156,9 +157,19 @@ def best(probabilities: Tensor, classes: list[str], top: int = 5) -> Ranked:
     return [(classes[i], i, p) for i, p in zip(indices[:top].tolist(), values[:top].tolist(), strict=True)]
 
 
+def choose(probabilities: Tensor, classes: list[str], config: ConfigDict) -> Ranked:
+    """What is listed of `[classes]`: the `config.predict.top` best, or of several labels all from the threshold on."""
+    if config.task == "multilabel":
+        # Counted in the dtype of the probabilities, as an evaluation does.
+        return best(probabilities, classes, int((probabilities >= config.predict.threshold).sum()))
+    return best(probabilities, classes, config.predict.top)
+
+
 def write_table(out: TextIO, path: str, ranked: Ranked) -> None:
-    """The path on one line, and below it a line per class."""
+    """The path on one line, and below it a line per class, or one that says that there is none."""
     out.write(f"{path}\n")
+    if not ranked:
+        out.write("  no class\n")
     out.writelines(f"  {100 * probability:7.3f} %  {name}\n" for name, _, probability in ranked)
 
 
@@ -169,9 +180,9 @@ def write_json_line(out: TextIO, path: str, ranked: Ranked) -> None:
 
 
 def write_csv(out: TextIO, path: str, ranked: Ranked) -> None:
-    """A line per class."""
-    rows = ((path, rank, name, i, f"{p:.6f}") for rank, (name, i, p) in enumerate(ranked, 1))
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    """A line per class; of an image without one, a line with the path alone."""
+    rows = [(path, rank, name, i, f"{p:.6f}") for rank, (name, i, p) in enumerate(ranked, 1)]
+    csv.writer(out, lineterminator="\n").writerows(rows or [(path, "", "", "", "")])
 
 
 FORMATS: dict[str, tuple[str, Callable[[TextIO, str, Ranked], None]]] = {  # to the header, and what writes an image

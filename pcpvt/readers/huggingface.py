@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pcpvt.errors import UserError, one_line, suppress_logging
-from pcpvt.readers.listing import checked_labels, name_labels
+from pcpvt.readers.listing import checked_labels, name_label_sets, name_labels
 from pcpvt.readers.manifest import Columns
 from pcpvt.readers.splits import Splits, choose, missing_split
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "class")
+LISTS = ("List", "Sequence", "LargeList", "list")  # types of a column of several labels
 
 
 class HubSet:
@@ -37,13 +38,22 @@ class HubSet:
         if not len(rows):
             raise UserError(f"config.data.name: {name!r}: its {self.split} split holds no images: name another split")
         image, label = (_column(name, rows.features, *wanted) for wanted in (
-            ("image_column", columns.image, IMAGES, "Image"), ("label_column", columns.label, LABELS, "ClassLabel"),
+            ("image_column", columns.image, IMAGES, ("Image",)),
+            ("label_column", columns.label, LABELS, LISTS if columns.several else ("ClassLabel",)),
         ))  # fmt: skip
         values = rows.select_columns([label])[:][label]
-        names = getattr(rows.features[label], "names", None)
+        feature = rows.features[label]
+        if columns.several:
+            feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+        names = getattr(feature, "names", None)
         remedy = f"leave such samples out, or choose another split or config.data.label_column (it is {label!r})"
+        if not columns.several and any(isinstance(value, list) for value in values):
+            remedy = f"set config.task=multilabel for lists of labels, or {remedy}"
         self.labels: np.ndarray
-        if names:
+        self.sets: list[tuple[int, ...]] | None = None
+        if columns.several:
+            self.classes, self.labels, self.sets = name_label_sets(values, self.name, remedy, names)
+        elif names:
             self.classes = list(names)
             self.labels = checked_labels(values, len(names), self.name, remedy)
         else:
@@ -115,12 +125,12 @@ def _open(name: str, cache: str | None, split: str, splits: Splits) -> _Opened:
     raise missing_split(repr(name), names, split, splits)
 
 
-def _column(name: str, features: Any, field: str, given: str, usual: tuple[str, ...], kind: str) -> str:
-    """The column that a field names, or else one of the usual name, or the only one of a type."""
+def _column(name: str, features: Any, field: str, given: str, usual: tuple[str, ...], kinds: tuple[str, ...]) -> str:
+    """The column that a field names, or else one of the usual name, or the only one of some types."""
     if given in features or not given:
         if found := [given] if given else [column for column in usual if column in features]:
             return found[0]
-        of_kind = [column for column, feature in features.items() if type(feature).__name__ == kind]
+        of_kind = [column for column, feature in features.items() if type(feature).__name__ in kinds]
         if len(of_kind) == 1:
             return of_kind[0]
     what = f"{given!r}: no such column in" if given else "which column it is cannot be told in"

@@ -1,6 +1,7 @@
 """The list of a split's samples, as every reader gives it, and the check of its labels."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +22,16 @@ class Listing(NamedTuple):
     left_out: collections.Counter[str]  # files that are no images, by suffix
     places: set[Identity]  # folders or archives that hold the images
     loose: int = 0  # images that lie beside the class folders
+    sets: list[tuple[int, ...]] | None = None  # with several labels per image, labels are numbers of these sets
+    hint: str = ""  # what else a user should know
 
     def notes(self, where: str) -> list[str]:
         """What a user should know about what was left out."""
         parts = [text] if (text := left_out_text(self.left_out)) else []
         if self.loose:
             parts.append(f"{self.loose} image{'s' if self.loose > 1 else ''} beside the class folders")
-        return [f"{where}: left out {'; '.join(parts)}"] if parts else []
+        left_out = [f"{where}: left out {'; '.join(parts)}"] if parts else []
+        return [*left_out, self.hint] if self.hint else left_out
 
 
 def unlabelled(paths: list[str]) -> Listing:
@@ -73,3 +77,35 @@ def name_labels(labels: Sequence[Any], name: Callable[[int], str], remedy: str) 
         raise UserError(f"{name(wrong)}: its label {labels[wrong]!r} is no class name, as others have: {remedy}")
     numbers = checked_labels(labels, MOST_CLASSES, name, remedy)
     return [str(i) for i in range(int(numbers.max(initial=-1)) + 1)], numbers
+
+
+def name_label_sets(
+    values: Sequence[Any], name: Callable[[int], str], remedy: str, classes: Sequence[str] | None = None
+) -> tuple[list[str], np.ndarray, list[tuple[int, ...]]]:
+    """Class names, the number of each sample's set of labels, int64 `[n]`, and the class numbers in each set.
+
+    Args:
+        values: a list of labels of each sample, which may be empty.
+        classes: names of the label numbers; None: as of `name_labels`.
+
+    Raises:
+        UserError: for the first value that is no list, or a label that is none.
+    """
+    for i, value in enumerate(values):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name(i)}: its labels {value!r} are no list, as config.task=multilabel needs: {remedy}")
+    owners = [i for i, value in enumerate(values) for _ in value]
+    labels = [label for value in values for label in value]
+
+    def owner(label: int) -> str:
+        return name(owners[label])
+
+    if classes is None:
+        classes, numbers = name_labels(labels, owner, remedy)
+    else:
+        numbers = checked_labels(labels, len(classes), owner, remedy)
+    ends = np.cumsum([0, *map(len, values)])
+    sets: dict[tuple[int, ...], int] = {}  # to its number
+    own = [tuple(sorted(set(numbers[a:b].tolist()))) for a, b in itertools.pairwise(ends)]
+    found = np.array([sets.setdefault(labels, len(sets)) for labels in own], np.int64)
+    return list(classes), found, list(sets)

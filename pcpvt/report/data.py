@@ -36,7 +36,10 @@ class RunData(NamedTuple):
 
     def best(self) -> dict[str, Any]:
         """The best evaluation so far, by the rule that chooses checkpoints."""
-        evaluations = [entry for entry in self.metrics if entry.get("kind") == "eval" and is_number(entry.get("acc1"))]
+        evaluations = [
+            entry for entry in self.metrics
+            if entry.get("kind") == "eval" and any(is_number(entry.get(name)) for name in ("acc1", "map"))
+        ]  # fmt: skip
         by = self.config.get("best", "acc1")
         return max(evaluations, key=lambda entry: (score(entry, by), entry["step"]), default={})
 

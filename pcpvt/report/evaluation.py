@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints.atomic import write_atomically
-from pcpvt.report import data
+from pcpvt.report import data, multilabel
 from pcpvt.report.charts import short
 from pcpvt.report.run import render
 from pcpvt.runtime import records
@@ -12,10 +12,13 @@ from pcpvt.runtime.console import duration
 
 FILE = "report-eval.html"
 _TILES = {
+    "map": "mAP", "micro_f1": "micro F1",
     "acc1": "top-1 accuracy", "acc5": "top-5 accuracy", "balanced_acc": "balanced accuracy", "macro_f1": "macro F1",
 }  # fmt: skip
+_MAIN = {"acc1": "top-1", "map": "mAP"}
 _ABOUT = (
-    "checkpoint", "weights", "data", "split", "image_size", "crop", "precision", "device", "unreadable", "left_out",
+    "checkpoint", "weights", "data", "split", "image_size", "crop", "precision", "device", "threshold", "unreadable",
+    "left_out",
 )  # fmt: skip
 
 
@@ -40,6 +43,9 @@ def render_evaluation(result: dict[str, Any], details: dict[str, Any]) -> str:
         figures["duration"] = duration(result["seconds"])
     about = {name.replace("_", " "): result[name] for name in _ABOUT if result.get(name) not in (None, "")}
     members = result.get("ensemble", {}).get("members", []) if isinstance(result.get("ensemble"), dict) else []
+    main = "map" if "map" in result else "acc1"
+    members = [{**member, "figure": member[main]} for member in members]
     title = f"Evaluation of {Path(str(result.get('checkpoint', ''))).name}"
-    classes = data.summarize_classes(details)
-    return render(title, [], "evaluation.html", figures=figures, about=about, members=members, classes=classes, of="")
+    classes, answers = data.summarize_classes(details), multilabel.summarize_answers(details)
+    values = {"members": members, "main": _MAIN[main], "classes": classes, "answers": answers, "of": ""}
+    return render(title, [], "evaluation.html", figures=figures, about=about, **values)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.config import fields, stored
-from pcpvt.report import data
+from pcpvt.report import data, multilabel
 from pcpvt.report.charts import EDGES, SIZE, Mark, Series, chart, short
 from pcpvt.report.data import RunData
 from pcpvt.runtime.console import Console, duration
@@ -65,7 +65,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         f"{title} and {more} more" if more else title, _charts(runs), "report.html",
         subtitle=_subtitle(main), runs=runs, figures=figures,
         columns=list(dict.fromkeys(name for texts in figures for name in texts)),
-        classes=data.summarize_classes(main.details),
+        classes=data.summarize_classes(main.details), answers=multilabel.summarize_answers(main.details),
         recipe=recipe, restarts=[(run.name, *restart) for run in runs for restart in run.restarts()],
         shown_restarts=data.LISTED,
         differing={name: values for name, values in recipe.items() if any(value != values[0] for value in values)},
@@ -112,7 +112,9 @@ def _figures(run: RunData) -> dict[str, str]:
     speeds = sorted(speed for _, speed in run.curve("train", "images_per_sec"))
     speed = result.get("images_per_sec") or (speeds[len(speeds) // 2] if speeds else None)
     figures = {
-        "top-1 accuracy": f"{best['acc1']:.2f} %" if best else "",
+        "mAP": f"{best['map']:.2f} %" if data.is_number(best.get("map")) else "",
+        "micro F1": f"{best['micro_f1']:.2f} %" if data.is_number(best.get("micro_f1")) else "",
+        "top-1 accuracy": f"{best['acc1']:.2f} %" if data.is_number(best.get("acc1")) else "",
         "top-5 accuracy": f"{best['acc5']:.2f} %" if best.get("acc5") is not None else "",
         "balanced accuracy": f"{best['balanced_acc']:.2f} %" if data.is_number(best.get("balanced_acc")) else "",
         "macro F1": f"{best['macro_f1']:.2f} %" if data.is_number(best.get("macro_f1")) else "",
@@ -150,6 +152,7 @@ def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     charts = [
         draw("Loss", ("eval", "loss", "validation"), ("train", "loss", "training"), log=None),
         draw("Top-1 accuracy in %", top1) if several else draw("Accuracy in %", top1, top5),
+        draw("Mean average precision in %", ("eval", "map", "mAP")),
         draw("Learning rate", ("train", "lr", ""), zero=True),
         draw("Images/s", ("train", "images_per_sec", ""), zero=True, log=apart),
         draw("Gradient norm, before clipping", ("train", "grad_norm", ""), zero=True, log=None),

@@ -13,13 +13,14 @@ from pcpvt.config.checks import parse_duration
 from pcpvt.config.cli import Command
 from pcpvt.data import classes, sources
 from pcpvt.data.decode import Reading
+from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.loader import Batches, Loader, default_workers, shared_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
 from pcpvt.distributed.collectives import World
 from pcpvt.errors import UserError
-from pcpvt.functional import precision
+from pcpvt.functional import precision, tasks
 from pcpvt.functional.flat import pack
 from pcpvt.functional.objective import make_predict
 from pcpvt.functional.precision import Policy
@@ -55,6 +56,11 @@ class Session(NamedTuple):
     def reading(self) -> Reading:
         """How images are read."""
         return reading(self.config)
+
+    @property
+    def task(self) -> tasks.Task:
+        """How logits and labels are read."""
+        return tasks.choose(self.config.task, self.config.predict.threshold)
 
     def compute(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters on the device in the compute dtype."""
@@ -125,7 +131,7 @@ def _naming(config: ConfigDict) -> tuple[str, Splits, Columns]:
     """What the data, their splits and their columns are called."""
     data = config.data
     splits = Splits(data.train_split, data.val_split, data.val_fraction, config.seed)
-    return data.name or "folder", splits, Columns(data.image_column, data.label_column)
+    return data.name or "folder", splits, Columns(data.image_column, data.label_column, config.task == "multilabel")
 
 
 def _remark(dataset: sources.Dataset, split: str) -> sources.Dataset:
@@ -133,7 +139,8 @@ def _remark(dataset: sources.Dataset, split: str) -> sources.Dataset:
     for text in getattr(dataset, "remarks", []):
         _warn_once(text)
     if not dataset.in_memory and (missing := sources.absent(dataset)):  # random labels need not have all classes
-        effect = ": metrics are over the others" if split == "val" else ""
+        mean = "map is" if isinstance(dataset, LabelSets) else "metrics are"
+        effect = f": {mean} over the others" if split == "val" else ""
         of = f"{sources.named(missing)} of {len(dataset.classes)}"
         _warn_once(f"config.data.path: {dataset.split} has no images of {of}{effect}")
     return dataset
@@ -149,6 +156,11 @@ def count_classes(config: ConfigDict, source: sources.Dataset) -> int:
         return found
     if config.num_classes < found:
         raise UserError(f"config.num_classes: {config.num_classes} but the data have {found} classes: leave it unset")
+    if config.task == "multilabel" and config.num_classes > found:
+        raise UserError(
+            f"config.num_classes: {config.num_classes} but the data have {found} classes, and an output without a "
+            "class would learn to say no (config.task=multilabel): leave it unset"
+        )
     return config.num_classes
 
 
@@ -161,7 +173,7 @@ def _choose_kernels(config: ConfigDict, device: base.Device, policy: Policy) -> 
 
 
 def build_model(config: ConfigDict, num_classes: int) -> pcpvt.PCPVT:
-    return pcpvt.build(config.model.name, num_classes, config.model.pad, config.model.in_chans)
+    return pcpvt.build(config.model.name, num_classes, config.model.pad, config.model.in_chans, config.task)
 
 
 def workers(session: Session, dataset: sources.Dataset) -> int:

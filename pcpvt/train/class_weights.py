@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcpvt.data.classes import known_labels, labels_of
+from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
 from pcpvt.errors import UserError
 
@@ -29,10 +30,14 @@ def of_run(setting: str, dataset: Dataset, outputs: int) -> ClassWeights:
         UserError: when the file cannot be read or does not fit the classes.
     """
     classes = dataset.classes
-    labels = labels_of(dataset) if setting == "balanced" else known_labels(dataset)
-    counts = None if labels is None else np.bincount(labels, minlength=outputs).tolist()
+    several = isinstance(dataset, LabelSets)
+    if isinstance(dataset, LabelSets):
+        counts = dataset.counts.tolist()
+    else:
+        labels = labels_of(dataset) if setting == "balanced" else known_labels(dataset)
+        counts = None if labels is None else np.bincount(labels, minlength=outputs).tolist()
     if setting == "none":
-        unequal = [] if counts is None else imbalance(counts[: len(classes)], classes)
+        unequal = [] if counts is None else imbalance(counts[: len(classes)], classes, several=several)
         return ClassWeights(None, [], unequal)
     if setting == "balanced":
         assert counts is not None
@@ -53,16 +58,34 @@ def balanced(counts: Sequence[int]) -> list[float]:
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
-def imbalance(counts: Sequence[int], classes: Sequence[str]) -> list[str]:
+def imbalance(counts: Sequence[int], classes: Sequence[str], *, several: bool = False) -> list[str]:
     """A warning where the largest class has more than UNEQUAL times the images of the smallest that has any."""
     found = [(count, name) for count, name in zip(counts, classes, strict=True) if count]
     (least, rare), (most, frequent) = min(found), max(found)
     if most <= UNEQUAL * least:
         return []
+    advice = "judge by balanced_acc, and consider --config.class_weights=balanced and --config.best=balanced_acc"
+    if several:
+        advice = "judge by map and average_precision, where every class counts the same"
     return [
         f"the classes differ {most / least:.3g}-fold in number: {frequent} has {most} training images, {rare} {least}: "
-        "judge by balanced_acc, and consider --config.class_weights=balanced and --config.best=balanced_acc"
+        f"{advice}"
     ]
+
+
+def check_same(setting: str, workdir: object, stored: Sequence[float] | None, weights: Sequence[float] | None) -> None:
+    """Raises UserError unless a run goes on with the weights that it began with (`stored`).
+
+    A file may have changed, or the images of the classes that `balanced` counts.
+    """
+    if stored == weights or setting == "none":
+        return
+    pairs = enumerate(zip(stored or [], weights or [], strict=False))
+    changed = next((f"output {i}: {before:g} there, {now:g} here" for i, (before, now) in pairs if before != now), "")
+    raise UserError(
+        f"config.class_weights: {setting}: the weights are no longer those that {workdir} was trained with"
+        f"{f' ({changed})' if changed else ''}: restore them, or start anew with another --workdir"
+    )
 
 
 def read(path: str, classes: Sequence[str]) -> list[float]:

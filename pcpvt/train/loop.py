@@ -14,7 +14,7 @@ from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals, stacks
 from pcpvt.errors import FaultError, UserError
 from pcpvt.evaluate import mistakes
-from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, recall
+from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, per_class
 from pcpvt.functional.state import TrainState
 from pcpvt.train import history as histories
 from pcpvt.train import preflight
@@ -200,16 +200,16 @@ def _evaluate(
 ) -> tuple[History, bool]:
     """Evaluate the current parameters; returns the history, and whether a signal stopped the evaluation.
 
-    With EMA the metrics are those of the averaged weights; `acc1_raw` and `loss_raw` are those of the weights.
+    With EMA the metrics are those of the averaged weights; `acc1_raw` (or `map_raw`) and `loss_raw` are those of the
+    weights.
     """
     session, data, step = setup.session, setup.split.dataset, int(state.step)
-    began, predictions = time.perf_counter(), mistakes.PredictionLog(len(data))
+    began = time.perf_counter()
     weights = [session.inference(params) for params in (state.ema, state.params) if params]
     summaries = evaluate(
         session,
         setup.split,
         lambda batch: [setup.eval_step(params, batch) for params in weights],
-        observe=predictions,
         stop=stop_requested,
     )
     if summaries is None:
@@ -217,13 +217,14 @@ def _evaluate(
     evaluation, *others = summaries
     metrics = evaluation.metrics
     for other in others:
-        metrics |= {f"{name}_raw": other.metrics[name] for name in ("acc1", "loss")}
+        metrics |= {f"{name}_raw": other.metrics[name] for name in (session.task.metrics[0], "loss")}
     entry = histories.eval_record(setup.plan, step, metrics, time.perf_counter() - began)
     for writer in writers:
         writer.record(entry)
     history = histories.add_evaluation(history, step, metrics, session.config.best)
     if history.best is not None and history.best["step"] == step:
-        about = {"step": step, "recall": recall(evaluation, data.classes)}
-        mistakes.write(session, predictions, data, about, setup.console.warn)
+        about = {"step": step, **per_class(evaluation, data.classes)}
+        assert evaluation.log is not None  # it is of the first model
+        mistakes.write(session, evaluation.log, data, about, setup.console.warn)
     saver.add_evaluation(state, checkpoint_meta(setup, history))
     return history, False

@@ -16,7 +16,8 @@ from pcpvt.runtime.console import Console
 from pcpvt.runtime.session import Session
 from pcpvt.train.history import Clock, Window
 
-_SCORES = ("acc1", "acc5", "loss", "seen")
+_SCORES = ("loss", "seen")
+_TASK = {False: ("acc1", "acc5"), True: ("map", "macro_f1", "micro_f1")}  # by whether there are several labels
 # The objects that a run continues from, with their numbers; `checkpoints.checkpoint` checks the types of other parts.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "window": Window._fields, "clock": Clock._fields, "metrics": _SCORES, "best": (*_SCORES, "step"),
@@ -48,7 +49,10 @@ def _has_numbers(name: str, value: Any) -> bool:
     """Whether a value has the numbers that REQUIRED lists; an evaluation that did not take place is null."""
     if value is None:
         return name in ("metrics", "best")
-    return isinstance(value, dict) and all(isinstance(value.get(number), int | float) for number in REQUIRED[name])
+    if not isinstance(value, dict):
+        return False
+    numbers = REQUIRED[name] if name in ("window", "clock") else (*REQUIRED[name], *_TASK["map" in value])
+    return all(isinstance(value.get(number), int | float) for number in numbers)
 
 
 def check_compatible(session: Session, meta: dict[str, Any], classes: list[str], examples: int) -> list[str]:

@@ -114,7 +114,7 @@ def _conclude(setup: TrainSetup, state: TrainState, history: History) -> None:
     if session.world.is_main:
         records.write_json(session.workdir / "result.json", result)
     say("")
-    if result["acc1"] is not None:
+    if result[session.task.metrics[0]] is not None:
         say(f"final accuracy: {metrics_line(result)} (best in {session.config.best}, step {result['best_step']})")
     time = duration(result["seconds"])
     say(f"final images/s: {result['images_per_sec']:.1f}   end-to-end duration: {time}")
@@ -134,32 +134,33 @@ def _propose(setup: TrainSetup) -> None:
 
 
 def _result(setup: TrainSetup, step: int, history: History) -> dict[str, Any]:
-    session, plan, best = setup.session, setup.plan, history.best or {}
+    session, plan, best, names = setup.session, setup.plan, history.best or {}, setup.session.task.metrics
     best_step = best.get("step", step)
     # Validation images that were left out, and draws of training images that were replaced.
     counts = {"unreadable": best.get("unreadable"), "replaced": history.replaced}
     return {
         "mode": "train",
-        **{name: best.get(name) for name in ("acc1", "acc5", "balanced_acc", "macro_f1", "loss")},
-        **{name: best[name] for name in ("acc1_raw", "loss_raw") if name in best},
+        **{name: best.get(name) for name in names},
+        **{name: best[name] for name in (f"{names[0]}_raw", "loss_raw") if name in best},
         "best_step": best_step, "images": step * plan.batch,
         "images_per_sec": round(history.images_per_sec(plan.batch), 2),
         "epochs": step * plan.batch / plan.examples, "steps": step,
         "seconds": round(elapsed(setup, history), 2), "n_parameters": pcpvt.n_parameters(setup.model),
         "checkpoint": str(session.checkpoints / checkpoint.name_of(best_step)), "last": history.metrics,
         "split": setup.split.dataset.split,
-        "device": session.device.describe(), "processes": session.world.size, "recall": _recall(session, best_step),
+        "device": session.device.describe(), "processes": session.world.size, **_per_class(session, best_step),
         **{name: count for name, count in counts.items() if count},
     }  # fmt: skip
 
 
-def _recall(session: Session, best_step: int) -> dict[str, float] | None:
-    """The recall of each class at the best step, from the details of that evaluation; None where they are missing."""
+def _per_class(session: Session, best_step: int) -> dict[str, Any]:
+    """The figures of each class at the best step, from the details of that evaluation; None where they are missing."""
+    names, details = ["recall"], {}
+    if session.config.task == "multilabel":
+        names += ["f1", "average_precision"]
     with contextlib.suppress(UserError):
         details = stored.read_config(session.workdir / records.DETAILS)
-        if details.get("step") == best_step:
-            return details.get("recall")
-    return None
+    return {name: details.get(name) if details.get("step") == best_step else None for name in names}
 
 
 def _earlier_result(session: Session, result: dict[str, Any]) -> dict[str, Any] | None:

@@ -80,6 +80,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     resumed = resume.newest(session, console)
     notes = resume.check_compatible(session, resumed.meta, classes, plan.examples) if resumed else []
     first_step = resumed.meta["step"] if resumed else 0
+    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
+    if resumed and "class_weights" in resumed.meta:  # earlier versions did not store them
+        class_weights.check_same(config.class_weights, session.workdir, resumed.meta["class_weights"], weights)
     batches = train_batches(session, model, train_data)
     train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
     turns = audit.turns(session)
@@ -102,10 +105,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     meta = {
         "config": stored.flat(config) | resume.origin(resumed),
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
-        "image_size": list(session.size), "examples": plan.examples,
+        "image_size": list(session.size), "examples": plan.examples, "class_weights": weights,
     }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
-    weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
     notes = [*notes, *said]
     for warning in warnings:
         warn_once(warning)
@@ -113,7 +115,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     stopwatch = stragglers.Stopwatch(session)
     hooks = {"inspect": auditor.inspect if turns.every else None, "psum": stopwatch.psum(collectives.psum)}
     train = auditor.around(train_step(session, model, plan, opt, weights, **hooks))
-    score = step.make_eval_step(session.predictor(model))
+    score = step.make_eval_step(session.predictor(model), session.task.sums)
     notes += [auditor.note()] if turns.every else []
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
     setup = TrainSetup(

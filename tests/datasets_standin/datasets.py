@@ -21,7 +21,8 @@ class ClassLabel:
 
 
 class List:
-    pass
+    def __init__(self, feature=None):
+        self.feature = feature
 
 
 class Value:
@@ -42,7 +43,13 @@ COLUMNS = {
     "gaps": (Value("string"), lambda i: None if i == 2 else "a"),
     "unknown": (ClassLabel(), lambda i: -1 if i == 5 else i % 2),
 }  # fmt: skip
+SCENES = {
+    "image": (Image(), _png), "tags": (List(ClassLabel()), lambda i: [[], [0], [1, 0], [1]][i % 4]),
+    "words": (List(Value("string")), lambda i: [["sea"], ["sky", "sea"], []][i % 3]),
+    "caption": (Value("string"), lambda i: "sea"), "holes": (List(ClassLabel()), lambda i: None if i == 1 else [0]),
+}  # fmt: skip
 SETS = {
+    "scenes": (SCENES, {"train": 8, "test": 4}),
     "pets": (COLUMNS, {"train": 8, "test": 4}),
     "odd": ({"x": COLUMNS["img"], "y": COLUMNS["labels"], "t": COLUMNS["text"]}, {"train": 8}),
 }
