@@ -1,0 +1,75 @@
+"""What every format of `--mode=export` is: how its files are called, what it needs, and a function that writes one."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pcpvt import rng
+from pcpvt.checkpoints.load import LoadedModel
+from pcpvt.errors import UserError
+from pcpvt.models import pcpvt
+from pcpvt.models.pcpvt import PCPVT, Params
+from pcpvt.runtime.session import Session
+
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1; float32 rounding over 41 blocks is a hundred times less
+COMPARED = (1, 3)  # batch sizes
+
+Size = tuple[int, int]  # height, width
+Network = Callable[[Tensor], Any]  # of a written file: normalised images `[b, channels, h, w]` to logits `[b, classes]`
+
+
+class Request(NamedTuple):
+    """What is exported."""
+
+    session: Session
+    output: Path  # where the file will be
+    loaded: LoadedModel
+    params: Params  # of the model, float32
+    description: dict[str, Any]  # JSON, for the file to contain; see `run.describe`
+
+
+class Written(NamedTuple):
+    """What a format has written."""
+
+    cases: list[dict[str, Any]]  # in which it was compared with the model, see `compare`
+    notes: list[str]  # for the log: why it was not compared, how to use it
+
+
+class Format(NamedTuple):
+    """One value of `config.export.format`."""
+
+    suffix: str  # of the file
+    write: Callable[[Request, Path], Written]  # writes the file, in a new folder whose files are kept, and compares it
+    dynamic_size: bool  # whether config.export.dynamic_size can be
+    packages: tuple[str, ...] = ()  # that it needs beside those of pcpvt
+    extra: str = ""  # that installs them
+
+
+def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str) -> list[dict[str, Any]]:
+    """Compares a written model's logits with ours at each size and each batch size of COMPARED.
+
+    Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above TOLERANCE.
+    """
+    cases = []
+    for size, batch in itertools.product(sizes, COMPARED):
+        noise = rng.generator(0, "export", batch, *size).standard_normal(
+            (batch, model.in_chans, *size), dtype=np.float32
+        )
+        images = torch.from_numpy(noise)
+        with torch.no_grad():
+            expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
+            difference = (torch.as_tensor(network(images)) - expected).abs().max().item()
+        relative = difference / max(1.0, expected.abs().max().item())
+        if not relative <= TOLERANCE:  # also nan
+            raise UserError(
+                f"config.export.format: the {what}, with batch {batch} at {size[0]}x{size[1]} px, differs from the "
+                f"model by {relative:.1e}: it was not kept: try another version of torch"
+            )
+        cases.append({"batch": batch, "size": list(size), "difference": relative})
+    return cases

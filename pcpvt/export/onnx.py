@@ -1,0 +1,59 @@
+"""`config.export.format=onnx`: ONNX, for every runtime and converter.
+
+`atc` gives the command from ONNX to Ascend's offline `.om`; a file is for one batch size and one SoC:
+
+- `npu-smi info` names the SoC, for example Ascend310P3.
+- ATC reads opsets 9 to 18 since CANN 7.0; the files here are opset 18, and their LayerNormalization needs 17.
+- ATC's default precision, `fp16`, also forces norms and softmax into 16 bits; `mixed_float16` keeps those in float32,
+  `origin` keeps all. Compare the `.om` with onnxruntime on some images before using it.
+- ATC takes uint8 images only through AIPP (`--insert_op_conf`), which can also do the normalisation.
+- Not verified here, because CANN was not available: the conversion itself, its accuracy and its speed.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from pcpvt.errors import suppress_logging
+from pcpvt.export.formats import Format, Network, Request, Size, Written, compare
+from pcpvt.export.graph import capture
+
+OPSET = 18  # the highest that ATC reads
+
+
+def write(request: Request, path: Path) -> Written:
+    session, model, params = request.session, request.loaded.model, request.params
+    program, sizes = capture(model, params, session.size, session.config.export.dynamic_size)
+    network = write_onnx(program, path, json.dumps(request.description))
+    cases = compare(model, params, sizes, network, "ONNX file")
+    return Written(cases, [f"for Ascend, where CANN is (not verified here): {atc(request.output, session.size)}"])
+
+
+def write_onnx(program: ExportedProgram, path: Path, description: str) -> Network:
+    """Writes ONNX with the description in its metadata, and loads it into onnxruntime."""
+    import onnxruntime
+
+    with suppress_logging():
+        onnx = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
+        )
+    assert onnx is not None
+    onnx.model.metadata_props["description"] = description
+    onnx.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["description"] == description
+    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+
+
+def atc(path: Path, size: Size, batch: int = 8) -> str:
+    """The command that converts an ONNX file to an `.om` for one batch size; see the top of this module."""
+    return (
+        f"atc --framework=5 --model={path} --output={path.with_suffix('')}_b{batch} --input_format=NCHW "
+        f'--input_shape="images:{batch},3,{size[0]},{size[1]}" --soc_version=YOUR_SOC '
+        "--precision_mode_v2=mixed_float16"
+    )
+
+
+FORMAT = Format(".onnx", write, True, ("onnx", "onnxscript", "onnxruntime"), "export")
