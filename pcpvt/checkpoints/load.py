@@ -54,8 +54,8 @@ def load_model(
     """The weights of one file, with their model.
 
     Args:
-        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, or a workdir, for its
-            best checkpoint.
+        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, a folder of such a
+            model, or a workdir, for its best checkpoint.
         model: a name of `models.pcpvt.SPECS`; empty: the one that the weights belong to.
         num_classes: outputs that the model must have; None: as many as the file's head has.
         which: "params", "ema", or "auto" (see `foreign.read`).
@@ -139,7 +139,7 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
     Without `path` (`config.checkpoint`) the first file among the members of an ensemble decides, else the workdir.
     """
     file = os.path.expanduser(path or next((name for name in members if name not in OWN), ""))
-    if not file or Path(file).is_dir():
+    if not file or (Path(file).is_dir() and not hub.is_folder(Path(file))):
         where = Path(file or workdir) / "config.json"
         return stored.read_config(where), str(where)
     config = checkpoint.read_meta(Path(file)).get("config") if checkpoint.is_checkpoint(file) else None
@@ -154,6 +154,8 @@ def describe(path: str, which: str = "auto") -> Description:
     path = os.path.expanduser(path)
     if hub.is_name(path):
         return hub.describe(path)
+    if hub.is_folder(Path(path)):
+        return foreign.describe_folder(Path(path))
     if Path(path).is_dir():
         where = Path(path) / "config.json"
         if not where.is_file():

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from pcpvt.config import licences
+
 from pcpvt.config.checks import (  # isort: skip
     Check, anything, area, at_least, below, between, duration, interval, model, one_of, precision, randaugment, regex,
     value_range,
@@ -163,9 +165,12 @@ FIELDS = {
     "eval.batch_size": Field(0, "global evaluation batch; 0: as the training batch, bounded", FREE, at_least(0)),
     "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
         FREE),
-    "export.format": Field("timm", "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export)",
-        FREE, one_of("timm", "onnx", "pt2")),
-    "export.output": Field("", "file to write; unset: export/ in the workdir", FREE),
+    "export.format": Field("timm",
+        "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export) | hub (folder for timm, Transformers)",
+        FREE, one_of("timm", "onnx", "pt2", "hub")),
+    "export.output": Field("", "file or folder to write; unset: in export/ of the workdir", FREE),
+    "export.license": Field("", "hub: licence of the model card, such as apache-2.0, or NAME=URL; unset: not stated",
+        FREE, licences.check),
     "export.dynamic_size": Field(False, "onnx, pt2: any image size from 33 px, not only config.image_size", FREE),
     "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",

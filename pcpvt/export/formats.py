@@ -44,7 +44,7 @@ class Written(NamedTuple):
 class Format(NamedTuple):
     """One value of `config.export.format`."""
 
-    suffix: str  # of the file
+    suffix: str  # of the file; empty: it is a folder
     write: Callable[[Request, Path], Written]  # writes the file, in a new folder whose files are kept, and compares it
     dynamic_size: bool  # whether config.export.dynamic_size can be
     packages: tuple[str, ...] = ()  # that it needs beside those of pcpvt

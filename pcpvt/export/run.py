@@ -3,6 +3,7 @@
     --config.export.format=timm     safetensors for timm.create_model(NAME, num_classes=N, checkpoint_path=FILE)
     --config.export.format=onnx     ONNX for any batch; with --config.export.dynamic_size=true also any size from 33 px
     --config.export.format=pt2      torch.export, likewise; torch.export.load(FILE).module()(images)
+    --config.export.format=hub      a folder for timm.create_model("local-dir:FOLDER") and Transformers
 
 Each file contains a JSON description: class names, size, normalisation. A graph (onnx, pt2) takes `images`, float32
 `[batch, 3, height, width]`, RGB, normalised ((pixel / 255 - mean) / std), as deployment tools supply them, and returns
@@ -22,7 +23,7 @@ import torch
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import onnx, pt2, timm
+from pcpvt.export import folders, hub, onnx, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
@@ -30,7 +31,7 @@ from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-FORMATS: dict[str, Format] = {"timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT}
+FORMATS: dict[str, Format] = {"timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT, "hub": hub.FORMAT}
 
 
 def run(session: Session) -> int:
@@ -60,9 +61,9 @@ def run(session: Session) -> int:
         # The final name appears only after the file has been compared.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             written = chosen.write(request, Path(folder) / path.name)
-            size = sum(file.stat().st_size for file in Path(folder).iterdir())
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # what it needs first
-                os.replace(file, path.parent / file.name)
+                (folders.replace if file.is_dir() else os.replace)(file, path.parent / file.name)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): check folder and free space") from None
     seconds = time.perf_counter() - began
@@ -83,11 +84,14 @@ def run(session: Session) -> int:
 
 
 def destination(session: Session) -> Path:
-    """The path of the file to write, in a folder that is created; UserError if it cannot, or for another ending."""
+    """The path to write, in a folder that is created; UserError if it cannot, for another ending, or if it is taken."""
     export, name = session.config.export, session.config.model.name
     suffix = FORMATS[export.format].suffix
-    path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / f"{name}{suffix}"
-    if path.suffix != suffix:
+    name += suffix or f"-{export.format}"  # folders have no suffix
+    path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / name
+    if not suffix:
+        folders.check(path)
+    elif path.suffix != suffix:
         raise UserError(f"config.export.output: {path}: {export.format} files end in {suffix}: rename it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
