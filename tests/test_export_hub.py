@@ -1,4 +1,4 @@
-"""The folder of `export.format=hub`: timm, Transformers and pcpvt itself load it with equal logits, without a network."""
+"""The folder of `export.format=hub`: timm, Transformers and pcpvt itself load it with equal logits, offline."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_invalid_request_is_one_line(tmp_path, fields, message):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"architecture": "resnet50"}, "is 'resnet50', no Twins-PCPVT"),
+    ({"architecture": "resnet50"}, "is resnet50, no Twins-PCPVT"),
     ({"architecture": "twins_pcpvt_small"}, "holds config.json, but neither"),
 ])  # fmt: skip
 def test_another_folder_is_one_line(tmp_path, config, message):

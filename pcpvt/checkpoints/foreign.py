@@ -102,7 +102,8 @@ def _from_hub(name: str, which: str) -> Weights:
 
 
 def _from_folder(path: Path, which: str) -> Weights:
-    return _described(read(hub.folder_weights(path), which=which), describe_folder(path))
+    said = describe_folder(path)
+    return _described(read(hub.folder_weights(path), which=which), said)
 
 
 def describe_folder(path: Path) -> Description:
