@@ -14,8 +14,8 @@ from ml_collections.config_dict import placeholder
 from pcpvt.config import licences
 
 from pcpvt.config.checks import (  # isort: skip
-    Check, anything, area, at_least, below, between, duration, interval, model, one_of, precision, randaugment, regex,
-    value_range,
+    Check, anything, area, at_least, below, between, counts, duration, interval, model, one_of, precision, randaugment,
+    regex, value_range,
 )  # fmt: skip
 from pcpvt.config.stored import nested
 from pcpvt.errors import UserError
@@ -166,12 +166,16 @@ FIELDS = {
     "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
         FREE),
     "export.format": Field("timm",
-        "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export) | hub (folder for timm, Transformers)",
-        FREE, one_of("timm", "onnx", "pt2", "hub")),
+        "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export) | hub (folder for timm, Transformers) | "
+        "om (kit for Ascend's .om)", FREE, one_of("timm", "onnx", "pt2", "hub", "om")),
     "export.output": Field("", "file or folder to write; unset: in export/ of the workdir", FREE),
     "export.license": Field("", "hub: licence of the model card, such as apache-2.0, or NAME=URL; unset: not stated",
         FREE, licences.check),
-    "export.dynamic_size": Field(False, "onnx, pt2: any image size from 33 px, not only config.image_size", FREE),
+    "export.batches": Field("1,16", "om: batch sizes by comma, an ONNX file each", FREE, counts),
+    "export.calibration": Field(
+        64, "om: training images for calibration, and validation images for the check; 0: none", FREE, at_least(0)),
+    "export.dynamic_size": Field(
+        False, "onnx, pt2: any image size from 33 px, not only config.image_size; om: such a file too", FREE),
     "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),

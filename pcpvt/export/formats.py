@@ -51,13 +51,15 @@ class Format(NamedTuple):
     extra: str = ""  # that installs them
 
 
-def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str) -> list[dict[str, Any]]:
-    """Compares a written model's logits with ours at each size and each batch size of COMPARED.
+def compare(
+    model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str, batches: Sequence[int] = COMPARED
+) -> list[dict[str, Any]]:
+    """Compares a written model's logits with ours at each size and each batch size.
 
     Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above TOLERANCE.
     """
     cases = []
-    for size, batch in itertools.product(sizes, COMPARED):
+    for size, batch in itertools.product(sizes, batches):
         noise = rng.generator(0, "export", batch, *size).standard_normal(
             (batch, model.in_chans, *size), dtype=np.float32
         )

@@ -4,6 +4,7 @@
     --config.export.format=onnx     ONNX for any batch; with --config.export.dynamic_size=true also any size from 33 px
     --config.export.format=pt2      torch.export, likewise; torch.export.load(FILE).module()(images)
     --config.export.format=hub      a folder for timm.create_model("local-dir:FOLDER") and Transformers
+    --config.export.format=om       a folder with all that a conversion to Ascend's .om needs
 
 Each file contains a JSON description: class names, size, normalisation. A graph (onnx, pt2) takes `images`, float32
 `[batch, 3, height, width]`, RGB, normalised ((pixel / 255 - mean) / std), as deployment tools supply them, and returns
@@ -23,7 +24,7 @@ import torch
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import folders, hub, onnx, pt2, timm
+from pcpvt.export import folders, hub, om, onnx, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
@@ -31,7 +32,13 @@ from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-FORMATS: dict[str, Format] = {"timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT, "hub": hub.FORMAT}
+FORMATS: dict[str, Format] = {
+    "timm": timm.FORMAT,
+    "onnx": onnx.FORMAT,
+    "pt2": pt2.FORMAT,
+    "hub": hub.FORMAT,
+    "om": om.FORMAT,
+}
 
 
 def run(session: Session) -> int:
