@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from pcpvt import rng
 from pcpvt.checkpoints.load import LoadedModel
 from pcpvt.errors import UserError
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
+from pcpvt.runners import exported
+from pcpvt.runners.graph import Network
 from pcpvt.runtime.session import Session
 
 TOLERANCE = 1e-4  # relative to the largest logit, or to 1; float32 rounding over 41 blocks is a hundred times less
 COMPARED = (1, 3)  # batch sizes
 
 Size = tuple[int, int]  # height, width
-Network = Callable[[Tensor], Any]  # of a written file: normalised images `[b, channels, h, w]` to logits `[b, classes]`
 
 
 class Request(NamedTuple):
@@ -51,6 +51,13 @@ class Format(NamedTuple):
     extra: str = ""  # that installs them
 
 
+def reopen(path: Path, description: str) -> Network:
+    """The network of a graph that was written, in float32, as whoever uses the file gets it."""
+    graph = exported.read(path)
+    assert graph.description == description, graph.description
+    return exported.start(path, graph, torch.float32)[0]
+
+
 def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str) -> list[dict[str, Any]]:
     """Compares a written model's logits with ours at each size and each batch size of COMPARED.
 
@@ -64,7 +71,7 @@ def compare(model: PCPVT, params: Params, sizes: Sequence[Size], network: Networ
         images = torch.from_numpy(noise)
         with torch.no_grad():
             expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
-            difference = (torch.as_tensor(network(images)) - expected).abs().max().item()
+            difference = (network(images) - expected).abs().max().item()
         relative = difference / max(1.0, expected.abs().max().item())
         if not relative <= TOLERANCE:  # also nan
             raise UserError(

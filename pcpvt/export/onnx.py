@@ -17,8 +17,10 @@ import torch
 from torch.export import ExportedProgram
 
 from pcpvt.errors import suppress_logging
-from pcpvt.export.formats import Format, Network, Request, Size, Written, compare
+from pcpvt.export.formats import Format, Request, Size, Written, compare, reopen
 from pcpvt.export.graph import capture
+from pcpvt.runners.graph import Network
+from pcpvt.runners.onnx import DESCRIPTION
 
 OPSET = 18  # the highest that ATC reads
 
@@ -33,18 +35,14 @@ def write(request: Request, path: Path) -> Written:
 
 def write_onnx(program: ExportedProgram, path: Path, description: str) -> Network:
     """Writes ONNX with the description in its metadata, and loads it into onnxruntime."""
-    import onnxruntime
-
     with suppress_logging():
         onnx = torch.onnx.export(
             program, input_names=["images"], output_names=["logits"], opset_version=OPSET, verbose=False
         )
     assert onnx is not None
-    onnx.model.metadata_props["description"] = description
+    onnx.model.metadata_props[DESCRIPTION] = description
     onnx.save(str(path), external_data=False)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert session.get_modelmeta().custom_metadata_map["description"] == description
-    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+    return reopen(path, description)
 
 
 def atc(path: Path, size: Size, batch: int = 8) -> str:

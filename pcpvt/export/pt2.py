@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from pcpvt.export.formats import Format, Network, Request, Written, compare
+from pcpvt.export.formats import Format, Request, Written, compare, reopen
 from pcpvt.export.graph import capture
-
-DESCRIPTION = "description.json"  # the name of the description inside the archive
+from pcpvt.runners.graph import Network
+from pcpvt.runners.pt2 import DESCRIPTION
 
 
 def write(request: Request, path: Path) -> Written:
@@ -25,10 +25,7 @@ def write_pt2(program: ExportedProgram, path: Path, description: str) -> Network
     buffer = io.BytesIO()  # on a full disk, PyTorch's own file writer ends the process
     torch.export.save(program, buffer, extra_files={DESCRIPTION: description})
     path.write_bytes(buffer.getbuffer())
-    extra = {DESCRIPTION: ""}
-    loaded = torch.export.load(path, extra_files=extra).module()
-    assert extra[DESCRIPTION] == description, extra
-    return loaded
+    return reopen(path, description)
 
 
 FORMAT = Format(".pt2", write, dynamic_size=True)

@@ -11,7 +11,6 @@ softmax, layer norm, erf and one depthwise convolution per stage, which every co
 and needs no device.
 """
 
-import importlib.util
 import os
 import tempfile
 import time
@@ -22,15 +21,18 @@ import torch
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import onnx, pt2, timm
+from pcpvt.export import onnx, openvino, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
+from pcpvt.runners.exported import require
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
-FORMATS: dict[str, Format] = {"timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT}
+FORMATS: dict[str, Format] = {
+    "timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT, "openvino": openvino.FORMAT,
+}  # fmt: skip
 
 
 def run(session: Session) -> int:
@@ -44,11 +46,7 @@ def run(session: Session) -> int:
         raise UserError(
             f"config.export.dynamic_size: weights for {export.format} have no size: leave it out, or use {able}"
         )
-    for name in chosen.packages:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"config.export.format: {export.format} needs the package {name}: pip install 'pcpvt[{chosen.extra}]'"
-            )
+    require(chosen.packages, chosen.extra, f"config.export.format: {export.format}")
     path = destination(session)
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
