@@ -166,7 +166,7 @@ FIELDS = {
     "export.format": Field("timm", "timm (safetensors for timm.create_model) | onnx | openvino | pt2 (torch.export)",
         FREE, one_of("timm", "onnx", "openvino", "pt2")),
     "export.output": Field("", "file to write; unset: export/ in the workdir", FREE),
-    "export.dynamic_size": Field(False, "onnx, openvino, pt2: any image size from 33 px, not only config.image_size", FREE),
+    "export.dynamic_size": Field(False, "of graphs: any image size from 33 px, not only config.image_size", FREE),
     "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),
