@@ -18,8 +18,8 @@ PACKAGE = ROOT / "pcpvt"
 
 # Upper rooms first; a room imports itself and rooms below it.
 ROOMS = [
-    "main", "api", "bench", "train", "export", "predict", "evaluate", "report", "runtime", "checkpoints", "config",
-    "data", "images", "readers", "distributed", "devices", "functional", "models", "rng", "errors",
+    "main", "api", "bench", "train", "export", "predict", "evaluate", "runners", "report", "runtime", "checkpoints",
+    "config", "data", "images", "readers", "distributed", "devices", "functional", "models", "rng", "errors",
     "torchvision_compat",
 ]  # fmt: skip
 PURE = {"functional", "models"}

@@ -31,6 +31,7 @@ _EMA = ("model_ema", "state_dict_ema", "ema")
 DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
 _MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
 MAX_LISTED = 10  # entries in an error
+GRAPHS = (".onnx", ".xml", ".pt2")  # files of `--mode=export` that hold no weights by name
 
 
 class Weights(NamedTuple):
@@ -75,6 +76,11 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weig
             raise UserError(f"{path}: a folder: name the weights file inside it")
         if not path.is_file():
             raise UserError(f"{path}: no such file: give a .pth, .pt or .safetensors file, or timm:NAME")
+        if path.suffix in GRAPHS:
+            raise UserError(
+                f"{path}: an exported graph, which --mode=eval and predict alone take as config.checkpoint: give the "
+                "checkpoint that it was exported from"
+            )
         with path.open("rb") as file:
             start = file.read(9)
         if not start:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from pcpvt.checkpoints.foreign import Weights
-from pcpvt.checkpoints.load import LoadedModel, class_names
+from pcpvt.checkpoints.load import Classifier, class_names
 from pcpvt.data.classes import Relabelled, class_order, labels_of, orders_differ, read_map
 from pcpvt.data.sources import Dataset
 from pcpvt.errors import UserError
@@ -55,7 +55,7 @@ def wordnet_ids() -> list[str]:
     return list(ImageNetInfo().label_names())
 
 
-def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
+def match(loaded: Classifier, dataset: Dataset, config: ConfigDict) -> Matched:
     """The dataset under labels that are the model's outputs; classes that the model does not know are left out.
 
     `config.num_classes` confirms that the data's classes, if fewer, are the first outputs. `config.data.class_order`
@@ -64,7 +64,7 @@ def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
     Raises:
         UserError: when no class of the data is known to the model, or nothing tells which outputs they are.
     """
-    outputs, classes, path = loaded.model.num_classes, dataset.classes, loaded.path
+    outputs, classes, path = loaded.outputs, dataset.classes, loaded.path
     num_classes, order, class_map = config.num_classes, config.data.class_order, config.data.class_map
     if class_map and read_map(class_map).positional:
         if len(classes) > outputs:

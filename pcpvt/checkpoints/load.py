@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from ml_collections import ConfigDict
@@ -30,6 +30,19 @@ HEAD = ("head.weight", "head.bias")
 Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
+class Classifier(Protocol):
+    """A model whose outputs may have names."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def classes(self) -> list[str] | None: ...
+
+
 class LoadedModel(NamedTuple):
     """Weights that fit their model, and what is known about them."""
 
@@ -45,6 +58,11 @@ class LoadedModel(NamedTuple):
     def classes(self) -> list[str] | None:
         """Names of its training data's classes, where the file gives them."""
         return self.said.classes
+
+    @property
+    def outputs(self) -> int:
+        """The number of its classes."""
+        return self.model.num_classes
 
 
 def load_model(
@@ -114,9 +132,9 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
     raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
 
 
-def class_names(loaded: LoadedModel) -> list[str]:
+def class_names(loaded: Classifier) -> list[str]:
     """Names of the outputs: from the file, ImageNet's for 1000 unnamed ones, numbers for the rest."""
-    outputs = loaded.model.num_classes
+    outputs = loaded.outputs
     names = list(loaded.classes or ())
     if loaded.classes is None and outputs == 1000:
         from pcpvt import torchvision_compat  # noqa: F401 - before timm

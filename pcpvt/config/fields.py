@@ -166,16 +166,17 @@ FIELDS = {
     "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
         FREE),
     "export.format": Field("timm",
-        "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export) | hub (folder for timm, Transformers) | "
-        "om (kit for Ascend's .om)", FREE, one_of("timm", "onnx", "pt2", "hub", "om")),
+        "timm (safetensors for timm.create_model) | onnx | openvino | pt2 (torch.export) | hub (folder for timm, "
+        "Transformers) | om (kit for Ascend's .om)",
+        FREE, one_of("timm", "onnx", "openvino", "pt2", "hub", "om")),
     "export.output": Field("", "file or folder to write; unset: in export/ of the workdir", FREE),
+    "export.dynamic_size": Field(False, "of graphs: any image size from 33 px, not only config.image_size", FREE),
+    "export.preprocess": Field(False, "onnx, openvino, pt2: uint8 [b, h, w, channels] in, probabilities out", FREE),
     "export.license": Field("", "hub: licence of the model card, such as apache-2.0, or NAME=URL; unset: not stated",
         FREE, licences.check),
     "export.batches": Field("1,16", "om: batch sizes by comma, an ONNX file each", FREE, counts),
     "export.calibration": Field(
         64, "om: training images for calibration, and validation images for the check; 0: none", FREE, at_least(0)),
-    "export.dynamic_size": Field(
-        False, "onnx, pt2: any image size from 33 px, not only config.image_size; om: such a file too", FREE),
     "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),

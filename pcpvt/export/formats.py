@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from pcpvt import rng
 from pcpvt.checkpoints.load import LoadedModel
 from pcpvt.errors import UserError
+from pcpvt.functional.objective import make_predict
 from pcpvt.models import pcpvt
 from pcpvt.models.pcpvt import PCPVT, Params
+from pcpvt.runners import exported
+from pcpvt.runners.graph import Network
 from pcpvt.runtime.session import Session
 
 TOLERANCE = 1e-4  # relative to the largest logit, or to 1; float32 rounding over 41 blocks is a hundred times less
 COMPARED = (1, 3)  # batch sizes
 
 Size = tuple[int, int]  # height, width
-Network = Callable[[Tensor], Any]  # of a written file: normalised images `[b, channels, h, w]` to logits `[b, classes]`
 
 
 class Request(NamedTuple):
@@ -49,24 +50,37 @@ class Format(NamedTuple):
     dynamic_size: bool  # whether config.export.dynamic_size can be
     packages: tuple[str, ...] = ()  # that it needs beside those of pcpvt
     extra: str = ""  # that installs them
+    preprocess: bool = False  # whether config.export.preprocess can be
+
+
+def reopen(path: Path, description: str) -> Network:
+    """The network of a graph that was written, in float32, as whoever uses the file gets it."""
+    graph = exported.read(path)
+    assert graph.description == description, graph.description
+    return exported.start(path, graph, torch.float32)[0]
 
 
 def compare(
-    model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str, batches: Sequence[int] = COMPARED
-) -> list[dict[str, Any]]:
-    """Compares a written model's logits with ours at each size and each batch size.
+    model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str, batches: Sequence[int] = COMPARED,
+    *, preprocess: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Compares a written model with ours at each size and each batch size.
+
+    By logits of noise, or with `preprocess` by probabilities of uint8 images `[b, h, w, channels]`.
 
     Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above TOLERANCE.
     """
     cases = []
     for size, batch in itertools.product(sizes, batches):
-        noise = rng.generator(0, "export", batch, *size).standard_normal(
-            (batch, model.in_chans, *size), dtype=np.float32
-        )
-        images = torch.from_numpy(noise)
+        source, channels = rng.generator(0, "export", batch, *size), model.in_chans
         with torch.no_grad():
-            expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
-            difference = (torch.as_tensor(network(images)) - expected).abs().max().item()
+            if preprocess:
+                images = torch.from_numpy(source.integers(0, 256, (batch, *size, channels), np.uint8))
+                expected = make_predict(model)(params, images).softmax(-1)
+            else:
+                images = torch.from_numpy(source.standard_normal((batch, channels, *size), dtype=np.float32))
+                expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
+            difference = (network(images) - expected).abs().max().item()
         relative = difference / max(1.0, expected.abs().max().item())
         if not relative <= TOLERANCE:  # also nan
             raise UserError(

@@ -1,4 +1,4 @@
-"""The model as a graph of `torch.export`, from NCHW images to logits, from which graph formats are written."""
+"""The model as a graph of `torch.export`, from images to logits or probabilities, from which formats are written."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,8 @@ from torch.export import Dim, ExportedProgram
 
 from pcpvt.errors import UserError, suppress_logging
 from pcpvt.export.formats import Size
+from pcpvt.functional.mixing import decode_images
+from pcpvt.functional.objective import normalisation
 from pcpvt.models.layers import PLAIN, Kernels, PatchLinear
 from pcpvt.models.pcpvt import PCPVT, Params
 
@@ -44,13 +46,24 @@ class Deployed(nn.Module):
         return self.model(rearrange(images, "b c h w -> b h w c"))
 
 
-def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tuple[ExportedProgram, list[Size]]:
+class Preprocessed(Deployed):
+    """The model with its weights, from uint8 NHWC images to probabilities."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalised = decode_images(images, None, *normalisation(self.model.in_chans))
+        return self.model(normalised).softmax(-1)
+
+
+def capture(
+    model: PCPVT, params: Params, size: Size, dynamic_size: bool, preprocess: bool = False
+) -> tuple[ExportedProgram, list[Size]]:
     """The graph of a model for any batch size, and the sizes at which a written file should be compared with the model.
 
     The params are float32. The graph takes images of one size, or with `dynamic_size` of any from SMALLEST; raises
-    UserError when the model then does not pad, or `size` is below SMALLEST.
+    UserError when the model then does not pad, or `size` is below SMALLEST. With `preprocess` it takes them as uint8
+    `[b, h, w, channels]` and returns probabilities.
     """
-    sizes, axes = [size], {}
+    sizes, axes, first = [size], {}, 1 if preprocess else 2  # the axis of the height
     if dynamic_size:
         if model.pad != "pad":
             raise UserError("config.export.dynamic_size: needs padding: use config.model.pad=pad, or leave it out")
@@ -60,9 +73,21 @@ def capture(model: PCPVT, params: Params, size: Size, dynamic_size: bool) -> tup
                 "leave it out, or give a larger config.image_size"
             )
         sizes += [(size[0] + 13, size[1] + 38)]  # not square, and no multiple of 4 px (the first patch) if `size` is
-        axes = {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
-    deployed = Deployed(model, params, dynamic_size)
+        axes = {first: Dim("height", min=SMALLEST), first + 1: Dim("width", min=SMALLEST)}
+    height, width = sizes[-1]
+    if preprocess:
+        deployed: Deployed = Preprocessed(model, params, dynamic_size)
+        images = torch.zeros(2, height, width, model.in_chans, dtype=torch.uint8)
+    else:
+        deployed, images = Deployed(model, params, dynamic_size), torch.zeros(2, model.in_chans, height, width)
     shapes = {"images": {0: Dim("batch"), **axes}}
     with suppress_logging():
-        program = torch.export.export(deployed, (torch.zeros(2, model.in_chans, *sizes[-1]),), dynamic_shapes=shapes)
+        program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)
     return program, sizes
+
+
+def output_name(program: ExportedProgram) -> str:
+    """What a captured graph returns."""
+    (name,) = program.graph_signature.user_inputs
+    (images,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
+    return "probabilities" if images.dtype == torch.uint8 else "logits"

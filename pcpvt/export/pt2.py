@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from pcpvt.export.formats import Format, Network, Request, Written, compare
+from pcpvt.export.formats import Format, Request, Written, compare, reopen
 from pcpvt.export.graph import capture
-
-DESCRIPTION = "description.json"  # the name of the description inside the archive
+from pcpvt.runners.graph import Network
+from pcpvt.runners.pt2 import DESCRIPTION
 
 
 def write(request: Request, path: Path) -> Written:
     session, model, params = request.session, request.loaded.model, request.params
-    program, sizes = capture(model, params, session.size, session.config.export.dynamic_size)
+    preprocess = session.config.export.preprocess
+    program, sizes = capture(model, params, session.size, session.config.export.dynamic_size, preprocess)
     network = write_pt2(program, path, json.dumps(request.description))
-    return Written(compare(model, params, sizes, network, "pt2 file"), [])
+    return Written(compare(model, params, sizes, network, "pt2 file", preprocess=preprocess), [])
 
 
 def write_pt2(program: ExportedProgram, path: Path, description: str) -> Network:
@@ -25,10 +26,7 @@ def write_pt2(program: ExportedProgram, path: Path, description: str) -> Network
     buffer = io.BytesIO()  # on a full disk, PyTorch's own file writer ends the process
     torch.export.save(program, buffer, extra_files={DESCRIPTION: description})
     path.write_bytes(buffer.getbuffer())
-    extra = {DESCRIPTION: ""}
-    loaded = torch.export.load(path, extra_files=extra).module()
-    assert extra[DESCRIPTION] == description, extra
-    return loaded
+    return reopen(path, description)
 
 
-FORMAT = Format(".pt2", write, dynamic_size=True)
+FORMAT = Format(".pt2", write, dynamic_size=True, preprocess=True)

@@ -2,18 +2,19 @@
 
     --config.export.format=timm     safetensors for timm.create_model(NAME, num_classes=N, checkpoint_path=FILE)
     --config.export.format=onnx     ONNX for any batch; with --config.export.dynamic_size=true also any size from 33 px
+    --config.export.format=openvino OpenVINO's .xml and .bin, likewise
     --config.export.format=pt2      torch.export, likewise; torch.export.load(FILE).module()(images)
     --config.export.format=hub      a folder for timm.create_model("local-dir:FOLDER") and Transformers
     --config.export.format=om       a folder with all that a conversion to Ascend's .om needs
 
-Each file contains a JSON description: class names, size, normalisation. A graph (onnx, pt2) takes `images`, float32
+Each file contains a JSON description: class names, size, normalisation. A graph takes `images`, float32
 `[batch, 3, height, width]`, RGB, normalised ((pixel / 255 - mean) / std), as deployment tools supply them, and returns
-`logits`, float32 `[batch, classes]`. Attention is not a fused operator, so the graph consists of matrix products,
+`logits`, float32 `[batch, classes]`; with `config.export.preprocess` it takes uint8 `[batch, height, width, 3]` and
+returns `probabilities`. Attention is not a fused operator, so the graph consists of matrix products,
 softmax, layer norm, erf and one depthwise convolution per stage, which every converter knows. Export runs on the host
 and needs no device.
 """
 
-import importlib.util
 import os
 import tempfile
 import time
@@ -24,21 +25,19 @@ import torch
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import folders, hub, om, onnx, pt2, timm
+from pcpvt.export import folders, hub, om, onnx, openvino, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
+from pcpvt.runners.exported import require
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
 
 FORMATS: dict[str, Format] = {
-    "timm": timm.FORMAT,
-    "onnx": onnx.FORMAT,
-    "pt2": pt2.FORMAT,
-    "hub": hub.FORMAT,
+    "timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT, "openvino": openvino.FORMAT, "hub": hub.FORMAT,
     "om": om.FORMAT,
-}
+}  # fmt: skip
 
 
 def run(session: Session) -> int:
@@ -52,11 +51,12 @@ def run(session: Session) -> int:
         raise UserError(
             f"config.export.dynamic_size: weights for {export.format} have no size: leave it out, or use {able}"
         )
-    for name in chosen.packages:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"config.export.format: {export.format} needs the package {name}: pip install 'pcpvt[{chosen.extra}]'"
-            )
+    if export.preprocess and not chosen.preprocess:
+        able = " or ".join(name for name, other in FORMATS.items() if other.preprocess)
+        raise UserError(
+            f"config.export.preprocess: {export.format} files have no such form: leave it out, or use {able}"
+        )
+    require(chosen.packages, chosen.extra, f"config.export.format: {export.format}")
     path = destination(session)
     loaded = load_configured(config, session.workdir)
     for note in loaded.notes:
@@ -111,10 +111,13 @@ def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
     """The description in the file: `labels` names the outputs, `classes` is None unless training named them."""
     channels, values = session.reading
     (mean, std), colours = normalisation(channels), "RGB" if channels == 3 else "as they are read"
+    takes, gives = f"float32 [batch, {channels}, height, width], {colours}, (pixel / 255 - mean) / std", "logits"
+    preprocess = session.config.export.preprocess
+    if preprocess:
+        takes, gives = f"uint8 [batch, height, width, {channels}], {colours}", "probabilities"
     return {
-        "model": session.config.model.name,
-        "input": f"images: float32 [batch, {channels}, height, width], {colours}, (pixel / 255 - mean) / std",
-        "output": "logits: float32 [batch, classes]",
+        "model": session.config.model.name, "input": f"images: {takes}", "output": f"{gives}: float32 [batch, classes]",
+        "preprocess": preprocess,
         "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
         "mean": list(mean), "std": list(std), "in_chans": channels, "value_range": values and list(values),
         "classes": loaded.classes, "labels": class_names(loaded), "checkpoint": Path(loaded.path).name,

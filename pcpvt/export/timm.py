@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pcpvt.checkpoints import foreign
 from pcpvt.errors import suppress_logging
-from pcpvt.export.formats import Format, Network, Request, Written, compare
+from pcpvt.export.formats import Format, Request, Written, compare
 from pcpvt.models import pcpvt
 
 
@@ -20,7 +20,7 @@ def write(request: Request, path: Path) -> Written:
     import timm  # isort: skip
 
     with suppress_logging():
-        network: Network = timm.create_model(
+        network = timm.create_model(
             name, num_classes=model.num_classes, in_chans=model.in_chans, checkpoint_path=str(path)
         ).eval()
     height, width = (-(-side // pcpvt.STRIDE) * pcpvt.STRIDE for side in session.size)  # timm pads others differently
