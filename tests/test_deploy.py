@@ -83,7 +83,9 @@ def test_openvino(place, trained):
 def test_a_format_without_preprocessing_says_so(trained, tmp_path):
     words = ["--mode=export", f"--config.checkpoint={trained}", "--config.export.preprocess=true"]
     ended = miniature.run([*words, f"--workdir={tmp_path}"])
-    assert ended.code == 2 and "not with timm: leave it out, or use onnx or pt2 or openvino" in ended.error
+    assert (
+        ended.code == 2 and "timm files have no such form: leave it out, or use onnx or pt2 or openvino" in ended.error
+    )
 
 
 def test_links_and_fields_of_the_document_exist():
