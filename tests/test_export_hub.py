@@ -150,6 +150,9 @@ def test_grey_models_too(tmp_path):
         expected = models.apply(models.build("pcpvt_s", 3, in_chans=1), params(1), images.permute(0, 2, 3, 1))
         assert_close(network(images), expected)
     assert describe(str(grey)).channels == 1
+    assert json.loads((grey / "config.json").read_text())["model_args"] == {"in_chans": 1}, (
+        "Transformers reads this one"
+    )
 
 
 def test_the_card_says_data_recipe_metrics_and_licence_and_no_path(folder):
