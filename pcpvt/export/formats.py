@@ -51,6 +51,7 @@ class Format(NamedTuple):
     packages: tuple[str, ...] = ()  # that it needs beside those of pcpvt
     extra: str = ""  # that installs them
     preprocess: bool = False  # whether config.export.preprocess can be
+    quantize: bool = False  # whether config.export.quantize can be
 
 
 def reopen(path: Path, description: str) -> Network:

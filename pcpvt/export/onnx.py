@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from pcpvt.errors import suppress_logging
+from pcpvt.export import int8
 from pcpvt.export.formats import Format, Request, Size, Written, compare, reopen
 from pcpvt.export.graph import capture, output_name
 from pcpvt.runners.graph import Network
@@ -31,6 +32,8 @@ def write(request: Request, path: Path) -> Written:
     program, sizes = capture(model, params, session.size, session.config.export.dynamic_size, preprocess)
     network = write_onnx(program, path, json.dumps(request.description))
     cases = compare(model, params, sizes, network, "ONNX file", preprocess=preprocess)
+    if session.config.export.quantize == "int8":
+        int8.quantise(request, path)
     if preprocess:  # ATC takes uint8 images through AIPP only
         return Written(cases, [])
     return Written(cases, [f"for Ascend, where CANN is (not verified here): {atc(request.output, session.size)}"])
@@ -57,4 +60,4 @@ def atc(path: Path, size: Size, batch: int = 8) -> str:
     )
 
 
-FORMAT = Format(".onnx", write, True, ("onnx", "onnxscript", "onnxruntime"), "export", preprocess=True)
+FORMAT = Format(".onnx", write, True, ("onnx", "onnxscript", "onnxruntime"), "export", preprocess=True, quantize=True)

@@ -25,7 +25,7 @@ import torch
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import folders, hub, om, onnx, openvino, pt2, timm
+from pcpvt.export import folders, hub, int8, om, onnx, openvino, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
@@ -56,6 +56,9 @@ def run(session: Session) -> int:
         raise UserError(
             f"config.export.preprocess: {export.format} files have no such form: leave it out, or use {able}"
         )
+    if export.quantize != "none" and not chosen.quantize:
+        able = " or ".join(name for name, other in FORMATS.items() if other.quantize)
+        raise UserError(f"config.export.quantize: {export.format} files stay in float32: leave it out, or use {able}")
     require(chosen.packages, chosen.extra, f"config.export.format: {export.format}")
     path = destination(session)
     loaded = load_configured(config, session.workdir)
@@ -68,6 +71,7 @@ def run(session: Session) -> int:
         # The final name appears only after the file has been compared.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             written = chosen.write(request, Path(folder) / path.name)
+            quantised = int8.check(request, Path(folder) / path.name) if export.quantize == "int8" else None
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # what it needs first
                 (folders.replace if file.is_dir() else os.replace)(file, path.parent / file.name)
@@ -77,6 +81,7 @@ def run(session: Session) -> int:
     result = {
         "mode": "export", "format": export.format, "output": str(path), "bytes": size,
         "dynamic_size": export.dynamic_size, "verified": written.cases,
+        "quantize": export.quantize, "evaluated": quantised,
         "n_parameters": pcpvt.n_parameters(loaded.model),
         "checkpoint": loaded.path, "weights": loaded.which, "seconds": round(seconds, 2),
     }  # fmt: skip
@@ -84,6 +89,9 @@ def run(session: Session) -> int:
     for case in written.cases:
         height, width = case["size"]
         say(f"compared at batch {case['batch']}, {height}x{width} px: relative difference {case['difference']:.1e}")
+    if quantised:
+        before, after = quantised["acc1"], quantised["acc1_quantized"]
+        say(f"int8: top-1 {after:.3f} % of {quantised['images']} validation images; the model itself {before:.3f} %")
     say(f"written to {path}, {size / 1e6:.1f} MB, in {duration(seconds)}")
     for note in written.notes:
         say(note)
@@ -117,7 +125,7 @@ def describe(session: Session, loaded: LoadedModel) -> dict[str, Any]:
         takes, gives = f"uint8 [batch, height, width, {channels}], {colours}", "probabilities"
     return {
         "model": session.config.model.name, "input": f"images: {takes}", "output": f"{gives}: float32 [batch, classes]",
-        "preprocess": preprocess,
+        "preprocess": preprocess, "quantize": session.config.export.quantize,
         "image_size": list(session.size), "crop": session.config.eval.crop, "interpolation": "bicubic",
         "mean": list(mean), "std": list(std), "in_chans": channels, "value_range": values and list(values),
         "classes": loaded.classes, "labels": class_names(loaded), "checkpoint": Path(loaded.path).name,
