@@ -23,6 +23,7 @@ from pcpvt.config.checks import counts
 from pcpvt.export import om
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt as models
+from pcpvt.models.init import init
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="the extra `export`"
@@ -270,5 +271,9 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert ended.code == 2 and "holds mine, which no export wrote" in ended.error
     ended = export(trained, tmp_path / "other", "--config.export.batches=1,1")
     assert ended.code == 2 and "'1,1' is no list of different whole numbers" in ended.error
+    torch.save(init(models.build("pcpvt_nano", 3), 0), tmp_path / "w.pth")
+    ended = export(tmp_path / "w.pth", tmp_path / "other")
+    assert ended.code == 2 and "or set config.export.calibration=0 for a kit without" in ended.error
+    assert not (tmp_path / "other").exists()
     assert counts("8") == counts("1,16") == ""
     assert all(counts(wrong) for wrong in ("", "0", "1,,2", "x", "4097", "1.5", "01"))

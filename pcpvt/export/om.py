@@ -37,6 +37,7 @@ def write(request: Request, path: Path) -> Written:
     batches = [int(word) for word in session.config.export.batches.split(",")]
     for folder in ("", "precision", "calibration", "validation"):
         (path / folder).mkdir()
+    images = _write_images(request, path)  # first, since it may lack data
     text = json.dumps(request.description, ensure_ascii=False, indent=2)
     (path / "description.json").write_text(text + "\n", encoding="utf-8")
     cases = []
@@ -56,7 +57,6 @@ def write(request: Request, path: Path) -> Written:
     if has_aipp:
         mean, std = request.description["mean"], request.description["std"]
         (path / "aipp.cfg").write_text(aipp(session.size, mean, std))
-    images = _write_images(request, path)
     shutil.copy(om_check.__file__, path / "check.py")
     facts = om_texts.Facts(name, batches, session.size, model.in_chans, has_aipp, images)
     (path / "convert.sh").write_text(om_texts.convert(facts))
@@ -124,6 +124,11 @@ def _write_images(request: Request, path: Path) -> int:
     if not count:
         (path / "validation.txt").touch()
         return 0
+    if not (session.config.data.path or session.config.data.name):
+        raise UserError(
+            "config.data.path: not set, and the kit holds images of the data: give their folder, or set "
+            "config.export.calibration=0 for a kit without"
+        )
     train = sessions.open_data(session, "train")
     calibration = list(samples.draw(session, train, count, "calibration"))
     _write_list(path / "calibration", calibration, [_named(sample) for sample in calibration])
