@@ -61,6 +61,7 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     from pcpvt.checkpoints.load import describe, described, member_names, origin, trained_config
     from pcpvt.config.resolve import resolve
     from pcpvt.distributed import collectives
+    from pcpvt.runners import exported
 
     mode, workdir, get_config, arg, overrides = command[:5]
     if mode == "report" and not workdir.is_dir():
@@ -70,7 +71,12 @@ def read_config(command: Command) -> tuple[ConfigDict, list[str]]:
     if mode in ("eval", "predict", "export"):
         members = member_names(overrides.get("eval.ensemble", ""))
         trained, where = trained_config(overrides.get("checkpoint", ""), members, workdir)
-        said = (describe(where, overrides.get("weights", "auto")) if trained is None else described(trained)).fields()
+        if trained is not None:
+            said = described(trained).fields()
+        elif mode != "export" and exported.is_graph(where):
+            said = exported.describe(where).fields()
+        else:
+            said = describe(where, overrides.get("weights", "auto")).fields()
     elif may_go_on and command.names_workdir and (workdir / "config.json").is_file():
         trained, where = trained_config("", [], workdir)
     elif mode == "train" and overrides.get("finetune"):

@@ -18,9 +18,9 @@ PACKAGE = ROOT / "pcpvt"
 
 # Upper rooms first; a room imports itself and rooms below it.
 ROOMS = [
-    "main", "api", "bench", "train", "export", "predict", "evaluate", "report", "nodes", "runtime", "checkpoints",
-    "config", "data", "images", "readers", "distributed", "devices", "functional", "models", "rng", "errors",
-    "torchvision_compat",
+    "main", "api", "bench", "train", "export", "predict", "evaluate", "runners", "report", "nodes", "runtime",
+    "checkpoints", "config", "data", "images", "readers", "distributed", "devices", "functional", "models", "rng",
+    "errors", "torchvision_compat",
 ]  # fmt: skip
 PURE = {"functional", "models"}
 PURE_IMPORTS = {"torch", "einops", "numpy", "math", "re", "typing", "collections", "functools", "hashlib", "__future__"}

@@ -15,6 +15,7 @@ from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.load import load_model
 from pcpvt.config import fields, recipes
 from pcpvt.errors import UserError
+from pcpvt.export import formats, graph, onnx, pt2
 from pcpvt.export import run as export
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
@@ -56,7 +57,7 @@ def session(workdir, **fields) -> sessions.Session:
 def test_branch_free_patches_are_bitwise_equal(size):
     source = torch.Generator().manual_seed(0)
     for patch in (2, 4, 8):
-        branching, branch_free = PatchLinear(3, 5, patch), export.AnySize(3, 5, patch)
+        branching, branch_free = PatchLinear(3, 5, patch), graph.AnySize(3, 5, patch)
         for leaf in branching.parameters():
             leaf.data = torch.randn(leaf.shape, generator=source)
         branch_free.load_state_dict(branching.state_dict())
@@ -66,45 +67,45 @@ def test_branch_free_patches_are_bitwise_equal(size):
 
 @pytest.fixture(scope="module")
 def captured():
-    return export.capture(models.build("pcpvt_nano", 3), params(), (48, 48), dynamic_size=True)
+    return graph.capture(models.build("pcpvt_nano", 3), params(), (48, 48), dynamic_size=True)
 
 
 def compare(captured, write, path):
     """Writes the captured model with the description "about it", and compares the file with the model."""
     program, sizes = captured
-    return export.compare(models.build("pcpvt_nano", 3), params(), sizes, write(program, path, "about it"), "file")
+    return formats.compare(models.build("pcpvt_nano", 3), params(), sizes, write(program, path, "about it"), "file")
 
 
 @needs_onnx
 def test_onnx_takes_any_batch_and_size_and_carries_its_description(captured, tmp_path):
-    import onnx
+    import onnx as package
     import onnxruntime
 
-    cases = compare(captured, export.write_onnx, tmp_path / "a.onnx")
+    cases = compare(captured, onnx.write_onnx, tmp_path / "a.onnx")
     assert [(case["batch"], *case["size"]) for case in cases] == [(1, 48, 48), (3, 48, 48), (1, 61, 86), (3, 61, 86)]
     assert all(case["difference"] < 1e-5 for case in cases)
     run = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     for shape in ((2, 3, 64, 96), (5, 3, 33, 47), (1, 3, 100, 35)):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         assert_close(run.run(None, {"images": images.numpy()})[0], expected(params(), images))
-    model = onnx.load(tmp_path / "a.onnx")
+    model = package.load(tmp_path / "a.onnx")
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
     assert {node.domain for node in model.graph.node} == {""}, "operators that are not standard ONNX"
     assert run.get_modelmeta().custom_metadata_map["description"] == "about it"
 
 
 def test_pt2_takes_any_batch_and_size_and_carries_its_description(captured, tmp_path):
-    cases = compare(captured, export.write_pt2, tmp_path / "a.pt2")  # loads it again, which takes seconds
+    cases = compare(captured, pt2.write_pt2, tmp_path / "a.pt2")  # loads it again, which takes seconds
     assert len(cases) == 4 and all(case["difference"] < 1e-5 for case in cases)
     with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
-        name = next(name for name in archive.namelist() if name.endswith(export.DESCRIPTION))
+        name = next(name for name in archive.namelist() if name.endswith(pt2.DESCRIPTION))
         assert archive.read(name) == b"about it"
 
 
 @pytest.mark.slow  # any size: test_pt2_takes_any_batch_and_size_and_carries_its_description
 def test_pt2_of_a_fixed_size_takes_any_batch_and_only_that_size(tmp_path):
-    fixed = export.capture(models.build("pcpvt_nano", 3), params(), (40, 72), dynamic_size=False)
-    assert len(compare(fixed, export.write_pt2, tmp_path / "a.pt2")) == 2
+    fixed = graph.capture(models.build("pcpvt_nano", 3), params(), (40, 72), dynamic_size=False)
+    assert len(compare(fixed, pt2.write_pt2, tmp_path / "a.pt2")) == 2
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     images = torch.randn((5, 3, 40, 72), generator=torch.Generator().manual_seed(1))
     assert_close(loaded(images), expected(params(), images))
@@ -166,7 +167,7 @@ def test_the_file_for_timm_keeps_the_class_names(tmp_path):
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(formats, "TOLERANCE", -1.0)
     with pytest.raises(UserError, match="differs from the model by 0"):
         export.run(session(tmp_path, **{"export.format": "pt2"}))
     assert list((tmp_path / "export").iterdir()) == []
@@ -200,7 +201,7 @@ def test_an_invalid_request_is_a_one_line_error(tmp_path, monkeypatch, fields, m
 @pytest.mark.parametrize(("size", "pad", "message"), [(32, "pad", "from 33 px"), (64, "error", "needs padding")])
 def test_dynamic_size_requires_padding_and_33_px(size, pad, message):
     with pytest.raises(UserError, match=message):
-        export.capture(models.build("pcpvt_nano", 3, pad), params(), (size, size), dynamic_size=True)
+        graph.capture(models.build("pcpvt_nano", 3, pad), params(), (size, size), dynamic_size=True)
 
 
 def test_a_missing_package_is_a_one_line_error_before_any_work(tmp_path, monkeypatch):

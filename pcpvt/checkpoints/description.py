@@ -78,6 +78,7 @@ def from_timm(cfg: Mapping[str, Any]) -> Description:
         "model": models.get(str(cfg.get("architecture")).partition(".")[0], ""),
         "image_size": list(size)[-2:] if isinstance(size, list | tuple) else None,
         "crop": cfg.get("test_crop_pct") or cfg.get("crop_pct"), "classes": cfg.get("label_names"),
+        "in_chans": size[0] if isinstance(size, list | tuple) and len(size) == 3 and size[0] != 3 else None,
         **{name: cfg.get(name) for name in ("mean", "std", "interpolation")},
     })  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Weights files of other programs: reads them for a model, and writes them for timm.
 
 What is read: checkpoints of the Twins authors and of timm (`.pth`, `.pt`, old and new format), plain state dicts,
-safetensors, checkpoints of pcpvt, `timm:NAME` from timm's hub, and `hf-hub:OWNER/NAME`, a timm model there. Nothing in
-a file is ever run. The result is the flat `dict[str, Tensor]` under the reference names (see `names`), or a one-line
-error that says what is wrong and what to do.
+safetensors, checkpoints of pcpvt, `timm:NAME` from timm's hub, and `hf-hub:OWNER/NAME`, a timm model there, or a folder
+as it is there. Nothing in a file is ever run. The result is the flat `dict[str, Tensor]` under the reference names (see
+`names`), or a one-line error that says what is wrong and what to do.
 """
 
 import argparse
@@ -31,6 +31,7 @@ _EMA = ("model_ema", "state_dict_ema", "ema")
 DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
 _MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
 MAX_LISTED = 10  # entries in an error
+GRAPHS = (".onnx", ".xml", ".pt2")  # files of `--mode=export` that hold no weights by name
 
 
 class Weights(NamedTuple):
@@ -69,10 +70,17 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weig
         return _from_hub(str(path_or_name), which)
     path = Path(os.path.expanduser(path_or_name))
     try:
+        if path.is_dir() and hub.is_folder(path):
+            return _from_folder(path, which)
         if path.is_dir():
             raise UserError(f"{path}: a folder: name the weights file inside it")
         if not path.is_file():
             raise UserError(f"{path}: no such file: give a .pth, .pt or .safetensors file, or timm:NAME")
+        if path.suffix in GRAPHS:
+            raise UserError(
+                f"{path}: an exported graph, which --mode=eval and predict alone take as config.checkpoint: give the "
+                "checkpoint that it was exported from"
+            )
         with path.open("rb") as file:
             start = file.read(9)
         if not start:
@@ -96,7 +104,22 @@ def read(path_or_name: str | os.PathLike[str], *, which: str = "params") -> Weig
 
 def _from_hub(name: str, which: str) -> Weights:
     path, said = hub.fetch(name)
-    weights = read(path, which=which)
+    return _described(read(path, which=which), said)
+
+
+def _from_folder(path: Path, which: str) -> Weights:
+    said = describe_folder(path)
+    return _described(read(hub.folder_weights(path), which=which), said)
+
+
+def describe_folder(path: Path) -> Description:
+    """What a folder says about itself: its `config.json`, and where that is silent, the header of its weights file."""
+    said, own = hub.describe_folder(path), describe_export(path / hub.WEIGHTS)
+    return own._replace(**{name: value for name, value in said._asdict().items() if value})
+
+
+def _described(weights: Weights, said: Description) -> Weights:
+    """Weights with what stands beside their file, which settles how their images are normalised."""
     params, notes = description.renormalise(weights.params, said)
     return weights._replace(params=params, said=said, notes=[*weights.notes, *notes])
 

@@ -1,5 +1,7 @@
-"""Models by name: `timm:NAME` from timm, and `hf-hub:OWNER/NAME[@REVISION]`, a timm model on the Hugging Face hub."""
+"""Models of timm: `timm:NAME`, `hf-hub:OWNER/NAME[@REVISION]` on the Hugging Face hub, or a folder as it is there."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pcpvt.checkpoints import description
@@ -7,7 +9,8 @@ from pcpvt.checkpoints.description import Description
 from pcpvt.errors import UserError, one_line, suppress_logging
 
 TIMM, HUB = "timm:", ("hf-hub:", "hf_hub:")  # what such names begin with
-_FILES = ("model.safetensors", "pytorch_model.bin")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in a folder
+_FILES = (WEIGHTS, "pytorch_model.bin")
 
 
 def is_name(path_or_name: object) -> bool:
@@ -58,6 +61,41 @@ def fetch(name: str) -> tuple[str, Description]:
         except Exception as error:  # whatever the network or the hub raise
             raise _unfetched(name, error) from None
     raise _unfetched(name, reason)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder's `config.json` describes a model of timm; that of a workdir does not."""
+    return "architecture" in _folder_config(path)
+
+
+def describe_folder(path: Path) -> Description:
+    """What the `config.json` of a folder says; UserError when it is another model."""
+    config = _folder_config(path)
+    given = config.get("pretrained_cfg")
+    cfg = given if isinstance(given, dict) else config  # older ones are not nested
+    named: dict[str, Any] = {name: config[name] for name in ("architecture", "label_names") if name in config}
+    said = description.from_timm({**cfg, **named})
+    if not said.model:
+        raise UserError(
+            f"{path}: is {one_line(config['architecture'])}, no Twins-PCPVT: give a folder with a model of that family"
+        )
+    return said
+
+
+def folder_weights(path: Path) -> Path:
+    """The weights file of a folder; UserError when there is none."""
+    found = next((path / file for file in _FILES if (path / file).is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: holds {CONFIG}, but neither {' nor '.join(_FILES)}: get the folder again")
+    return found
+
+
+def _folder_config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _timm_name(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from pcpvt.checkpoints.foreign import Weights
-from pcpvt.checkpoints.load import LoadedModel, class_names
+from pcpvt.checkpoints.load import Classifier, class_names
 from pcpvt.data.classes import class_order, labels_of, orders_differ, read_map, relabelled
 from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
@@ -56,7 +56,7 @@ def wordnet_ids() -> list[str]:
     return list(ImageNetInfo().label_names())
 
 
-def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
+def match(loaded: Classifier, dataset: Dataset, config: ConfigDict) -> Matched:
     """The dataset under labels that are the model's outputs; classes that the model does not know are left out.
 
     `config.num_classes` confirms that the data's classes, if fewer, are the first outputs. `config.data.class_order`
@@ -69,8 +69,8 @@ def match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
     return _over_all_outputs(loaded, matched, dataset.classes) if isinstance(matched.dataset, LabelSets) else matched
 
 
-def _match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched:
-    outputs, classes, path = loaded.model.num_classes, dataset.classes, loaded.path
+def _match(loaded: Classifier, dataset: Dataset, config: ConfigDict) -> Matched:
+    outputs, classes, path = loaded.outputs, dataset.classes, loaded.path
     num_classes, order, class_map = config.num_classes, config.data.class_order, config.data.class_map
     if class_map and read_map(class_map).positional:
         if len(classes) > outputs:
@@ -111,7 +111,7 @@ def _match(loaded: LoadedModel, dataset: Dataset, config: ConfigDict) -> Matched
     return Matched(relabelled(dataset, found, class_names(loaded)), left_out, notes, warnings)
 
 
-def _over_all_outputs(loaded: LoadedModel, matched: Matched, classes: Sequence[str]) -> Matched:
+def _over_all_outputs(loaded: Classifier, matched: Matched, classes: Sequence[str]) -> Matched:
     """Multi-hot rows over all outputs; a warning where the data's classes lack some of them."""
     dataset, names = matched.dataset, class_names(loaded)
     assert isinstance(dataset, LabelSets)

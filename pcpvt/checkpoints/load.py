@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from ml_collections import ConfigDict
@@ -30,6 +30,19 @@ HEAD = ("head.weight", "head.bias")
 Shapes = Mapping[str, torch.Size]  # of a model's parameters, by name
 
 
+class Classifier(Protocol):
+    """A model whose outputs may have names."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def classes(self) -> list[str] | None: ...
+
+
 class LoadedModel(NamedTuple):
     """Weights that fit their model, and what is known about them."""
 
@@ -46,6 +59,11 @@ class LoadedModel(NamedTuple):
         """Names of its training data's classes, where the file gives them."""
         return self.said.classes
 
+    @property
+    def outputs(self) -> int:
+        """The number of its classes."""
+        return self.model.num_classes
+
 
 def load_model(
     path: str | Path, *, model: str = "", num_classes: int | None = None, which: str = "auto", pad: str = "pad",
@@ -54,8 +72,8 @@ def load_model(
     """The weights of one file, with their model.
 
     Args:
-        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, or a workdir, for its
-            best checkpoint.
+        path: a file of pcpvt, of timm or of the Twins authors, `timm:NAME`, `hf-hub:OWNER/NAME`, a folder of such a
+            model, or a workdir, for its best checkpoint.
         model: a name of `models.pcpvt.SPECS`; empty: the one that the weights belong to.
         num_classes: outputs that the model must have; None: as many as the file's head has.
         which: "params", "ema", or "auto" (see `foreign.read`).
@@ -115,9 +133,9 @@ def best_checkpoint(folder: Path) -> checkpoint.Checkpoint:
     raise CheckpointError(f"{folder}: holds no usable checkpoint: train first, or give --config.checkpoint=FILE")
 
 
-def class_names(loaded: LoadedModel) -> list[str]:
+def class_names(loaded: Classifier) -> list[str]:
     """Names of the outputs: from the file, ImageNet's for 1000 unnamed ones, numbers for the rest."""
-    outputs = loaded.model.num_classes
+    outputs = loaded.outputs
     names = list(loaded.classes or ())
     if loaded.classes is None and outputs == 1000:
         from pcpvt import torchvision_compat  # noqa: F401 - before timm
@@ -140,7 +158,7 @@ def trained_config(path: str, members: Sequence[str], workdir: Path) -> tuple[di
     Without `path` (`config.checkpoint`) the first file among the members of an ensemble decides, else the workdir.
     """
     file = os.path.expanduser(path or next((name for name in members if name not in OWN), ""))
-    if not file or Path(file).is_dir():
+    if not file or (Path(file).is_dir() and not hub.is_folder(Path(file))):
         where = Path(file or workdir) / "config.json"
         return stored.read_config(where), str(where)
     config = checkpoint.read_meta(Path(file)).get("config") if checkpoint.is_checkpoint(file) else None
@@ -155,6 +173,8 @@ def describe(path: str, which: str = "auto") -> Description:
     path = os.path.expanduser(path)
     if hub.is_name(path):
         return hub.describe(path)
+    if hub.is_folder(Path(path)):
+        return foreign.describe_folder(Path(path))
     if Path(path).is_dir():
         where = Path(path) / "config.json"
         if not where.is_file():

@@ -49,6 +49,15 @@ def one_of(*choices: str) -> Check:
     return check
 
 
+def counts(value: str) -> str:
+    """Different whole numbers from 1 to 4096, by comma."""
+    words = value.split(",")
+    whole = all(re.fullmatch(r"[1-9][0-9]{0,3}", word) and int(word) <= 4096 for word in words)
+    if whole and len(set(words)) == len(words):
+        return ""
+    return f"{value!r} is no list of different whole numbers up to 4096: write like 1,16"
+
+
 def model(value: str) -> str:
     from pcpvt.models.pcpvt import SPECS
 

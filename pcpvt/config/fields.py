@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from pcpvt.config import licences
+
 from pcpvt.config.checks import (  # isort: skip
-    Check, anything, area, at_least, below, between, duration, interval, model, one_of, precision, randaugment, regex,
-    value_range,
+    Check, anything, area, at_least, below, between, counts, duration, interval, model, one_of, precision, randaugment,
+    regex, value_range,
 )  # fmt: skip
 from pcpvt.config.stored import nested
 from pcpvt.errors import UserError
@@ -173,10 +175,23 @@ FIELDS = {
     "eval.batch_size": Field(0, "global evaluation batch; 0: as the training batch, bounded", FREE, at_least(0)),
     "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
         FREE),
-    "export.format": Field("timm", "timm (safetensors for timm.create_model) | onnx | pt2 (torch.export)",
-        FREE, one_of("timm", "onnx", "pt2")),
-    "export.output": Field("", "file to write; unset: export/ in the workdir", FREE),
-    "export.dynamic_size": Field(False, "onnx, pt2: any image size from 33 px, not only config.image_size", FREE),
+    "export.format": Field("timm",
+        "timm (safetensors for timm.create_model) | onnx | openvino | pt2 (torch.export) | hub (folder for timm, "
+        "Transformers) | om (kit for Ascend's .om)",
+        FREE, one_of("timm", "onnx", "openvino", "pt2", "hub", "om")),
+    "export.output": Field("", "file or folder to write; unset: in export/ of the workdir", FREE),
+    "export.dynamic_size": Field(False, "of graphs: any image size from 33 px, not only config.image_size", FREE),
+    "export.preprocess": Field(False, "onnx, openvino, pt2: uint8 [b, h, w, channels] in, probabilities out", FREE),
+    "export.quantize": Field("none", "onnx, openvino: none | int8, calibrated on training images and then evaluated",
+        FREE, one_of("none", "int8")),
+    "export.max_drop": Field(0.5, "int8: points of top-1 that it may lose; if it loses more, nothing is written",
+        FREE, between(0, 100)),
+    "export.license": Field("", "hub: licence of the model card, such as apache-2.0, or NAME=URL; unset: not stated",
+        FREE, licences.check),
+    "export.batches": Field("1,16", "om: batch sizes by comma, an ONNX file each", FREE, counts),
+    "export.calibration": Field(
+        64, "int8, om: training images to calibrate with; om: also validation images for its check; 0: none", FREE,
+        at_least(0)),
     "predict.images": Field("", "what to classify: a file, a folder, or a pattern such as 'photos/*.jpg'", FREE),
     "predict.format": Field("table", "table | jsonl (a JSON object per line) | csv",
         FREE, one_of("table", "jsonl", "csv")),

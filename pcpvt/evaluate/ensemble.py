@@ -124,7 +124,7 @@ def run(session: Session) -> int:
     split = evaluator.open_split(session, dataset, eval_batch(config))
     console.say(
         f"evaluating {len(loaded)} members on {len(dataset)} images of {config.data.path or config.data.name}, split "
-        f"{evaluator.split_name(dataset)}: {session.preprocessing}"
+        f"{evaluator.split_name(dataset)}: {session.preprocessing(str(session.policy))}"
     )
 
     def eval_step(batch: Batch) -> list[evaluator.Scored]:
@@ -141,9 +141,10 @@ def run(session: Session) -> int:
     console.say(f"ensemble (mean of probabilities): {evaluator.report(average)}")
     described = [{"checkpoint": m.path, "weights": m.which, **figures} for m, figures in zip(loaded, each, strict=True)]
     result = {
-        "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble",
+        "epochs": None, "checkpoint": config.eval.ensemble, "weights": "ensemble", "precision": str(session.policy),
+        "n_parameters": pcpvt.n_parameters(model),
         "ensemble": {"members": described, "average": average, "soup": blend},
     }  # fmt: skip
-    evaluated = output.Evaluated(model, dataset, matched.left_out, found[0], result)
+    evaluated = output.Evaluated(dataset, matched.left_out, found[0], result)
     output.write(session, evaluated, time.perf_counter() - began)
     return 0

@@ -123,6 +123,18 @@ def open_logs(session: Session, samples: int, models: int) -> list[mistakes.Log]
     return [mistakes.PredictionLog(samples)]
 
 
+def evaluate_one(session: Session, split: Split, predict: Callable[[Tensor], Tensor]) -> Evaluation:
+    """`evaluate` for one model, `predict`: uint8 images `[b, h, w, channels]` on the device to logits."""
+
+    def eval_step(batch: Batch) -> list[Scored]:
+        logits = predict(batch["image"])
+        return [(logits, session.task.sums(logits, batch["label"], batch["valid"]))]
+
+    found = evaluate(session, split, eval_step)
+    assert found is not None  # nothing stops it
+    return found[0]
+
+
 def _total(batches: Sequence[metrics.Sums]) -> dict[str, Any]:
     """The sums of all batches of all processes as numbers, those per class as lists."""
     names = [name for name in batches[0] if name not in metrics.PER_CLASS]

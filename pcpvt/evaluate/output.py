@@ -6,7 +6,6 @@ from pcpvt.config import stored
 from pcpvt.data.sources import Dataset
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import Evaluation, per_class, split_name
-from pcpvt.models import pcpvt
 from pcpvt.report import evaluation as page
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
@@ -16,11 +15,10 @@ from pcpvt.runtime.session import Session
 class Evaluated(NamedTuple):
     """One evaluation of a model or an ensemble."""
 
-    model: pcpvt.PCPVT
     dataset: Dataset
     left_out: dict[str, int]  # images of each class that the model does not know
     evaluation: Evaluation
-    figures: dict[str, Any]  # what else belongs into the result: `checkpoint`, `weights`, `epochs`, ...
+    figures: dict[str, Any]  # what else belongs into the result: `checkpoint`, `precision`, `epochs`, ...
 
 
 def write(session: Session, done: Evaluated, seconds: float) -> None:
@@ -33,9 +31,9 @@ def write(session: Session, done: Evaluated, seconds: float) -> None:
         "mode": "eval", **metrics, **done.figures, "images": metrics["seen"],
         "data": config.data.path or config.data.name, "split": split_name(done.dataset),
         **({"left_out": done.left_out} if done.left_out else {}),
-        "image_size": list(session.size), "crop": config.eval.crop, "precision": str(session.policy),
+        "image_size": list(session.size), "crop": config.eval.crop,
         "images_per_sec": round(metrics["seen"] / seconds, 2), "seconds": round(seconds, 2),
-        "n_parameters": pcpvt.n_parameters(done.model), "device": session.device.describe(), **by_class,
+        "device": session.device.describe(), **by_class,
     }  # fmt: skip
     about = {name: result[name] for name in ("data", "split", "checkpoint", "weights")}
     mistakes.write(session, done.evaluation.log, done.dataset, about, console.warn, records.EVAL_DETAILS)

@@ -20,6 +20,8 @@ class Task(NamedTuple):
     sums: Callable[[Tensor, Tensor, Tensor], Sums]  # (logits, labels, valid), see `metrics.sums`
     summarize: Callable[[Mapping[str, Any]], dict[str, float]]  # the totals of the sums to metrics
     metrics: tuple[str, ...]  # their names, the main one first
+    title: str  # of the main one
+    logits: Callable[[Tensor], Tensor]  # some that have these probabilities
 
 
 def choose(name: str, threshold: float = 0.5) -> Task:
@@ -28,6 +30,7 @@ def choose(name: str, threshold: float = 0.5) -> Task:
         return Task(
             mixing.mix_targets, metrics.cross_entropy, metrics.softmax, metrics.average_probabilities,
             metrics.sums, metrics.summarize, ("acc1", "acc5", "balanced_acc", "macro_f1", "loss"),
+            "top-1", lambda probabilities: probabilities.clamp_min(1e-38).log(),
         )  # fmt: skip
     assert name == "multilabel", name
     return Task(
@@ -35,4 +38,5 @@ def choose(name: str, threshold: float = 0.5) -> Task:
         multilabel.average_probabilities, functools.partial(multilabel.sums, threshold=threshold),
         functools.partial(multilabel.summarize, threshold=threshold),
         ("map", "macro_f1", "micro_f1", "threshold", "loss"),
+        "mAP", lambda probabilities: probabilities.logit(1e-7),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from pcpvt.checkpoints.atomic import write_atomically
-from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
+from pcpvt.checkpoints.load import class_names
 from pcpvt.config.plan import eval_batch
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError, Picture, Reading
@@ -24,6 +24,7 @@ from pcpvt.errors import UserError, silence
 from pcpvt.predict import attribution, sorting
 from pcpvt.readers.files import image_files, left_out_text
 from pcpvt.readers.listing import unlabelled
+from pcpvt.runners.runner import Runner, open_configured
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, duration
 from pcpvt.runtime.session import Session
@@ -65,11 +66,15 @@ def run(session: Session) -> int:
     console = Console(stream=sys.stderr)
     began = time.perf_counter()
     paths = find(config.predict.images, lambda text: console.say(f"note: {text}"))
-    loaded = load_configured(config, session.workdir)
-    for note in loaded.notes:
+    runner = open_configured(session)
+    if config.predict.explain and runner.loaded is None:
+        raise UserError(
+            f"config.predict.explain: {runner.path} is an exported graph: give the checkpoint that it was exported from"
+        )
+    for note in runner.notes:
         console.say(f"note: {note}")
-    console.say(f"files: {len(paths)}; weights: {loaded.path} ({loaded.which}); {session.preprocessing}")
-    classes, readable = class_names(loaded), 0
+    console.say(f"files: {len(paths)}; weights: {runner.name}; {session.preprocessing(runner.precision)}")
+    classes, readable = class_names(runner), 0
     sorted_into = sorting.open_folder(config.predict.sort_into) if config.predict.sort_into else None
     folders, names = sorting.folder_names(classes), dict(zip(paths, unique_names(paths), strict=True))
     header, write_image = FORMATS[config.predict.format]
@@ -77,7 +82,7 @@ def run(session: Session) -> int:
     def write(out: TextIO) -> None:
         nonlocal readable
         out.write(header)
-        for path, probabilities in classify(session, loaded, paths, console):
+        for path, probabilities in classify(session, runner, paths, console):
             ranked = choose(probabilities, classes, config)
             write_image(out, path, ranked)
             if sorted_into is not None:
@@ -105,26 +110,25 @@ def run(session: Session) -> int:
     return 0
 
 
-def classify(session: Session, loaded: LoadedModel, paths: list[str], console: Console) -> Iterator[tuple[str, Tensor]]:
+def classify(session: Session, runner: Runner, paths: list[str], console: Console) -> Iterator[tuple[str, Tensor]]:
     """The readable paths and their probabilities `[classes]` on the host; also draws the heat maps, if asked to."""
     config, device = session.config, session.device
     size = min(eval_batch(config), len(paths))
     files = Files(unlabelled(paths), "", "")
     batches = EvalBatches(files, session.size, config.eval.crop, size, 0, 1, "skip", session.reading)
     loader = sessions.open_loader(session, batches, range(len(batches)), None if len(paths) > FEW else 0)
-    predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
-    exact = {name: value.to(device.torch) for name, value in loaded.params.items()}
+    exact = {name: value.to(device.torch) for name, value in runner.loaded.params.items()} if runner.loaded else {}
     names, folder = unique_names(paths), session.workdir / "explain"
     for batch in device.prefetch(loader):
         valid = batch["valid"]
-        probabilities = session.task.probabilities(predict(weights, batch["image"]))[valid]
+        probabilities = session.task.probabilities(runner.predict(batch["image"]))[valid]
         ids, readable = batch["id"].cpu(), valid.cpu()
         for index in ids[(ids >= 0) & ~readable].tolist():
             console.warn(_reason(paths[index], session.size, session.reading))
         indices = ids[readable].tolist()
-        if config.predict.explain and indices:
+        if config.predict.explain and indices and runner.loaded:
             named, labels = [names[i] for i in indices], probabilities.argmax(-1)
-            attribution.write(folder, named, loaded.model, exact, batch["image"][valid], labels)
+            attribution.write(folder, named, runner.loaded.model, exact, batch["image"][valid], labels)
         yield from zip([paths[i] for i in indices], probabilities.cpu(), strict=True)
 
 

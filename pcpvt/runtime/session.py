@@ -43,10 +43,9 @@ class Session(NamedTuple):
     kernels: Kernels
     command: Command | None = None  # as given; None where the program was not started by a command line
 
-    @property
-    def preprocessing(self) -> str:
-        """What images are evaluated as, for the log."""
-        return f"{self.size[0]}x{self.size[1]} px, crop {self.config.eval.crop:g}, {self.policy}"
+    def preprocessing(self, precision: str) -> str:
+        """What images are evaluated as, for the log; `precision` is what the model computes in."""
+        return f"{self.size[0]}x{self.size[1]} px, crop {self.config.eval.crop:g}, {precision}"
 
     @property
     def checkpoints(self) -> Path:
