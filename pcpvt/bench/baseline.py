@@ -13,10 +13,10 @@ from pcpvt.models.pcpvt import TIMM_NAMES
 from pcpvt.runtime.session import Session
 
 
-def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], object]:
+def train_step(session: Session, plan: Plan, batch: Batch, compiled: bool = False) -> Callable[[], object]:
     """Forward, backward, clipping and AdamW on one normalised batch with soft targets, as timm's train.py does them."""
     config = session.config
-    network, logits = _network(session, plan.num_classes, batch)
+    network, logits = _network(session, plan.num_classes, batch, compiled)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     undecayed = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
@@ -33,14 +33,16 @@ def train_step(session: Session, plan: Plan, batch: Batch) -> Callable[[], objec
     return step
 
 
-def forward(session: Session, num_classes: int, batch: Batch) -> Callable[[], object]:
+def forward(session: Session, num_classes: int, batch: Batch, compiled: bool = False) -> Callable[[], object]:
     """Logits `[b, classes]` of one normalised batch."""
-    network, logits = _network(session, num_classes, batch)
+    network, logits = _network(session, num_classes, batch, compiled)
     network.eval()
     return torch.inference_mode()(logits)
 
 
-def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+def _network(
+    session: Session, num_classes: int, batch: Batch, compiled: bool
+) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """timm's model of the same size, on the device, and a function that gives its logits of a normalised batch."""
     from pcpvt import torchvision_compat  # noqa: F401 - before timm
     import timm  # isort: skip
@@ -54,7 +56,7 @@ def _network(session: Session, num_classes: int, batch: Batch) -> tuple[torch.nn
     network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
     images = images.contiguous(memory_format=layout)
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
-    predict = torch.compile(network, dynamic=False) if config.bench.against == "timm-compiled" else network
+    predict = torch.compile(network, dynamic=False) if compiled else network
 
     def logits() -> Tensor:
         with torch.autocast(device.name, dtype=dtype, enabled=dtype != torch.float32):

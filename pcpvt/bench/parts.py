@@ -23,34 +23,41 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from pcpvt.bench import baseline
+from pcpvt.bench import baseline, exports
 from pcpvt.bench.timing import Round, interleave, once
 from pcpvt.data.loader import EvalBatches, TrainBatches
 from pcpvt.data.sources import Dataset, Files, synthetic
 from pcpvt.devices.base import cores
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import Batch
+from pcpvt.runners.runner import Runner
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.session import Session
 from pcpvt.train import setup
 
 STEPS = ("train", "eval", "latency")  # train step, evaluation of the whole batch, evaluation of one image
+COMPILED = "timm-compiled"
 RESULT = "result-bench.json"  # in the workdir; a training's `result.json` stays
 TIMED = 8  # batches drawn for one timing of an input pipeline
 EPOCH = 1 << 20  # examples that the plan of a synthetic batch assumes, about as many as ImageNet has
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the kernel killed for lack of memory
 
 
+def peers(config: ConfigDict) -> list[str]:
+    """What is measured beside "ours"."""
+    return [word for word in config.bench.against.split(",") if word]
+
+
 class Bench:
-    """The configured training on a data set (default: noise), and measured parts of "ours" and a configured "peer"."""
+    """The configured training on a data set (default: noise), and measured parts of "ours" and of the peers."""
 
     def __init__(self, session: Session, source: Dataset | None = None):
         config, examples = session.config, EPOCH if source is None else len(source)
         if source is None:
             source = synthetic("train", session.size, config.num_classes or 1000, min(256, config.batch_size))
         self.session, self.rounds = session, config.bench.steps
-        self.sides = ("ours", "peer") if config.bench.against else ("ours",)
+        self.peers = peers(config)
         self.model = sessions.build_model(config, sessions.count_classes(config, source))
         self.plan = setup.plan_run(session, self.model, examples)
         self.batches = setup.train_batches(session, self.model, source)
@@ -59,6 +66,7 @@ class Bench:
         optimizer = setup.optimizer(session, self.plan, groups)
         self.state = setup.init_state(session, params, groups, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)
+        self.graphs: dict[str, Runner] = {}
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -72,19 +80,24 @@ class Bench:
     def measure(self, part: str) -> dict[str, list[Round]]:
         """Timings by side of one of STEPS."""
         rounds = max(self.rounds, 20) if part == "latency" else self.rounds
-        return interleave(self.session.device, {side: self.step(side, part) for side in self.sides}, rounds)
+        sides = ["ours", *(peer for peer in self.peers if part != "train" or not exports.is_export(peer))]
+        return interleave(self.session.device, {side: self.step(side, part) for side in sides}, rounds)
 
     def step(self, side: str, part: str) -> Callable[[], object]:
         """A side's step of one of STEPS, as a function to call repeatedly."""
         session, batch = self.session, self.batch
         if part == "train":
-            if side == "peer":
-                return baseline.train_step(session, self.plan, batch)
-            return lambda: self.advance(batch)
+            if side == "ours":
+                return lambda: self.advance(batch)
+            return baseline.train_step(session, self.plan, batch, side == COMPILED)
         if part == "latency":
             batch = {name: batch[name][:1] for name in ("image", "label")}
-        if side == "peer":
-            return baseline.forward(session, self.plan.num_classes, batch)
+        if exports.is_export(side):
+            if side not in self.graphs:
+                self.graphs[side] = exports.open_peer(session, self.model, self.state.params, side)
+            return lambda: self.graphs[side].predict(batch["image"])
+        if side != "ours":
+            return baseline.forward(session, self.plan.num_classes, batch, side == COMPILED)
         predict, weights = session.predictor(self.model), session.inference(self.state.params)
         return lambda: predict(weights, batch["image"])
 
@@ -98,8 +111,9 @@ class Bench:
         for split in ("train", "val"):
             streams = {"ours": self._stream(split, workers)}
             source = sessions.open_data(session, split)
-            if "peer" in self.sides and isinstance(source, Files) and source.places:  # class folders
-                streams["peer"] = baseline.loader(session, self.plan, split, source.root, workers)
+            timm = next((peer for peer in self.peers if not exports.is_export(peer)), "")  # compiled or not: one loader
+            if timm and isinstance(source, Files) and source.places:  # class folders
+                streams[timm] = baseline.loader(session, self.plan, split, source.root, workers)
             timings[split] = {side: [] for side in streams}
             for _, (side, stream) in itertools.product(range(self.rounds), streams.items()):
                 _draw(stream, 2 * workers + 1)  # what was read ahead while the other side was timed
@@ -217,7 +231,7 @@ def peak_memory(session: Session, side: str) -> int:
 
 def _measure_memory(session: Session, side: str) -> int:
     bench = Bench(session)
-    if side == "peer":
+    if side != "ours":
         del bench.state  # the peer holds its own parameters and moments
     step = bench.step(side, "train")
     for _ in range(2):

@@ -21,6 +21,7 @@ from pcpvt.checkpoints import checkpoint, description, hub, tensorfile, unpickle
 from pcpvt.checkpoints.atomic import write_atomically
 from pcpvt.checkpoints.description import Description
 from pcpvt.checkpoints.names import reference_names
+from pcpvt.config.fields import GRAPHS
 from pcpvt.errors import UserError, one_line
 
 WHICH = ("auto", "params", "ema")
@@ -31,7 +32,6 @@ _EMA = ("model_ema", "state_dict_ema", "ema")
 DESCRIPTION = "description"  # metadata key: JSON about an exported model (classes, size, normalisation)
 _MAX_NESTING = 8  # deeper than any real file; a pickled dict may even contain itself
 MAX_LISTED = 10  # entries in an error
-GRAPHS = (".onnx", ".xml", ".pt2")  # files of `--mode=export` that hold no weights by name
 
 
 class Weights(NamedTuple):

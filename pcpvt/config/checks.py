@@ -49,6 +49,18 @@ def one_of(*choices: str) -> Check:
     return check
 
 
+def listed_of(*choices: str, endings: tuple[str, ...]) -> Check:
+    """Different words of these, or file names with one of the endings, by comma; or nothing."""
+
+    def check(value: str) -> str:
+        words = value.split(",") if value else []
+        faults = [one_of(*choices)(word) for word in words if not word.endswith(endings)]
+        faults += [f"{value!r} names one twice: leave it out"] if len(set(words)) < len(words) else []
+        return next(filter(None, faults), "")
+
+    return check
+
+
 def counts(value: str) -> str:
     """Different whole numbers from 1 to 4096, by comma."""
     words = value.split(",")

@@ -14,8 +14,8 @@ from ml_collections.config_dict import placeholder
 from pcpvt.config import licences
 
 from pcpvt.config.checks import (  # isort: skip
-    Check, anything, area, at_least, below, between, counts, duration, interval, model, one_of, precision, randaugment,
-    regex, value_range,
+    Check, anything, area, at_least, below, between, counts, duration, interval, listed_of, model, one_of, precision,
+    randaugment, regex, value_range,
 )  # fmt: skip
 from pcpvt.config.stored import nested
 from pcpvt.errors import UserError
@@ -46,6 +46,7 @@ class Field(NamedTuple):
 
 
 DEVICES = ("cpu", "cuda", "npu")
+GRAPHS = (".onnx", ".xml", ".pt2")  # endings of exported files that hold no weights by name
 RECIPE, FREE, START, DIVERGED = Rule
 FIXED = Rule(0)
 
@@ -202,8 +203,9 @@ FIELDS = {
     "predict.sort_into": Field("", "new folder for copies of the images, one folder per predicted class", FREE),
     "predict.explain": Field(False, "also draw, in the workdir's explain/, what speaks for the predicted class", FREE),
     "report.compare": Field("", "other workdirs, by comma, to show beside this one", FREE),
-    "bench.against": Field("", "timm | timm-compiled: measure timm's model, eager or compiled, and loader beside ours",
-        FREE, one_of("", "timm", "timm-compiled")),
+    "bench.against": Field(
+        "", "what is measured beside ours, by comma: timm | timm-compiled | onnx | openvino | an exported file",
+        FREE, listed_of("timm", "timm-compiled", "onnx", "openvino", endings=GRAPHS)),
     "bench.steps": Field(10, "measured rounds per figure", FREE, at_least(1)),
     "bench.scaling": Field(
         False, "measure how cost grows with batch, image size and processes instead; also report.html", FREE),

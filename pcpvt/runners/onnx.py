@@ -27,6 +27,8 @@ def read(path: Path) -> Graph:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait in busy loops would take the cores from the loader processes, and from a bench's other side.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         name = inputs[0].name
