@@ -48,6 +48,8 @@ class _Group:
     world = World()
     timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
     store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
+    teller: threading.Thread | None = None  # see `_tell_place`
+    left = threading.Event()  # ends it
     shared = 0  # calls of `share`, as many in all processes
     broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
 
@@ -92,7 +94,11 @@ def join(device: Device, timeout: int) -> World:
             store = _rendezvous(limit)
             _group.store = dist.PrefixStore("pcpvt", store)
             # A connection of its own, as the main thread may hang in the other.
-            threading.Thread(target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True).start()
+            _group.left.clear()
+            _group.teller = threading.Thread(
+                target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True
+            )
+            _group.teller.start()
             dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
 
@@ -115,7 +121,8 @@ def _tell_place(store: dist.Store) -> None:
     """Thread that tells the other ranks where this one is, once one of them asks because its wait was over."""
     with contextlib.suppress(RuntimeError):  # the store's host is down
         while not store.check(["where"]):
-            time.sleep(POLL)
+            if _group.left.wait(POLL):
+                return
         store.set(f"where/{_group.world.rank}", stacks.place())
         stacks.write()
 
@@ -129,6 +136,9 @@ def limit_waiting(seconds: float) -> None:
 
 
 def leave() -> None:
+    _group.left.set()
+    if _group.teller is not None:  # Python would abort the process at a thread that is in the library at its end
+        _group.teller.join(2 * POLL)
     if dist.is_initialized() and not _group.broken:
         dist.destroy_process_group()
         _group.store = None
