@@ -99,7 +99,7 @@ def _for_stored_device(get_config: Callable[[str], ConfigDict], arg: str) -> Con
 def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (), command: Command | None = None) -> int:
     """Runs a mode in this process, one of `config.processes`; returns the exit code."""
     from pcpvt.checkpoints.atomic import remove_leftovers
-    from pcpvt.distributed import collectives, stacks
+    from pcpvt.distributed import collectives, peers, stacks
     from pcpvt.runtime import lock, records, session
     from pcpvt.runtime.console import Console
 
@@ -125,7 +125,7 @@ def run(config: ConfigDict, workdir: Path, mode: str, notes: Sequence[str] = (),
                 records.write_command(workdir, command.line())
             return importlib.import_module(f"pcpvt.{MODES[mode]}").run(session.start(config, workdir, command))
         except (UserError, OSError, RuntimeError) as failure:
-            error = collectives.peer_error(failure) if isinstance(failure, RuntimeError) else _user_error(failure)
+            error = peers.peer_error(failure) if isinstance(failure, RuntimeError) else _user_error(failure)
             if error is None:
                 raise
             if collectives.explains(error):  # otherwise another process has reported it

@@ -15,7 +15,7 @@ import torch
 from miniature import run
 
 from pcpvt import devices
-from pcpvt.distributed import collectives, launch, signals
+from pcpvt.distributed import group, launch, peers, signals
 from pcpvt.errors import PeerError, UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -91,12 +91,12 @@ def test_error_of_communication_outside_a_collective_names_the_lost_rank(tmp_pat
     ],
 )
 def test_only_errors_of_communication_are_lost_peers(text, lost, monkeypatch):
-    group = collectives._Group()
-    group.store = torch.distributed.HashStore()
-    monkeypatch.setattr(collectives, "_group", group)
-    monkeypatch.setattr(collectives, "_roll_call", lambda asks: [1])
-    monkeypatch.setattr(collectives.dist, "is_initialized", lambda: True)
-    with pytest.raises(PeerError if lost else RuntimeError) as caught, collectives._peer_errors():
+    joined = group.Group()
+    joined.store = torch.distributed.HashStore()
+    monkeypatch.setattr(group, "joined", joined)
+    monkeypatch.setattr(peers, "_roll_call", lambda asks: [1])
+    monkeypatch.setattr(peers.dist, "is_initialized", lambda: True)
+    with pytest.raises(PeerError if lost else RuntimeError) as caught, peers.peer_errors():
         raise RuntimeError(text)
     assert isinstance(caught.value, PeerError) == lost and ("rank 1" in str(caught.value)) == lost
 

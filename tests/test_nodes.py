@@ -12,7 +12,7 @@ import pytest
 import test_launch_real
 
 from pcpvt.devices import visible
-from pcpvt.distributed.collectives import World
+from pcpvt.distributed.group import World
 from pcpvt.errors import UserError
 from pcpvt.nodes import cards, check, host
 from pcpvt.nodes.host import Report

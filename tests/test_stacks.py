@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pcpvt.distributed import collectives, flight, signals, stacks
+from pcpvt.distributed import collectives, flight, group, signals, stacks
 from pcpvt.distributed.restart import Failure, what_failed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -128,17 +128,17 @@ def test_the_limit_of_waiting_follows_the_slowest_step_up_to_the_configured_one(
         port = probe.getsockname()[1]
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=900), world_size=1, rank=0)
     try:
-        monkeypatch.setattr(collectives, "_group", collectives._Group())
-        collectives._group.timeout = collectives._group.longest = 900
+        monkeypatch.setattr(group, "joined", group.Group())
+        group.joined.timeout = group.joined.longest = 900
         for seconds, limit in ((300.0, 300), (412.3, 413), (5000.0, 900)):
             collectives.limit_waiting(seconds)
-            group = dist.group.WORLD._get_backend(torch.device("cpu"))
-            assert group.options._timeout == datetime.timedelta(seconds=limit)
-            assert collectives._group.timeout == limit
+            backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == datetime.timedelta(seconds=limit)
+            assert group.joined.timeout == limit
         with monkeypatch.context() as patch:
             patch.setattr(dist.ProcessGroup, "set_timeout", refuse)
             collectives.limit_waiting(400.0)
-        assert collectives._group.fixed and collectives._group.timeout == 900
+        assert group.joined.fixed and group.joined.timeout == 900
     finally:
         dist.destroy_process_group()
 

@@ -8,11 +8,7 @@ import contextlib
 import datetime
 import math
 import os
-import re
-import threading
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,43 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pcpvt.devices.base import Device
-from pcpvt.distributed import flight, hosts, stacks
+from pcpvt.distributed import flight, group, hosts
+from pcpvt.distributed.group import World
+from pcpvt.distributed.peers import answer, peer_errors
 from pcpvt.errors import PeerError
 
 UNJOINED = datetime.timedelta(seconds=5)  # to reach the store from a process that ends before it has joined
-POLL = 0.5  # seconds between two looks for another rank's question where this one is
-ROLL_CALL = 2.0  # seconds in which all live ranks report a failure; they detect a lost connection within milliseconds
-# Errors of communication, among RuntimeErrors of all kinds: gloo's name its source files and NCCL's and HCCL's the
-# library; EI are HCCL's codes of CANN, ERR02 those of torch_npu's distributed part.
-COMMUNICATION = re.compile(r"gloo[/\\]|\b[nh]ccl|\bEI\d{4}|\bERR02\d{3}|connection (closed|reset)|broken pipe", re.I)
-
-
-class World(NamedTuple):
-    """This process among those of the run."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-class _Group:
-    """The process group that this process has joined."""
-
-    world = World()
-    timeout, longest = 0, 0  # seconds of a wait now, and `config.timeout`
-    fixed = False  # the library cannot change its limit
-    store: dist.Store | None = None  # key-value store shared by all ranks; works when collectives do not
-    place: threading.Thread | None = None  # see `_tell_place`
-    left = threading.Event()
-    shared = 0  # calls of `share`, as many in all processes
-    broken = False  # a collective has failed: the group is not destroyed, because that needs all ranks
-
-
-_group = _Group()
 
 
 def from_environment() -> World | None:
@@ -91,14 +56,12 @@ def join(device: Device, timeout: int) -> World:
     device.bind(world.local_rank)
     if world.size > 1:
         limit = datetime.timedelta(seconds=timeout)
-        _group.world, _group.timeout, _group.longest = world, timeout, timeout
+        group.joined.world, group.joined.timeout, group.joined.longest = world, timeout, timeout
         flight.install(device.recording, device.recorded_collectives, world.rank)
-        with _peer_errors():
+        with peer_errors():
             store = _rendezvous(limit)
-            _group.store = dist.PrefixStore("pcpvt", store)
-            # A connection of its own, as the main thread may hang in the other.
-            _group.place = threading.Thread(target=_tell_place, args=(_clone(_group.store),), name="place", daemon=True)
-            _group.place.start()
+            group.joined.store = dist.PrefixStore("pcpvt", store)
+            group.joined.place = answer(group.joined.store)
             dist.init_process_group(device.backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
     return world
 
@@ -111,45 +74,28 @@ def _rendezvous(limit: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt/{attempt}", store)
 
 
-def _clone(store: dist.Store) -> dist.Store:
-    """Another connection to a store (its type has no annotation for this in torch 2.13)."""
-    clone: dist.Store = store.clone()  # type: ignore[attr-defined]
-    return clone
-
-
-def _tell_place(store: dist.Store) -> None:
-    """Thread that tells the other ranks where this one is, once one of them asks because its wait was over."""
-    with contextlib.suppress(RuntimeError):  # the store's host is down
-        while not store.check(["where"]):
-            if _group.left.wait(POLL):
-                return
-        store.set(f"where/{_group.world.rank}", stacks.place())
-        stacks.write()
-        flight.write()
-
-
 def limit_waiting(seconds: float) -> None:
     """Sets the limit of all waits from now on, `config.timeout` at most, where the library can change it.
 
     HCCL's watchdog can (torch_npu 2.13); what its devices themselves wait, HCCL_EXEC_TIMEOUT, is fixed.
     """
-    timeout = min(_group.longest, math.ceil(seconds))
-    if dist.group.WORLD is not None and timeout != _group.timeout and not _group.fixed:
+    timeout = min(group.joined.longest, math.ceil(seconds))
+    if dist.group.WORLD is not None and timeout != group.joined.timeout and not group.joined.fixed:
         try:
             dist.group.WORLD.set_timeout(datetime.timedelta(seconds=timeout))
-            _group.timeout = timeout
+            group.joined.timeout = timeout
         except RuntimeError:  # what such a library is told
-            _group.fixed = True
+            group.joined.fixed = True
 
 
 def leave() -> None:
     """Leaves the process group; at the end of the process, because it cannot be joined again."""
-    if _group.place is not None:  # in a store's call at the end of the interpreter it would abort the process
-        _group.left.set()
-        _group.place.join(UNJOINED.total_seconds())
-    if dist.is_initialized() and not _group.broken:
+    if group.joined.place is not None:  # in a store's call at the end of the interpreter it would abort the process
+        group.joined.left.set()
+        group.joined.place.join(UNJOINED.total_seconds())
+    if dist.is_initialized() and not group.joined.broken:
         dist.destroy_process_group()
-        _group.store = None
+        group.joined.store = None
 
 
 def psum(tensors: list[Tensor]) -> list[Tensor]:
@@ -157,7 +103,7 @@ def psum(tensors: list[Tensor]) -> list[Tensor]:
     if not dist.is_initialized():
         return tensors
     bucket = torch.cat([t.reshape(-1) for t in tensors])
-    with _peer_errors():
+    with peer_errors():
         dist.all_reduce(bucket)
     pieces = bucket.split([t.numel() for t in tensors])
     return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
@@ -173,26 +119,29 @@ def sum_array(values: np.ndarray) -> np.ndarray:
     if not dist.is_initialized():
         return values
     tensor = torch.from_numpy(values)
-    with _peer_errors():
+    with peer_errors():
         dist.all_reduce(tensor)
     return tensor.numpy()
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:
     """The numbers of every process, by rank; as many in each, and exact as float64."""
-    rank, size = _group.world.rank, _group.world.size
+    rank, size = group.joined.world.rank, group.joined.world.size
     row = [0.0] * len(values)
     flat = sum_numbers([*row * rank, *values, *row * (size - 1 - rank)])
     return [flat[i * len(values) : (i + 1) * len(values)] for i in range(size)]
 
 
-def gather_texts(name: str, text: str) -> list[str]:
-    """The text of every process, by rank; each name is used once."""
-    if _group.store is None:
+def gather_texts(text: str) -> list[str]:
+    """The text of every process, by rank."""
+    joined = group.joined
+    if joined.store is None:
         return [text]
-    with _peer_errors():
-        _group.store.set(f"{name}/{_group.world.rank}", text)
-        return [_group.store.get(f"{name}/{rank}").decode() for rank in range(_group.world.size)]
+    joined.gathered += 1
+    keys = [f"text/{joined.gathered}/{rank}" for rank in range(joined.world.size)]
+    with peer_errors():
+        joined.store.set(keys[joined.world.rank], text)
+        return [value.decode() for value in joined.store.multi_get(keys)]
 
 
 def any_true(value: bool) -> bool:
@@ -200,21 +149,10 @@ def any_true(value: bool) -> bool:
     return sum_numbers([float(value)])[0] > 0
 
 
-def share(text: str) -> list[str]:
-    """The text of every process, by rank."""
-    if _group.store is None:
-        return [text]
-    _group.shared += 1
-    keys = [f"share/{_group.shared}/{rank}" for rank in range(_group.world.size)]
-    with _peer_errors():
-        _group.store.set(keys[_group.world.rank], text)
-        return [value.decode() for value in _group.store.multi_get(keys)]
-
-
 def reduction_time(device: Device, numbers: int, rounds: int) -> float:
     """Seconds that all processes take to sum so many float32 numbers on the device: the fastest of some rounds."""
     bucket, times = torch.zeros(numbers, device=device.torch), []
-    with _peer_errors():
+    with peer_errors():
         for _ in range(rounds + 1):  # the first connects the processes
             device.synchronize()
             began = time.perf_counter()
@@ -226,11 +164,14 @@ def reduction_time(device: Device, numbers: int, rounds: int) -> float:
 
 def await_all(seconds: float) -> None:
     """Waits until all processes have called this, at most so many seconds; that one does not come is no error here."""
-    if _group.store is None:
+    joined = group.joined
+    if joined.store is None:
         return
     with contextlib.suppress(RuntimeError):  # a process, or the store's host, has ended
-        _group.store.set(f"ended/{_group.world.rank}", "")
-        _group.store.wait([f"ended/{rank}" for rank in range(_group.world.size)], datetime.timedelta(seconds=seconds))
+        group.joined.store.set(f"ended/{group.joined.world.rank}", "")
+        group.joined.store.wait(
+            [f"ended/{rank}" for rank in range(group.joined.world.size)], datetime.timedelta(seconds=seconds)
+        )
 
 
 def first_to_say(text: str) -> bool:
@@ -246,78 +187,10 @@ def explains(error: Exception) -> bool:
 def _increment(key: str) -> int:
     """The value of a shared counter after adding 1."""
     try:
-        if _group.store is None:
+        if group.joined.store is None:
             if from_environment() is None:
                 return 1
-            _group.store = dist.PrefixStore("pcpvt", _rendezvous(UNJOINED))
-        return _group.store.add(key, 1)
+            group.joined.store = dist.PrefixStore("pcpvt", _rendezvous(UNJOINED))
+        return group.joined.store.add(key, 1)
     except (RuntimeError, ValueError):  # the store's host is down, or the environment names none
         return 1
-
-
-@contextlib.contextmanager
-def _peer_errors() -> Iterator[None]:
-    """Turns the failure of a collective into a PeerError that names the missing ranks."""
-    try:
-        yield
-    except RuntimeError as error:
-        if found := peer_error(error):
-            raise found from error
-        raise
-
-
-def peer_error(error: RuntimeError) -> PeerError | None:
-    """The PeerError that an error of this process's communication stands for; None when it is an error of its own.
-
-    HCCL and NCCL run asynchronously, so their errors may be raised by a later operation that reads from the device.
-    """
-    if not dist.is_initialized() and _group.store is None:
-        return None
-    _group.broken = True  # even by an error of its own, which has interrupted a collective or will miss the next
-    reason = _reason(error)
-    if isinstance(error, torch.OutOfMemoryError) or not (
-        isinstance(error, dist.DistError) or COMMUNICATION.search(str(error))
-    ):
-        return None
-    late = bool(re.search("time[sd]? ?out", reason.lower()))
-    missing = _roll_call(late)
-    if missing and late:
-        what = f"gave no answer within {_group.timeout} s (config.timeout): hung, or far slower than the others"
-        return PeerError("; ".join([f"{', '.join(f'rank {rank}' for rank in missing)} {what}", *_places(missing)]))
-    who = ", ".join(f"rank {rank}" for rank in missing) or "the connection between processes is"
-    return PeerError(f"{who} lost: {reason}")
-
-
-def _reason(error: RuntimeError) -> str:
-    """What an error says, without gloo's source position and its advice, which suspects a bug in this program."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return re.sub(r"^\[\S+:\d+\] |\.? This is typically caused by .*", "", line)
-
-
-def _roll_call(asks: bool) -> list[int]:
-    """The ranks that have not detected the failure themselves: they are dead, or hang outside the collective.
-
-    Args:
-        asks: whether all ranks shall write where they are.
-    """
-    if _group.store is None:
-        return []
-    try:
-        _group.store.set(f"noticed/{_group.world.rank}", "")
-        if asks:
-            _group.store.set("where", "")
-        time.sleep(ROLL_CALL)
-        return [rank for rank in range(_group.world.size) if not _group.store.check([f"noticed/{rank}"])]
-    except RuntimeError:
-        return []
-
-
-def _places(ranks: list[int]) -> list[str]:
-    """Where ranks are, of those that have told it."""
-    store, told = _group.store, []
-    assert store is not None  # they were missed in it
-    with contextlib.suppress(RuntimeError):
-        told = [
-            f"rank {rank} is {store.get(f'where/{rank}').decode()}" for rank in ranks if store.check([f"where/{rank}"])
-        ]
-    return [*told, "all stacks are in the workdir's debug/"] if told else []

@@ -43,7 +43,7 @@ def before_start(session: Session, train: Dataset, val: Dataset, say: Callable[[
         UserError: when no card of a host is healthy, or the workdir or the data are not the same for all processes.
     """
     config, device = session.config, session.device.name
-    reports = [host.load(text) for text in collectives.share(_report(session, train, val).dump())]
+    reports = [host.load(text) for text in collectives.gather_texts(_report(session, train, val).dump())]
     loads = not train.in_memory and config.data.workers != 0
     findings = [
         *([] if device == "cpu" else [of_cards(reports, device)]), of_memory(reports, loads), of_clocks(reports),
@@ -87,7 +87,7 @@ def _sees_rank_0(session: Session) -> bool:
     if session.world.is_main:
         (session.workdir / name).write_text(text)
     try:
-        theirs, text = collectives.share(f"{name} {text}")[0].split()
+        theirs, text = collectives.gather_texts(f"{name} {text}")[0].split()
         seen = host.sees(session.workdir / theirs, text)
         collectives.any_true(False)  # all have looked
     finally:

@@ -18,7 +18,7 @@ from pcpvt.data.loader import Batches, Loader, default_workers, shared_workers
 from pcpvt.devices import base
 from pcpvt.devices.compile import backend, compiled, compiled_blocks, value_and_grad
 from pcpvt.distributed import collectives
-from pcpvt.distributed.collectives import World
+from pcpvt.distributed.group import World
 from pcpvt.errors import UserError
 from pcpvt.functional import precision, tasks
 from pcpvt.functional.flat import pack

@@ -56,8 +56,8 @@ class Audit:
         device, index = session.device, session.world.local_rank
         place, kind = f"{socket.gethostname()}, {device.name} {index}", f"{device.describe()} {torch.get_num_threads()}"
         active = turns.every > 0
-        self._places = collectives.gather_texts("place", place) if active else [place]
-        self._alike = len(set(collectives.gather_texts("kind", kind))) == 1 if active else True
+        self._places = collectives.gather_texts(place) if active else [place]
+        self._alike = len(set(collectives.gather_texts(kind))) == 1 if active else True
         self.exact = device.repeats_exactly and self._alike
         self._tolerance = 0.0 if self.exact else TOLERANCE[session.policy.compute]
 

@@ -90,7 +90,7 @@ class Stopwatch:
 
     def __init__(self, session: Session):
         self._device, self._active = session.device, session.world.size > 1
-        self._watch = Watch(collectives.gather_texts("host", socket.gethostname()))
+        self._watch = Watch(collectives.gather_texts(socket.gethostname()))
         self._file = session.workdir / records.RANKS if session.world.is_main else None
         self._total = self._reading = self._waiting = 0.0
         self._sums: list[tuple[Any, Any]] = []  # stamps before and after each sum
