@@ -88,7 +88,7 @@ def test_one_label_per_image_with_semicolons_is_a_warning(write):
     assert "2 labels such as 'sea;sky' are taken for one class each: for several labels per image set config." in remark
 
 
-@pytest.mark.parametrize("name", ["folder", "tar", "digits", "synthetic", "torch/mnist"])
+@pytest.mark.parametrize("name", ["folder", "tar", "digits", "torch/mnist"])
 def test_sources_of_one_label_are_refused(name, tmp_path):
     with pytest.raises(UserError, match=r"config\.task: multilabel: .* gives one label per image: give config\.data\."):
         sources.open_split(name, str(tmp_path), "val", (16, 16), columns=SEVERAL)
@@ -169,3 +169,8 @@ def test_unequal_classes_are_a_warning_that_names_map():
     assert "differ 11-fold in number: a has 22 training images, b 2" in text
     assert "judge by map" in text and "balanced" not in text
     assert class_weights.of_run("none", LabelSets(images, [(0,), (0, 1), (1,)], ["a", "b"]), 2).warnings == []
+
+
+def test_synthetic_images_for_benchmarks_have_a_label_each():
+    noise = sources.open_split("synthetic", "", "train", (16, 16), 5, columns=SEVERAL)
+    assert noise[0][1].shape == (5,) and all(noise[i][1].sum() == 1 for i in range(9))

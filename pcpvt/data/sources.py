@@ -134,7 +134,10 @@ def open_split(
 
 def _labelled(dataset: Any, columns: Columns) -> Dataset:
     """The dataset with its multi-hot labels where images have several."""
-    return LabelSets(dataset, dataset.sets, dataset.classes) if columns.several else dataset
+    if not columns.several:
+        return dataset
+    one_each = [(label,) for label in range(len(dataset.classes))]  # of synthetic images
+    return LabelSets(dataset, getattr(dataset, "sets", one_each), dataset.classes)
 
 
 def _open_numbered(
@@ -142,7 +145,8 @@ def _open_numbered(
 ) -> Any:
     """One split, its labels whole numbers: of classes, or of sets of them."""
     splits.check(wanted)
-    if columns.several and not (name.lower().startswith("hfds/") or _is_manifest(path)):
+    lists = name == "synthetic" or name.lower().startswith("hfds/") or (name == "folder" and _is_manifest(path))
+    if columns.several and not lists:
         raise UserError(
             f"config.task: multilabel: {path or name} gives one label per image: give config.data.path=FILE.csv with "
             "rows of path,label;label, or config.data.name=hfds/NAME with a column of lists"
@@ -201,14 +205,13 @@ def _open(name: str, path: str, split: str, wanted: Splits, columns: Columns) ->
         raise UserError("config.data.path: not set: give the folder that holds train/<class>/* and val/<class>/*")
     if not os.path.exists(path):
         raise UserError(f"config.data.path: {path} does not exist: give the folder that holds train/ and val/")
-    suffix = os.path.splitext(path)[1].lower()
     if _is_manifest(path):
         listing, chosen = manifest.read(path, split, wanted, columns)
         return Files(listing, chosen, os.path.dirname(os.path.abspath(path)))
     for field, given in zip(("image_column", "label_column"), columns[:2], strict=True):
         if given:
             raise UserError(f"config.data.{field}: {given!r}: only manifests and hfds/... have columns: leave it unset")
-    if name == "tar" or suffix == ".tar":
+    if name == "tar" or path.lower().endswith(".tar"):
         return _open_archives(path, split, wanted)
     if not os.path.isdir(path):
         raise UserError(f"config.data.path: {path} is no folder, .csv or .tar file: unpack it, or give another")
