@@ -113,7 +113,7 @@ else # each process binds itself to its share
     exported+=(PCPVT_CORES PET_NNODES PET_NPROC_PER_NODE)
 fi
 if [[ -n $dry_run ]]; then
-    ((nproc == 1)) || sed 's/^/# /' "${BASH_SOURCE[0]%/*}/checks.txt"
+    ((nproc == 1)) || sed 's/^/# /' "$(dirname "${BASH_SOURCE[0]}")/checks.txt"
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort
     printf 'exec'; printf ' %q' "${command[@]}"; echo
     exit 0

@@ -206,7 +206,7 @@ fi
 # --- run ----------------------------------------------------------------------------------------------------
 command=(python -m pcpvt.main "${flags[@]}")
 if [[ -n $dry_run ]]; then
-    sed 's/^/# /' "${BASH_SOURCE[0]%/*}/checks.txt"
+    sed 's/^/# /' "$(dirname "${BASH_SOURCE[0]}")/checks.txt"
     [[ -z $set_env ]] || printf 'source %q\n' "$set_env"
     for name in "${exported[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done | LC_ALL=C sort
     printf 'exec'; printf ' %q' "${command[@]}"; echo

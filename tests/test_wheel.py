@@ -241,3 +241,15 @@ def test_operator_without_a_kernel_is_reported():
     assert {n: o.missing for n, o in trace(function).items() if o.where == "cpu"} == {
         "aten::huber_loss": ("aten::huber_loss",)
     }
+
+
+@on_wheel
+def test_the_library_reads_the_settings_that_are_its_own():
+    import torch_npu
+
+    from pcpvt.devices.npu_settings import SETTINGS
+
+    library = (Path(torch_npu.__file__).parent / "lib" / "libtorch_npu.so").read_bytes()
+    own = [name for name, setting in SETTINGS.items() if "torch_npu: " in setting.source]
+    assert len(own) == 4
+    assert [name for name in [*own, "expandable_segments"] if name.encode() not in library] == []
