@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import miniature
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from pcpvt.data.audited import Turns
 from pcpvt.distributed import signals
+from pcpvt.train.evidence import KEPT
 from pcpvt.train.verdict import Result, judge, same
 
 QUIET = {"eval_every": "0", "save_every": "0", "tensorboard": False}
@@ -63,6 +66,32 @@ def test_a_bit_of_a_weight_is_found_in_the_next_audit_and_is_not_saved(arg, susp
     assert verdict["certain"] == (arg == "cpu3") and ("no majority" in ended.error) == (arg == "cpu2")
     assert json.loads((folder / "differences.json").read_text())["params"]
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_every_random_bit_of_gradients_and_activations_is_found_with_its_rank(tmp_path):
+    """20 flips in one run that goes on. Each step has two calls of the work, and one more after a difference."""
+    draw, faults, ranks = random.Random(0), [], []
+    for done in range(20):
+        work, rank = 2 * (done + 1) + done + 1, draw.randrange(3)
+        ranks.append(rank)
+        if done % 2:
+            bits = {"at": "bit of a gradient", "n": work, "bit": draw.randrange(32), "index": draw.randrange(130_000)}
+        else:
+            call = 4 * (work - 1) + draw.randint(1, 4)
+            bits = {
+                "at": "bit of an activation",
+                "n": call,
+                "bit": draw.randrange(16, 31),
+                "index": draw.randrange(500),
+            }
+        faults.append({**bits, "rank": rank})
+    ended = miniature.run(audited(tmp_path, steps=24, audit_every=1), *faults)
+    assert ended.code == 0, ended.err
+    found = re.findall(r"audit of step (\d+): rank (\d) \([^)]*\) computed another gradient", ended.err)
+    assert found == [(str(done + 2), str(rank)) for done, rank in enumerate(ranks)], ended.err
+    assert len(list(tmp_path.glob("debug/audit-*/verdict.json"))) == 20
+    assert len(list(tmp_path.glob("debug/audit-*/differences.json"))) == KEPT
 
 
 def test_states_that_differ_are_found_before_a_save(tmp_path):
