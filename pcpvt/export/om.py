@@ -124,7 +124,7 @@ def _write_images(request: Request, path: Path) -> int:
     if not count:
         (path / "validation.txt").touch()
         return 0
-    if not (session.config.data.path or session.config.data.name):
+    if not session.config.data.path and session.config.data.name in ("", "folder"):
         raise UserError(
             "config.data.path: not set, and the kit holds images of the data: give their folder, or set "
             "config.export.calibration=0 for a kit without"
