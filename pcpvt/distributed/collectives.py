@@ -164,14 +164,12 @@ def reduction_time(device: Device, numbers: int, rounds: int) -> float:
 
 def await_all(seconds: float) -> None:
     """Waits until all processes have called this, at most so many seconds; that one does not come is no error here."""
-    joined = group.joined
-    if joined.store is None:
+    world, store = group.joined.world, group.joined.store
+    if store is None:
         return
     with contextlib.suppress(RuntimeError):  # a process, or the store's host, has ended
-        group.joined.store.set(f"ended/{group.joined.world.rank}", "")
-        group.joined.store.wait(
-            [f"ended/{rank}" for rank in range(group.joined.world.size)], datetime.timedelta(seconds=seconds)
-        )
+        group.store.set(f"ended/{group.world.rank}", "")
+        group.store.wait([f"ended/{rank}" for rank in range(group.world.size)], datetime.timedelta(seconds=seconds))
 
 
 def first_to_say(text: str) -> bool:
