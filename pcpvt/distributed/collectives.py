@@ -168,8 +168,8 @@ def await_all(seconds: float) -> None:
     if store is None:
         return
     with contextlib.suppress(RuntimeError):  # a process, or the store's host, has ended
-        group.store.set(f"ended/{group.world.rank}", "")
-        group.store.wait([f"ended/{rank}" for rank in range(group.world.size)], datetime.timedelta(seconds=seconds))
+        store.set(f"ended/{world.rank}", "")
+        store.wait([f"ended/{rank}" for rank in range(world.size)], datetime.timedelta(seconds=seconds))
 
 
 def first_to_say(text: str) -> bool:
