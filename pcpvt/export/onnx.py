@@ -34,7 +34,7 @@ def write(request: Request, path: Path) -> Written:
     cases = compare(model, params, sizes, network, "ONNX file", preprocess=preprocess)
     if session.config.export.quantize == "int8":
         int8.quantise(request, path)
-    if preprocess:  # ATC takes uint8 images through AIPP only
+    if preprocess or session.config.export.quantize != "none":  # ATC quantises itself, and takes pixels through AIPP
         return Written(cases, [])
     return Written(cases, [f"for Ascend, where CANN is (not verified here): {atc(request.output, session.size)}"])
 
