@@ -41,8 +41,22 @@ def test_a_warm_up_that_is_shorter_than_the_run_stays_and_is_named_where_it_is_m
     assert planned(steps=4, warmup_epochs=2.0, schedule="constant")[1] == []
 
 
+def test_a_length_in_epochs_that_makes_few_steps_is_named_with_a_batch_that_makes_more():
+    """The batch proposed makes a hundred steps or more where 8 images a step can."""
+    rates, notes = planned(epochs=10.0, examples=96, warmup_epochs=0.0)
+    assert len(rates) == 10 and notes == [
+        "config.batch_size: 100 of 96 training images make 10 steps in 10 epochs, which are few: consider "
+        "--config.batch_size=8 --config.lr=1"
+    ]
+    assert "batch_size=32 " in planned(epochs=10.0, examples=400, warmup_epochs=0.0)[1][0]
+    assert len(planned(epochs=10.0, examples=400, batch_size=32, warmup_epochs=0.0)[0]) == 125
+    assert planned(epochs=10.0, examples=1000, warmup_epochs=0.0)[1] == planned(steps=9, warmup_epochs=0.0)[1] == []
+    assert planned(epochs=1.0, examples=40, batch_size=8, warmup_epochs=0.0)[1] == []
+
+
 def test_the_reference_schedule_is_cut_by_epochs():
     rates, notes = planned(epochs=5.0, warmup_epochs=5.0, schedule="reference", warmup_lr=0.0)
+    notes = [note for note in notes if "warmup" in note]
     expected = schedules.reference(1.0, 5.0, 1.0, lambda step: step // 10, 0.0)
     assert rates == [expected(step) for step in range(50)] and len(notes) == 1
 

@@ -45,8 +45,8 @@ def test_signal_during_a_slow_first_step(tmp_path):
 
 
 def test_signal_while_a_checkpoint_is_written(tmp_path):
-    # The writer of step 4 sleeps before its first fsync; the signal comes after step 5.
-    slow = {"at": "disk", "n": 7, "do": "sleep:1"}
+    # The writer of step 4 sleeps; the signal comes after step 5.
+    slow = {"at": "save", "n": 2, "do": "sleep:1"}
     ended = miniature.run(miniature.words(tmp_path), slow, {"at": "step", "n": 5, "do": "SIGTERM"})
     assert ended.code == PREEMPTED, ended.err
     assert saved(tmp_path) == [4, 5]
@@ -54,11 +54,9 @@ def test_signal_while_a_checkpoint_is_written(tmp_path):
 
 @pytest.mark.parametrize("arg", ["cpu", pytest.param("cpu2", marks=pytest.mark.slow)])
 def test_a_save_in_progress_is_finished_after_the_grace_period(arg, tmp_path):
-    """The disk takes 4 s for the last checkpoint, and the processes wait for one another for 3 s only."""
-    slow = (
-        {"at": "disk", "n": 1, "do": "sleep:4", "rank": 0} if arg == "cpu2" else {"at": "disk", "n": 1, "do": "sleep:4"}
-    )
-    words = miniature.words(tmp_path, arg, grace=1, timeout=3, save_every="0", eval_every="0")
+    """The disk takes longer for the last checkpoint than the grace period, and than processes wait for one another."""
+    slow = {"at": "save", "n": 2, "do": f"sleep:{4 if arg == 'cpu' else 12}"}
+    words = miniature.words(tmp_path, arg, grace=1, timeout=10, save_every="0", eval_every="0")
     ended = miniature.run(words, slow, {"at": "step", "n": 5, "do": "SIGTERM", "to": "group"})
     assert ended.code == PREEMPTED and ended.err == STOPPING, ended.err
     assert saved(tmp_path) == [5] or (arg == "cpu2" and saved(tmp_path))

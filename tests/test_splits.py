@@ -105,6 +105,21 @@ def test_validation_images_that_are_training_images_are_refused(tmp_path):
         sources.open_training("folder", str(tmp_path), (16, 16))
 
 
+def test_a_validation_split_without_any_image_is_refused(tmp_path):
+    """Of classes with one image each nothing can be held out, whichever mode asks for it."""
+    fill(tmp_path, cat=1, dog=1)
+    wanted = Splits(fraction=0.2)
+    for opened in (sources.open_split, sources.open_training):
+        arguments = ("val", (16, 16)) if opened is sources.open_split else ((16, 16),)
+        with pytest.raises(UserError, match=r"config\.data\.val_fraction: 0\.2: every class has one image"):
+            opened("folder", str(tmp_path), *arguments, wanted=wanted)
+    train, val = sources.open_training("folder", str(tmp_path), (16, 16), wanted=wanted, validates=False)
+    assert (len(train), len(val)) == (2, 0)
+    (tmp_path / "a.csv").write_text("path,label,split\ncat/0.png,cat,train\ndog/0.png,dog,train\n")
+    with pytest.raises(UserError, match="val"):
+        sources.open_training("folder", str(tmp_path / "a.csv"), (16, 16))
+
+
 def result(workdir, name="result.json"):
     return json.loads((workdir / name).read_text())
 

@@ -13,6 +13,9 @@ UNITS = ("epochs", "steps", "examples")
 # Of a run that is not longer than its warm-up. The recipes' own shares are smaller (at most 2 of 15 epochs), and four
 # fifths of the run are left for the higher rates.
 WARMUP_SHARE = 1 / 5
+# Steps below which a length in epochs is remarked on: AdamW moves a parameter by about the learning rate a step, so a
+# hundred steps move it by at most a hundred times that.
+FEW_STEPS = 100
 
 
 class Plan(NamedTuple):
@@ -140,6 +143,14 @@ def short_run_notes(config: ConfigDict, plan: Plan) -> list[str]:
             notes.append(f"{warmup} is as long as the run of {plan.steps} steps or longer: a fifth of the run is used")
         elif 2 * asked > plan.steps:
             notes.append(f"{warmup} is most of the run of {plan.steps} steps: set it lower if that is not meant")
+    amount, unit = duration(config, "") or (0, "steps")
+    if unit == "epochs" and plan.steps < FEW_STEPS:
+        batch = 2 ** max(3, int(math.log2(max(1, amount * plan.examples / FEW_STEPS))))
+        if batch < plan.batch:
+            notes.append(
+                f"config.batch_size: {plan.batch} of {plan.examples} training images make {plan.steps} steps in "
+                f"{amount:g} epochs, which are few: consider --config.batch_size={batch} --config.lr={plan.lr:g}"
+            )
     window = 1 / (1 - config.ema)
     if config.ema and window > plan.steps:
         last = schedules.ema_decay(config.ema, plan.steps - 1)

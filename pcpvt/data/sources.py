@@ -173,9 +173,23 @@ def open_split(
             raise UserError(f"config.data.{field}: {name} has splits of its own, train and val: leave it unset")
         return digits(split, size) if name == "digits" else synthetic(split, size, num_classes or 1000)
     found = _open(name, os.path.expanduser(path), wanted.source(split), wanted, columns)
-    if not wanted.fraction:
-        return found
-    return _parts(found, wanted)[split == "val"]
+    part = _parts(found, wanted)[split == "val"] if wanted.fraction else found
+    return part if split == "train" else _with_images(part, wanted)
+
+
+def _with_images(val: Any, wanted: Splits) -> Any:
+    """A validation split; UserError when it has no images at all, of which no metric could be computed."""
+    if len(val):
+        return val
+    if wanted.fraction:
+        raise UserError(
+            f"config.data.val_fraction: {wanted.fraction:g}: every class has one image, which is for training: add "
+            "images, or train without validation by config.eval_every=0"
+        )
+    raise UserError(
+        f"config.data.path: {val.split} has no images: add some, or hold out a part of the training "
+        "images by config.data.val_fraction=0.2"
+    )
 
 
 def _parts(whole: Any, wanted: Splits) -> tuple[View, View]:
@@ -252,7 +266,7 @@ def open_training(
     if not validates:
         return train, Arrays(np.zeros((0, *size, 3), np.uint8), np.zeros(0, np.int64), train.classes, "none", "none")
     if isinstance(train, View):  # the other part of the same images
-        val: Dataset = _parts(train.dataset, wanted)[1]
+        val: Dataset = _with_images(_parts(train.dataset, wanted)[1], wanted)
     else:
         val = open_split(name, path, "val", *arguments)
         shared = train.shared(val) if hasattr(train, "shared") and type(train) is type(val) else 0
