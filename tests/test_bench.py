@@ -1,6 +1,7 @@
 """`--mode=bench`: what it measures and writes, in miniature. No test asserts a speed."""
 
 import html
+import importlib.util
 import json
 import re
 import shutil
@@ -233,3 +234,32 @@ def test_the_peer_reads_the_same_images_whatever_the_split_is_called(monkeypatch
     plan = make_plan(config, examples=4, num_classes=2, micro_batch=8)._replace(local_batch=4)
     _, labels = next(baseline.loader(session, plan, "val", source.root, 0))
     assert sorted(labels.tolist()) == [0, 0, 1, 1] and source.root == f"{tmp_path}/data/valid"
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="the extra `export`"
+)
+def test_a_graph_is_measured_beside_ours_in_evaluation_and_latency_only(tmp_path):
+    config = recipes.from_arg("cpu", "pcpvt_nano", 0.1)
+    given = {"image_size": 32, "batch_size": 4, "precision": "float32", "compile": "none", "num_classes": 10}
+    config.update_from_flattened_dict({**given, "bench.against": "onnx", "bench.steps": 1, "data.name": "synthetic"})
+    resolve.check(config)
+    bench = parts.Bench(sessions.start(config, tmp_path))
+    ours, theirs = (bench.step(side, "eval")() for side in ("ours", "onnx"))  # before the train steps
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert {part: list(bench.measure(part)) for part in parts.STEPS} == {
+        "train": ["ours"], "eval": ["ours", "onnx"], "latency": ["ours", "onnx"],
+    }  # fmt: skip
+    assert bench.graphs["onnx"].precision.startswith("ONNX Runtime")
+
+
+def test_peers_are_words_or_exported_files_by_comma(tmp_path):
+    config = recipes.from_arg("cpu", "pcpvt_s", 0.1)
+    for good in ("", "timm", "timm,timm-compiled", "onnx,openvino,runs/a.xml"):
+        config.bench.against = good
+        resolve.check(config)
+        assert ",".join(parts.peers(config)) == good
+    for bad, message in (("tim", "'tim' is not known: did you mean 'timm'"), ("onnx,onnx", "names one twice")):
+        config.bench.against = bad
+        with pytest.raises(UserError, match=rf"config\.bench\.against: .*{message}"):
+            resolve.check(config)
