@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pcpvt.functional import mixing
+from pcpvt.functional.sizes import SizeSchedule, constant
 from pcpvt.models import pcpvt as models
 from pcpvt.runtime.console import Console, duration
 from pcpvt.train import utilisation
@@ -105,6 +106,7 @@ class Planned(NamedTuple):
     steps: int = 100
     epochs: float = 10
     batch: int = 32
+    sizes: SizeSchedule = constant((224, 224))
 
 
 def test_progress_line_shows_position_speed_and_time_left(terminal):

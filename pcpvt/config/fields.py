@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from pcpvt.config import licences
+from pcpvt.config import licences, sizes
 
 from pcpvt.config.checks import (  # isort: skip
     Check, anything, area, at_least, below, between, counts, duration, interval, listed_of, model, one_of, precision,
@@ -63,6 +63,8 @@ FIELDS = {
         FIXED, one_of("classes", "multilabel")),
     "num_classes": Field(int, "outputs of the head; unset: counted from the data", FIXED, at_least(1)),
     "image_size": Field(224, "image height in pixels", RECIPE, at_least(1)),
+    "size_schedule": Field("", "training's sizes, like 128@0,160@0.3,224@0.6 (docs/recipes.md); empty: image_size",
+        FIXED, sizes.check),
     "image_width": Field(int, "image width in pixels; unset: as high as wide", FIXED, at_least(1)),
     "batch_size": Field(1024, "global batch, over all devices", RECIPE, at_least(1)),
     "accumulate": Field(0, "micro-batches per step; 0: derived from what fits the device", FREE, at_least(0)),

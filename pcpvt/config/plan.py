@@ -1,13 +1,16 @@
 """The plan of a run: all steps, batch sizes and learning rates, derived from the config and the number of images."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from pcpvt.config import sizes
 from pcpvt.config.checks import parse_duration
 from pcpvt.errors import UserError
 from pcpvt.functional import schedules
+from pcpvt.functional.sizes import Size, SizeSchedule
 
 UNITS = ("epochs", "steps", "examples")
 # Of a run that is not longer than its warm-up. The recipes' own shares are smaller (at most 2 of 15 epochs), and four
@@ -21,7 +24,8 @@ FEW_STEPS = 100
 class Plan(NamedTuple):
     """What a run will do, in steps and samples."""
 
-    size: tuple[int, int]  # height, width
+    size: Size  # of evaluation, and the largest of training
+    sizes: SizeSchedule  # of training
     num_classes: int
     examples: int  # training images per epoch
     steps: int
@@ -65,13 +69,17 @@ def in_steps(amount: float, unit: str, batch: int, examples: int) -> int:
     return math.ceil(round(samples / batch, 6))
 
 
-def make_plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batch: int) -> Plan:
+def make_plan(
+    config: ConfigDict, *, examples: int, num_classes: int, micro_batch: int,
+    operations: Callable[[Size], float] = math.prod,
+) -> Plan:  # fmt: skip
     """Derives the plan of a checked config.
 
     Args:
         examples: training images per epoch.
         num_classes: as counted from the data.
         micro_batch: samples that one device takes at once (see `devices`).
+        operations: of an image of a size; only ratios count.
     """
     batch, processes = config.batch_size, config.processes
     mixes = bool(config.mixup or config.cutmix)
@@ -94,9 +102,17 @@ def make_plan(config: ConfigDict, *, examples: int, num_classes: int, micro_batc
     length = duration(config, "")
     assert length is not None  # `resolve.check` has refused it
     lr = config.lr if config.lr is not None else config.base_lr * batch / 512
+    size, steps = (
+        (config.image_size, config.image_width or config.image_size),
+        max(1, in_steps(*length, batch, examples)),
+    )
+
+    def start(amount: float, unit: str) -> int:
+        return in_steps(amount, unit, batch, examples)
+
     plan = Plan(
-        size=(config.image_size, config.image_width or config.image_size),
-        num_classes=num_classes, examples=examples, steps=max(1, in_steps(*length, batch, examples)),
+        size=size, sizes=sizes.make(config.size_schedule, size, steps, start, operations),
+        num_classes=num_classes, examples=examples, steps=steps,
         batch=batch, local_batch=local, grad_accum_steps=grad_accum_steps, lr=lr, schedule=schedules.constant(lr),
         eval_every=_interval(config.eval_every, batch, examples),
         save_every=_interval(config.save_every, batch, examples),

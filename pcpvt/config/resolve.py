@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pcpvt.config import fields, plan, recipes, stored, task
+from pcpvt.config import fields, plan, recipes, sizes, stored, task
 from pcpvt.config.recipes import DATA_RECIPES
 from pcpvt.errors import UserError
 from pcpvt.models.pcpvt import STRIDE
@@ -83,6 +83,10 @@ def resolve(
         config.processes = world_size
     if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
+    if mode not in ("train", "schedule") and config.size_schedule:  # the others know one size, the last
+        if mode == "bench":
+            notes.append(f"config.size_schedule: left out: all is measured at config.image_size={config.image_size}")
+        config.size_schedule = ""
     if mode == "predict":
         config.processes = 1
         if config.compile == "auto":
@@ -208,6 +212,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.image_size: {height}x{width} is not divisible by {STRIDE}: use one that is or config.model.pad=pad"
         )
+    sizes.check_sizes(config, (height, width))
     if config.compile == "npugraphs" and config.device != "npu":
         raise UserError(f"config.compile: 'npugraphs' needs an NPU and config.device is {config.device!r}: use auto")
     plan.duration(config, "warmup_")

@@ -43,6 +43,14 @@ class AugmentSpec(NamedTuple):
     fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside, in RandAugment: ImageNet's mean, as in timm
 
 
+def at_size(spec: AugmentSpec, size: tuple[int, int]) -> AugmentSpec:
+    """The spec for images of another size; the padding before a random crop stays the same share of the height."""
+    if size == spec.size:
+        return spec
+    padding = round(spec.crop_padding * size[0] / spec.size[0])
+    return spec._replace(size=size, crop_padding=max(padding, min(1, spec.crop_padding)))
+
+
 def train_sample(
     source: ImageSource | Picture, spec: AugmentSpec, rng: np.random.Generator, name: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from pcpvt.data.workers import block_signals_in_children, explain, init_worker, 
 from pcpvt.errors import UserError, warn
 from pcpvt.functional import mixing
 from pcpvt.functional.objective import Batch
+from pcpvt.functional.sizes import SizeSchedule
 from pcpvt.images.depth import RangeWatch
 from pcpvt.models.pcpvt import draw_drop_path_scale
 
@@ -59,6 +60,7 @@ class TrainBatches:
     reading: Reading = RGB
     labels: np.ndarray | None = None  # of all samples, for a balanced sampler; None: a uniform one
     ranges: RangeWatch = dataclasses.field(default_factory=RangeWatch)
+    sizes: SizeSchedule | None = None  # None: that of the spec, in every step
 
     @functools.cached_property
     def _balance(self) -> order.Balance | None:
@@ -78,7 +80,8 @@ class TrainBatches:
     def of_rank(self, step: int, rank: int) -> Batch:
         """Any process's part of the global batch of a step."""
         draws = order.rank_slice(self.global_draws(step), rank, self.world)
-        height, width = self.spec.size
+        spec = self.spec if self.sizes is None else augment.at_size(self.spec, self.sizes.at(step))
+        height, width = spec.size
         batch = {
             "image": _shared((len(draws), height, width, self.reading.channels), torch.uint8),
             "label": _labels(self.dataset, len(draws)),
@@ -88,7 +91,7 @@ class TrainBatches:
         pixels = batch["image"].numpy()
         for row, draw in enumerate(draws):
             generator = rng.generator(self.seed, "augment", draw.epoch, draw.index, draw.copy)
-            index, pixels[row], erase[row], label = self._sample(draw.index, generator)
+            index, pixels[row], erase[row], label = self._sample(draw.index, spec, generator)
             batch["label"][row], batch["id"][row] = torch.as_tensor(label), index
         if self.spec.erase_prob:
             batch["erase"] = torch.from_numpy(erase)
@@ -98,19 +101,21 @@ class TrainBatches:
             batch["drop_path_scale"] = torch.from_numpy(np.stack(scales))
         if self.mix is not None:
             generator = rng.generator(self.seed, "mix", step)
-            lam, box = mixing.mixing_draws(generator, self.batch, self.spec.size, self.mix)
+            lam, box = mixing.mixing_draws(generator, self.batch, spec.size, self.mix)
             batch["lam"] = torch.from_numpy(order.rank_slice(lam, rank, self.world).copy())
             batch["box"] = torch.from_numpy(order.rank_slice(box, rank, self.world).copy())
         return batch
 
-    def _sample(self, index: int, generator: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, Any]:
+    def _sample(
+        self, index: int, spec: augment.AugmentSpec, generator: np.random.Generator
+    ) -> tuple[int, np.ndarray, np.ndarray, Any]:
         """(index, pixels, erasing box, label) of the sample, or with `on_error="skip"` of the next readable one."""
         for offset in range(len(self.dataset)):
             candidate = (index + offset) % len(self.dataset)
             try:
                 image, label = self.dataset[candidate]
                 picture = Picture(image, self.dataset.name(candidate), self.reading)
-                pixels, box = augment.train_sample(picture, self.spec, generator)
+                pixels, box = augment.train_sample(picture, spec, generator)
             except DecodeError as error:
                 if self.on_error == "error":
                     raise or_skip(error) from error

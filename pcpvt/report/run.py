@@ -154,6 +154,7 @@ def _charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         draw("Top-1 accuracy in %", top1) if several else draw("Accuracy in %", top1, top5),
         draw("Mean average precision in %", ("eval", "map", "mAP")),
         draw("Learning rate", ("train", "lr", ""), zero=True),
+        draw("Image height in training, in pixels", ("train", "image_size", ""), zero=True),
         draw("Images/s", ("train", "images_per_sec", ""), zero=True, log=apart),
         draw("Gradient norm, before clipping", ("train", "grad_norm", ""), zero=True, log=None),
         draw("Share of time waiting for data", ("train", "waiting", ""), zero=True),

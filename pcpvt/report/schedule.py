@@ -25,20 +25,25 @@ def run(session: Session) -> int:
     for note in short_run_notes(config, plan):
         console.say(f"note: {note}")
 
-    def rows(count: int) -> list[tuple[float, int, float]]:
-        """(epoch, step, learning rate) of at most `count` steps, evenly spread from the first to the last."""
+    def rows(count: int) -> list[tuple[float, int, float, int, int]]:
+        """(epoch, step, learning rate, height, width) of at most `count` steps, evenly spread, the last included."""
         count = min(plan.steps, count)
         steps = [round(i * (plan.steps - 1) / max(count - 1, 1)) for i in range(count)]
-        return [(step * plan.batch / plan.examples, step, plan.schedule(step)) for step in steps]
+        return [(step * plan.batch / plan.examples, step, plan.schedule(step), *plan.sizes.at(step)) for step in steps]
 
     amount = f"{plan.steps} steps of batch {plan.batch} = {plan.epochs:.4g} epochs"
     console.say(f"{config.schedule}: {amount}; peak {plan.lr:.4g}\n{'epoch':>9} {'step':>9}  lr")
-    for epoch, step, lr in rows(ROWS):
-        console.say(f"{epoch:9.2f} {step:9d}  {lr:.4e}")
+    for epoch, step, lr, height, width in rows(ROWS):
+        px = f"  {height}x{width} px" if config.size_schedule else ""
+        console.say(f"{epoch:9.2f} {step:9d}  {lr:.4e}{px}")
     points = rows(POINTS)
-    table = "step,epoch,lr\n" + "".join(f"{step},{epoch:.6f},{lr:.10e}\n" for epoch, step, lr in points)
-    curve = Series("learning rate", [(epoch, lr) for epoch, _, lr in points])
-    text = render(f"{config.model.name}: learning rate", [chart("Learning rate, by epoch", [curve], zero=True)])
+    table = "step,epoch,lr,height,width\n"
+    table += "".join(f"{step},{epoch:.6f},{lr:.10e},{h},{w}\n" for epoch, step, lr, h, w in points)
+    curves = [chart("Learning rate, by epoch", [Series("learning rate", [p[0:3:2] for p in points])], zero=True)]
+    if config.size_schedule:
+        heights = Series("image height", [(epoch, height) for epoch, _, _, height, _ in points])
+        curves.append(chart("Image height in training in pixels, by epoch", [heights], zero=True))
+    text = render(f"{config.model.name}: learning rate", curves)
     write_atomically(session.workdir / "schedule.csv", lambda temporary: temporary.write_text(table))
     write_atomically(session.workdir / "schedule.html", lambda temporary: temporary.write_text(text))
     console.say(f"written: {session.workdir / 'schedule.csv'}, schedule.html")

@@ -115,6 +115,8 @@ def train_record(history: History, plan: Plan, step: int, rate: Rate, mfu: float
         "lr": plan.schedule(step - 1), "grad_norm": window.grad_norm, "skipped": window.skipped,
         "images_per_sec": round(rate.images_per_sec, 2), "waiting": round(rate.waiting, 4),
     }  # fmt: skip
+    if len(plan.sizes.sizes) > 1:
+        entry["image_size"] = plan.sizes.at(step - 1)[0]
     if history.replaced:
         entry["replaced"] = history.replaced
     if mfu is not None:
@@ -152,6 +154,14 @@ class Rate:
     def __init__(self, window: float = 30.0):
         self.window, self.images_per_sec, self.slowest, self.waiting = window, 0.0, 0.0, 0.0
         self._totals: deque[tuple[int, float, float]] = deque()  # after each step: images, seconds, seconds waited
+
+    def restart(self) -> None:
+        """Leave the steps so far out of the average, because the next ones have another size.
+
+        The device must have done them, or the time that they still take would be counted as that of the next ones.
+        """
+        while len(self._totals) > 1:
+            self._totals.popleft()
 
     def add(self, images: int, seconds: float, waited: float = 0.0) -> None:
         """Add one step: images over all processes, its seconds, and the seconds of those spent waiting for data."""

@@ -76,9 +76,10 @@ def train(
             logs = ends or _due(plan.log_every, step)
             evaluates = _evaluation_due(plan, step)
             saves = ends or evaluates or _due(plan.save_every, step)
+            changes_size = plan.sizes.changes_before(step)  # of the next step
 
             # Read the metrics if something needs them; the first two steps are timed for the preflight.
-            if logs or saves or len(pending) >= MAX_PENDING or step - start <= 2:
+            if logs or saves or changes_size or len(pending) >= MAX_PENDING or step - start <= 2:
                 history, pending = _read(setup, unreadable, history, pending, writers), []
                 if history.diverged(config.max_skipped):
                     break
@@ -101,11 +102,14 @@ def train(
                 setup.console.say(preflight.feeding(reader.seconds, seconds - waited, reader.workers))
             setup.stopwatch.add(waited, interrupted=saves or evaluates)
             if logs:
-                entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec))
+                entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec, step - 1))
                 entry |= setup.stopwatch.record()
                 history = history._replace(window=Window(), records=history.records + 1)
                 for writer in writers:
                     writer.record(entry)
+
+            if changes_size:
+                rate.restart()
 
             # Save, and evaluate while the checkpoint is being written.
             if saves:

@@ -34,6 +34,8 @@ def announce_run(session: Session, plan: Plan, model: pcpvt.PCPVT, validation_im
         f"model: {config.model.name}, {pcpvt.n_parameters(model):,} parameters, {plan.num_classes} classes, "
         f"{plan.size[0]}x{plan.size[1]} px, {session.policy}"
     )
+    if len(plan.sizes.sizes) > 1:
+        say(_sizes(plan))
     say(f"device: {processes} x {device.name} ({device.describe()}), compile {config.compile}")
     say(
         f"data: {config.data.name or 'folder'} {config.data.path}: {plan.examples} training, "
@@ -47,6 +49,13 @@ def announce_run(session: Session, plan: Plan, model: pcpvt.PCPVT, validation_im
     changed = " ".join(f"{name}={value}" for name, value in stored.flat(config).items() if value != default[name])
     for line in textwrap.wrap(f"config: {changed or 'all defaults'}", WIDTH, subsequent_indent="    "):
         say(line)
+
+
+def _sizes(plan: Plan) -> str:
+    """The log's line about a schedule of image sizes."""
+    starts = [f"{h}x{w} from step {start}" for start, (h, w) in zip(plan.sizes.starts, plan.sizes.sizes, strict=True)]
+    saving = plan.steps / plan.sizes.cost(0, plan.steps)
+    return f"sizes: {', '.join(starts)}: {saving:.3g}x fewer operations than all steps at the last"
 
 
 def check_disk(session: Session, plan: Plan, state: TrainState, say: Say) -> None:
@@ -104,9 +113,9 @@ def expectation(
         first, second: seconds of the first two steps of this part of the run.
         memory: (peak bytes, bytes of the device); see `Device.memory_stats`.
     """
-    steps = plan.steps - step
+    steps, full = plan.steps - step, second / plan.sizes.cost(step - 1, step)  # of a step at the largest size
     evaluated = steps // plan.eval_every * validation_images if plan.eval_every else 0  # images
-    left = steps * second + evaluated * EVALUATION * second / plan.batch
+    left = plan.sizes.cost(step, plan.steps) * full + evaluated * EVALUATION * full / plan.batch
     until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
     return (
         f"first step {first:.2f} s, second {second:.3g} s; memory {amount(memory[0])} of {amount(memory[1])}; "

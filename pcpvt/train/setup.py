@@ -1,5 +1,7 @@
 """Setup of a training run: data, model, plan, optimizer, step, and the state that the run starts from."""
 
+import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -30,7 +32,7 @@ from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import audit, class_weights, resume, stragglers, utilisation
+from pcpvt.train import audit, class_weights, preparation, resume, stragglers, utilisation
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -56,11 +58,11 @@ class TrainSetup(NamedTuple):
     notes: list[str]  # for the log
     began: float  # time.perf_counter()
 
-    def mfu(self, images_per_sec: float) -> float | None:
-        """Model FLOPs utilisation over all devices, between 0 and 1; None where the peak is not known."""
+    def mfu(self, images_per_sec: float, step: int) -> float | None:
+        """Model FLOPs utilisation at a step's size, of all devices, from 0 to 1; None where the peak is not known."""
         if self.peak_flops is None:
             return None
-        flops = utilisation.forward_flops(self.model, self.plan.size)
+        flops = utilisation.forward_flops(self.model, self.plan.sizes.at(step))
         return utilisation.mfu(images_per_sec, flops, self.peak_flops, self.session.world.size)
 
 
@@ -83,7 +85,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
     if resumed and "class_weights" in resumed.meta:  # earlier versions did not store them
         class_weights.check_same(config.class_weights, session.workdir, resumed.meta["class_weights"], weights)
-    batches = train_batches(session, model, train_data)
+    batches = dataclasses.replace(train_batches(session, model, train_data), sizes=plan.sizes)
     train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
     turns = audit.turns(session)
     audited = AuditedBatches(batches, turns)
@@ -113,7 +115,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         warn_once(warning)
     auditor = audit.Audit(session, turns, batches)
     stopwatch = stragglers.Stopwatch(session)
-    hooks = {"inspect": auditor.inspect if turns.every else None, "psum": stopwatch.psum(collectives.psum)}
+    inspects = [preparation.of_sizes(session, plan.sizes, first_step)] if plan.sizes.following(first_step) else []
+    inspects += [auditor.inspect] if turns.every else []
+    hooks = {"inspect": preparation.together(inspects), "psum": stopwatch.psum(collectives.psum)}
     train = auditor.around(train_step(session, model, plan, opt, weights, **hooks))
     score = step.make_eval_step(session.predictor(model), session.task.sums)
     notes += [auditor.note()] if turns.every else []
@@ -138,7 +142,10 @@ def checkpoint_meta(setup: TrainSetup, history: History) -> dict[str, Any]:
 def plan_run(session: Session, model: pcpvt.PCPVT, examples: int) -> Plan:
     """The plan of a run on this session's device, whose memory bounds the micro-batch."""
     micro_batch = session.device.micro_batch(session.size, session.policy.compute, model.branches // 2)
-    return make_plan(session.config, examples=examples, num_classes=model.num_classes, micro_batch=micro_batch)
+    return make_plan(
+        session.config, examples=examples, num_classes=model.num_classes, micro_batch=micro_batch,
+        operations=functools.partial(utilisation.forward_flops, model),
+    )  # fmt: skip
 
 
 def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loader.TrainBatches:

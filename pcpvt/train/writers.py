@@ -205,7 +205,8 @@ class ConsoleWriter(Writer):
             parts += [f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}"]
         if speed:
             parts.append(f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2f} images/s")
-            parts.append(f"{duration((plan.steps - step) * plan.batch / speed)} left")
+            left = plan.sizes.cost(step, plan.steps) / plan.sizes.cost(max(step, 1) - 1, max(step, 1))  # steps as now
+            parts.append(f"{duration(left * plan.batch / speed)} left")
             if entry.get("mfu"):
                 parts.append(f"MFU {100 * entry['mfu']:.1f} %")
             if not entry.get("mfu") or self._rate.waiting >= 0.05:
