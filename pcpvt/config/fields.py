@@ -173,6 +173,8 @@ FIELDS = {
         RECIPE, randaugment),
     "augment.color_jitter": Field(0.0, "brightness, contrast and saturation range; 0: off", FIXED, at_least(0)),
     "augment.erase": Field(0.25, "probability of random erasing with noise", RECIPE, between(0, 1)),
+    "augment.by_size": Field(False, "RandAugment's magnitude and augment.erase grow with size_schedule, as the height",
+        FIXED),
     "augment.repeats": Field(1, "draws of each sample per epoch (repeated augmentation)", FIXED, at_least(1)),
     "eval.crop": Field(0.875, "side of the centre crop over the resized short side", RECIPE | FREE, between(0.05, 1)),
     "eval.batch_size": Field(0, "global evaluation batch; 0: as the training batch, bounded", FREE, at_least(0)),

@@ -86,7 +86,7 @@ def resolve(
     if mode not in ("train", "schedule") and config.size_schedule:  # the others know one size, the last
         if mode == "bench":
             notes.append(f"config.size_schedule: left out: all is measured at config.image_size={config.image_size}")
-        config.size_schedule = ""
+        config.size_schedule, config.augment.by_size = "", False
     if mode == "predict":
         config.processes = 1
         if config.compile == "auto":

@@ -77,6 +77,10 @@ def _unsorted(before: Entry, after: Entry) -> str:
 def check_sizes(config: ConfigDict, size: Size) -> None:
     """Raises UserError unless the last size is that of evaluation, and the model takes all of them."""
     entries = parse(config.size_schedule)
+    if config.augment.by_size and not entries:
+        raise UserError(
+            "config.augment.by_size: True but config.size_schedule is empty: set it, or leave augment.by_size out"
+        )
     for entry in entries:
         if config.model.pad == "error" and any(side % STRIDE for side in entry.size):
             raise UserError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
 from pcpvt.data.decode import ImageSource, Picture, check_pixels
-from pcpvt.data.randaugment import rand_augment
+from pcpvt.data.randaugment import at_share, rand_augment
 from pcpvt.functional.mixing import NOISE_SCALE, NOISE_ZERO
 
 GREY_FILL = 114  # ImageNet's mean luminance, where `AugmentSpec.fill` has its mean colour
@@ -40,6 +40,7 @@ class AugmentSpec(NamedTuple):
     # both apply when both are set.
     color_jitter: float = 0.0
     erase_prob: float = 0.0  # probability of random erasing with noise
+    by_size: bool = False  # `at_size` also scales RandAugment's magnitude and `erase_prob`
     fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside, in RandAugment: ImageNet's mean, as in timm
 
 
@@ -47,7 +48,11 @@ def at_size(spec: AugmentSpec, size: tuple[int, int]) -> AugmentSpec:
     """The spec for images of another size; the padding before a random crop stays the same share of the height."""
     if size == spec.size:
         return spec
-    padding = round(spec.crop_padding * size[0] / spec.size[0])
+    share = size[0] / spec.size[0]
+    if spec.by_size:
+        weaker = at_share(spec.randaugment, share)
+        spec = spec._replace(randaugment=weaker, erase_prob=share * spec.erase_prob)
+    padding = round(share * spec.crop_padding)
     return spec._replace(size=size, crop_padding=max(padding, min(1, spec.crop_padding)))
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import random
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+MAGNITUDE = 10  # timm's, where a policy names none
 THREE = "3a"  # timm's name of 3-Augment
 _GLOBAL_RANDOM = threading.Lock()
 
@@ -50,6 +52,15 @@ def rand_augment(
             with _global_random(rng) if op.name == "GaussianBlurRand" else contextlib.nullcontext():  # draws its radius
                 pixels = _apply(op, arguments, pixels, fast=interpolation == "bicubic")
     return pixels
+
+
+def at_share(policy: str, share: float) -> str:
+    """A RandAugment policy with a share of its magnitude, which timm takes as a whole number; 3-Augment has none."""
+    if not policy or policy.startswith(THREE):
+        return policy
+    magnitudes = re.findall(r"-m(\d+)", policy)
+    magnitude = round(share * int(magnitudes[-1] if magnitudes else MAGNITUDE))
+    return re.sub(r"-m\d+", f"-m{magnitude}", policy) if magnitudes else f"{policy}-m{magnitude}"
 
 
 @functools.lru_cache(maxsize=16)

@@ -161,6 +161,7 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     spec = augment.AugmentSpec(
         size=session.size, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, randaugment=a.randaugment,
         color_jitter=a.color_jitter, erase_prob=a.erase, crop_padding=a.crop_pad,
+        by_size=a.by_size,
     )  # fmt: skip
     mix = None
     if (config.mixup or config.cutmix) and config.mix_prob:
