@@ -197,9 +197,9 @@ def test_after_the_first_step_no_size_compiles_anything_and_the_result_is_the_sa
     own = optim.lay_out(params, groups)
     optimizer = optim.chain(optim.adamw(schedules.constant(1e-3), groups))
     sizes, ends, graphs = SizeSchedule((0, 1), ((32, 32), (64, 64)), (0.25, 1.0)), [], []
-    kernels = compile.compiled_blocks(PLAIN, session.device, "auto")
+    compiled = compile.compiled_blocks(PLAIN, session.device, "auto")
     torch._dynamo.reset()
-    for kernels, inspect in ((kernels, preparation.of_sizes(session, sizes, 0)), (PLAIN, None)):
+    for kernels, inspect in ((compiled, preparation.of_sizes(session, sizes, 0)), (PLAIN, None)):
         objective = make_objective(model, kernels=kernels)
         step = make_step(objective, optimizer, global_batch=4, inspect=inspect)
         state = states.create(own.clone(), optimizer.init(own), {}, ema=False)

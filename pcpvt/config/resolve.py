@@ -212,7 +212,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.image_size: {height}x{width} is not divisible by {STRIDE}: use one that is or config.model.pad=pad"
         )
-    sizes.check_sizes(config, (height, width))
+    sizes.check_sizes(config, (height, width), STRIDE)
     if config.compile == "npugraphs" and config.device != "npu":
         raise UserError(f"config.compile: 'npugraphs' needs an NPU and config.device is {config.device!r}: use auto")
     plan.duration(config, "warmup_")

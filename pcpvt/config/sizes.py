@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from pcpvt.config.checks import parse_duration
 from pcpvt.errors import UserError
 from pcpvt.functional.sizes import Size, SizeSchedule, constant
-from pcpvt.models.pcpvt import STRIDE
 
 RUN = "run"  # the unit of starts that are fractions of the run
 NOTATION = (
@@ -74,7 +73,7 @@ def _unsorted(before: Entry, after: Entry) -> str:
     return f"{after.text!r} does not start after {before.text!r} before it: sort them by their starts"
 
 
-def check_sizes(config: ConfigDict, size: Size) -> None:
+def check_sizes(config: ConfigDict, size: Size, stride: int) -> None:
     """Raises UserError unless the last size is that of evaluation, and the model takes all of them."""
     entries = parse(config.size_schedule)
     if config.augment.by_size and not entries:
@@ -82,9 +81,9 @@ def check_sizes(config: ConfigDict, size: Size) -> None:
             "config.augment.by_size: True but config.size_schedule is empty: set it, or leave augment.by_size out"
         )
     for entry in entries:
-        if config.model.pad == "error" and any(side % STRIDE for side in entry.size):
+        if config.model.pad == "error" and any(side % stride for side in entry.size):
             raise UserError(
-                f"config.size_schedule: {entry.text!r} is not divisible by {STRIDE}: use sizes that are or "
+                f"config.size_schedule: {entry.text!r} is not divisible by {stride}: use sizes that are or "
                 "config.model.pad=pad"
             )
     if entries and entries[-1].size != size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from typing import NamedTuple
 
 Size = tuple[int, int]  # height, width
@@ -35,7 +34,7 @@ class SizeSchedule(NamedTuple):
         return total
 
     def _index(self, step: int) -> int:
-        return bisect.bisect_right(self.starts, step) - 1
+        return sum(start <= step for start in self.starts) - 1
 
 
 def constant(size: Size) -> SizeSchedule:
