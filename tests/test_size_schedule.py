@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
@@ -29,8 +30,10 @@ from pcpvt.functional.step import make_step
 from pcpvt.models import pcpvt as models
 from pcpvt.models.layers import PLAIN
 from pcpvt.runtime import session as sessions
+from pcpvt.runtime.console import Console
 from pcpvt.train import preflight, preparation, setup, utilisation
 from pcpvt.train.history import History, Rate, train_record
+from pcpvt.train.writers import ConsoleWriter
 
 SCHEDULE = "16@0,32@0.5"  # of miniature.RECIPE's 12 steps: it changes after 6
 GROWS = SizeSchedule((0, 3, 5), ((8, 8), (12, 12), (16, 16)), (0.2, 0.5, 1.0))
@@ -150,7 +153,7 @@ def test_128_to_224_px_need_1_57_times_fewer_operations():
 def test_speed_mfu_and_the_time_left_are_those_of_the_present_size():
     plan = SimpleNamespace(
         sizes=SizeSchedule((0, 50), ((16, 16), (32, 32)), (0.25, 1.0)), steps=100, batch=10, eval_every=0,
-        examples=100, schedule=lambda step: 0.1,
+        examples=100, epochs=10, schedule=lambda step: 0.1,
     )  # fmt: skip
     # 2 s a step now, 8 s at the last size: 48 * 2 + 50 * 8 s, and from step 60 on 40 * 8 s.
     assert "expected duration: 8m16s" in preflight.expectation(plan, 2, 0, 1.0, 2.0, (1, 1))
@@ -161,6 +164,9 @@ def test_speed_mfu_and_the_time_left_are_those_of_the_present_size():
     rate = Rate()
     for _ in range(5):
         rate.add(10, 1.0)
+    writer = ConsoleWriter(Console(stream=io.StringIO()), plan)
+    writer.step(5, rate)
+    assert "  4m05s left" in writer.line({"step": 5})  # 45 + 50 * 4 s
     rate.restart()
     rate.add(10, 4.0)
     assert rate.images_per_sec == 2.5  # not the mean of 10 and 2.5

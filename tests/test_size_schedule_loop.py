@@ -1,4 +1,4 @@
-"""The training loop with a size schedule: speed and MFU by the size of the step, and what comes is tried first."""
+"""The loop with a size schedule, here from a size that is padded: speed, MFU, and what is tried beforehand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Timed(Rate):
 
 def test_records_have_the_speed_and_the_mfu_of_their_own_size(tmp_path, monkeypatch):
     c = config("cpu", **{"model.name": "pcpvt_nano", "steps": 6, "epochs": None, "batch_size": 8, "warmup_epochs": 0.0})
-    c.update(size_schedule="16@0,32@0.5", log_every="1 steps", eval_every="0", save_every="0", precision="float32")
+    c.update(size_schedule="20@0,32@0.5", log_every="1 steps", eval_every="0", save_every="0", precision="float32")
     monkeypatch.setattr(loop, "stop_requested", lambda: False)
     monkeypatch.setattr(loop.signals, "finish_step_first", lambda *_: None)
     monkeypatch.setattr(loop, "Rate", Timed)
@@ -55,7 +55,7 @@ def test_records_have_the_speed_and_the_mfu_of_their_own_size(tmp_path, monkeypa
     loop.train(setup, state, history, [kept], saver)
 
     assert tried == [(0, 32)]  # inside the first step
-    assert [entry["image_size"] for entry in kept.entries] == [16, 16, 16, 32, 32, 32]
+    assert [entry["image_size"] for entry in kept.entries] == [20, 20, 20, 32, 32, 32]
     for first, entries in ((1, kept.entries[1:3]), (3, kept.entries[3:])):  # the first step of a run is not counted
         for i, entry in enumerate(entries):
             seconds = Timed.steps[first : first + i + 1]
