@@ -236,6 +236,7 @@ def test_numbers_and_choices_are_checked_and_free_text_and_switches_are_not():
         "data.image_column", "data.label_column", "eval.ensemble",
         "export.output", "export.dynamic_size", "predict.images", "predict.output", "predict.explain",
         "report.compare", "bench.scaling", "class_weights", "data.class_map", "predict.sort_into",
+        "distill.teacher",
     }  # fmt: skip
 
 
