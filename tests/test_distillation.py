@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import nano, nchw, timm_model
-from test_compile import recipe_batches
+from test_compile import CountingBackend, device, recipe_batches
 
+from pcpvt.devices import compile
 from pcpvt.functional import mixing, optim, precision, schedules, state, tasks
 from pcpvt.functional.distillation import Distillation, make_loss, renormalise, resize
 from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD, make_objective, training_images
@@ -162,3 +164,25 @@ def test_images_in_the_teachers_size_and_normalisation():
         torch.testing.assert_close(nchw(resize(images, size)), expected)
     pixels = images * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
     torch.testing.assert_close(renormalise(images, HERE, HALF), (pixels - 0.5) / 0.5)
+
+
+def test_a_compiled_step_takes_the_teachers_logits_as_input():
+    """The whole graph is compiled once, and the teacher, here one that runs in numpy, is no part of it."""
+    torch._dynamo.reset()
+    model, params = nano()
+    counting = CountingBackend()
+    objective = make_objective(model, policy=FLOAT64, distill=Distillation())
+    factor = torch.tensor(0.25, dtype=torch.float64)
+
+    def teacher(batch):
+        return torch.from_numpy(np.tile(batch["label"].numpy()[:, None], 10) * np.arange(10.0))
+
+    compiled = with_teacher(compile.value_and_grad(device(counting), "auto"), teacher)(objective)
+    plain = with_teacher(autograd_value_and_grad, teacher)(objective)
+    for batch in recipe_batches(model, 2, 4):
+        value, grads = compiled(params, batch, factor)
+        expected, others = plain(params, batch, factor)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads["head.weight"], others["head.weight"], rtol=1e-10, atol=1e-12)
+    assert counting.graphs == 1
+    torch._dynamo.reset()
