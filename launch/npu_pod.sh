@@ -12,10 +12,11 @@
 # Kubernetes job; without any of them the run has one node. The count in --config's ARG (npu64) is the total over all
 # nodes. Variables that are already set are kept. --dry_run prints the commands that would run, as a shell script, and
 # what is checked before the first step. CANN_SET_ENV is the path of CANN's set_env.sh, for when the search does not find
-# it. :cudaN and :cpuN work as well; only :npuN needs CANN. The exit status is pcpvt's: 0 done, 2 an error of the user, 75 stopped by a signal after saving
-# (the same command resumes), 76 another node is lost, 128 + n killed by signal n, 1 another fault; 2 for wrong
-# arguments and without CANN. With --retry_code=138 all but 0 and 2 become 138, for schedulers whose policy ExitCode
-# starts a pod again after 128 to 255 only (AscendJob, PyTorchJob). More in docs/pods.md.
+# it. :cudaN and :cpuN work as well; only :npuN needs CANN. The exit status is pcpvt's: 0 done, 2 an error of the user, 75
+# stopped by a signal after saving (the same command resumes), 76 another node is lost, 77 a device computes wrongly,
+# 128 + n killed by signal n, 1 another fault; 2 for wrong arguments and without CANN. With --retry_code=138 all but 0 and
+# 2 become 138, for schedulers whose policy ExitCode starts a pod again after 128 to 255 only (AscendJob, PyTorchJob).
+# More in docs/pods.md.
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
