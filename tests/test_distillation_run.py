@@ -170,6 +170,12 @@ def test_teachers_that_do_not_fit_are_refused(folder, trained, tmp_path):
     refused("config.num_classes: 12 and .* teaches the 10 classes", model=models.build("pcpvt_nano", 12))
     refused("takes images of 3 channels and config.model.in_chans is 1", model=models.build("pcpvt_nano", 10, "pad", 1))
     refused("was trained with config.task=classes and the run has multilabel", trained, task="multilabel")
+    vit = save(timm.create_model("test_vit3", num_classes=10), tmp_path / "vit", CLASSES)
+    refused(r"vit: for an image of 32x32 px it fails \(AssertionError: .*160.*image size that it takes", vit,
+        distill__image_size=32)  # fmt: skip
+    assert of_run(tmp_path, distill__teacher=str(vit)).logits(digits()).shape == (6, 10)
+    features = save(timm.create_model("test_resnet", num_classes=0), tmp_path / "features", None)
+    refused(r"it gives \(1, 96\), not \[1, classes\]", features)
     (tmp_path / "seven" / "model.safetensors").unlink()
     refused("timm cannot read it", unnamed)
 

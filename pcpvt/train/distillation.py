@@ -21,7 +21,7 @@ from pcpvt.checkpoints.load import load_model
 from pcpvt.data.classes import read_map
 from pcpvt.data.sources import Dataset
 from pcpvt.devices.compile import compiled
-from pcpvt.errors import UserError
+from pcpvt.errors import UserError, one_line
 from pcpvt.functional.distillation import Distillation, Normalisation, renormalise, resize
 from pcpvt.functional.objective import Batch, normalisation, training_images
 from pcpvt.models import pcpvt
@@ -74,11 +74,11 @@ def of_run(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> Teacher | 
     try:
         network = _open(sessions.in_precision(session, distill.precision), distill.teacher)
     except UserError as error:
-        raise UserError(f"{FIELD}: {error}") from None
+        raise UserError(f"{FIELD}: {distill.teacher}: {str(error).removeprefix(f'{distill.teacher}: ')}") from None
     channels = model.in_chans
-    _check(session, network, channels)
+    size = _size(session, network.said)
+    _check(session, network, size, channels)
     columns, notes = _columns(session, network, model, dataset.classes)
-    size = _size(session, network)
     chosen = None if columns is None else torch.tensor(columns).to(session.device.torch)
     here = normalisation(channels)
 
@@ -145,13 +145,28 @@ def _timm_model(session: Session, name: str) -> Network:
         with torch.no_grad():
             return module(rearrange(images, "b h w c -> b c h w").to(dtype))
 
-    run = compiled(forward, session.device, session.config.compile, warn_once)
     channels = found.said.channels or 3
+    _try(session, forward, (1, *_size(session, found.said), channels), found.outputs)
+    run = compiled(forward, session.device, session.config.compile, warn_once)
     mean, std = normalisation(channels)
     return Network(
         name, run, (found.said.mean or mean, found.said.std or std), found.outputs,
         found.said._replace(channels=channels), (None, None), _short(dtype), parameters, digest, [],
     )  # fmt: skip
+
+
+def _try(session: Session, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], outputs: int) -> None:
+    """Raises UserError unless a model takes images of this shape: some of timm's take one size, or have no classes."""
+    try:
+        found = forward(torch.zeros(shape, device=session.device.torch))
+        fault = "" if found.shape == (1, outputs) else f"gives {tuple(found.shape)}, not [1, classes]"
+    except Exception as error:  # each architecture raises what it likes
+        fault = f"fails ({type(error).__name__}: {one_line(error)})"
+    if fault:
+        raise UserError(
+            f"for an image of {shape[1]}x{shape[2]} px it {fault}: give a classifier, and by "
+            "config.distill.image_size an image size that it takes"
+        )
 
 
 def _graph(session: Session, name: str) -> Network:
@@ -191,9 +206,15 @@ def _digest_of_files(path: Path) -> str:
     return total.hexdigest()
 
 
-def _check(session: Session, network: Network, channels: int) -> None:
+def _check(session: Session, network: Network, size: tuple[int, int], channels: int) -> None:
     """Raises UserError for a teacher of other images, or of another task."""
     config, said = session.config, network.said
+    if any(own not in (None, side) for own, side in zip(network.sides, size, strict=True)):
+        takes = "x".join("any" if side is None else str(side) for side in network.sides)
+        raise UserError(
+            f"config.distill.image_size: {size[0]}x{size[1]} px and {network.path} takes {takes} only: leave it out, "
+            "or export the teacher with config.export.dynamic_size"
+        )
     if said.channels != channels:
         raise UserError(
             f"{FIELD}: {network.path} takes images of {said.channels} channels and config.model.in_chans is "
@@ -247,19 +268,10 @@ def _columns(
     return columns, [f"teacher: its outputs for {len(columns)} classes of {outputs} are taken {how}"]
 
 
-def _size(session: Session, network: Network) -> tuple[int, int]:
-    """Height and width of the teacher's images; UserError where it does not take that size."""
+def _size(session: Session, said: Description) -> tuple[int, int]:
+    """Height and width of the teacher's images."""
     given, (height, width) = session.config.distill.image_size, session.size
-    size = network.said.size or session.size
-    if given is not None:
-        size = given, round(given * width / height)
-    if any(own not in (None, side) for own, side in zip(network.sides, size, strict=True)):
-        takes = "x".join("any" if side is None else str(side) for side in network.sides)
-        raise UserError(
-            f"config.distill.image_size: {size[0]}x{size[1]} px and {network.path} takes {takes} only: leave it out, "
-            "or export the teacher with config.export.dynamic_size"
-        )
-    return size
+    return said.size or session.size if given is None else (given, round(given * width / height))
 
 
 def _note(session: Session, network: Network, size: tuple[int, int], how: Distillation) -> str:
