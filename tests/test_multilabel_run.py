@@ -156,6 +156,30 @@ def test_an_exported_file_and_two_processes_give_the_same_metrics(done, tmp_path
     assert api.load(tmp_path / "a.safetensors").model.task == "multilabel"
 
 
+@pytest.mark.parametrize("preprocess", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_exported_graph_gives_the_same_metrics(preprocess, done, tmp_path):
+    """Its probabilities are sigmoids, of which the graph with preprocessing gives nothing else."""
+    place, _ = done
+    fields = {"export.format": "pt2", "export.preprocess": preprocess, "export.output": tmp_path / "a.pt2"}
+    words = [f"--config.{name}={value}" for name, value in fields.items()]
+    exported = miniature.run(["--mode=export", f"--workdir={place}/run", *words])
+    assert exported.code == 0, exported.err
+    words = [f"--config.checkpoint={tmp_path}/a.pt2", f"--config.data.path={place}/PHOTOS/FILE.csv"]
+    words += [f"--workdir={tmp_path}/run", "--config.predict.threshold=0.3", "--config=configs/pcpvt_s.py:cpu"]
+    ended = miniature.run(["--mode=eval", *words])
+    assert ended.code == 0, ended.err
+    found, expected = read(tmp_path / "run" / "result-eval.json"), read(place / "run" / "result-eval.json")
+    for name in ("map", "macro_f1", "micro_f1", "loss", "threshold", "images"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_formats_for_one_label_per_image_are_refused(done):
+    place, _ = done
+    for name in ("hub", "om"):
+        ended = miniature.run(["--mode=export", f"--workdir={place}/run", f"--config.export.format={name}"])
+        assert ended.code == 2 and f"config.export.format: {name} is for one label per image" in ended.error
+
+
 def test_an_ensemble_has_the_figures_of_its_members(done):
     place, _ = done
     ended = miniature.run(["--mode=eval", f"--workdir={place}/run", "--config.eval.ensemble=ema"])
