@@ -234,7 +234,7 @@ def test_numbers_and_choices_are_checked_and_free_text_and_switches_are_not():
     assert unchecked == {
         "finetune", "checkpoint", "tensorboard", "data.name", "data.path", "data.train_split", "data.val_split",
         "data.image_column", "data.label_column", "eval.ensemble",
-        "export.output", "export.dynamic_size", "export.preprocess", "augment.by_size",
+        "export.output", "export.dynamic_size", "export.preprocess", "augment.by_size", "distill.teacher",
         "predict.images", "predict.output", "predict.explain",
         "report.compare", "bench.scaling", "class_weights", "data.class_map", "predict.sort_into",
     }  # fmt: skip

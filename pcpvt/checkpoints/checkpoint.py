@@ -160,6 +160,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "best": _is_metrics,
     "records": lambda v: type(v) is int and v >= 0,
     "stale": lambda v: type(v) is int and v >= 0,
+    "teacher": lambda v: isinstance(v, str),
     "class_weights": lambda v: v is None or (isinstance(v, list) and all(isinstance(w, int | float) for w in v)),
 }
 

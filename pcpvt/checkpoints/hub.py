@@ -38,7 +38,7 @@ def fetch_timm(name: str) -> tuple[dict[str, Any], Description]:
         with suppress_logging():
             model = timm.create_model(model_name, pretrained=True)
     except Exception as error:  # whatever the network, the hub or timm raise
-        raise _unfetched(name, error) from None
+        raise unfetched(name, error) from None
     return model.state_dict(), description.from_timm(getattr(model, "pretrained_cfg", None) or {})
 
 
@@ -59,8 +59,8 @@ def fetch(name: str) -> tuple[str, Description]:
         except EntryNotFoundError as error:
             reason = error
         except Exception as error:  # whatever the network or the hub raise
-            raise _unfetched(name, error) from None
-    raise _unfetched(name, reason)
+            raise unfetched(name, error) from None
+    raise unfetched(name, reason)
 
 
 def is_folder(path: Path) -> bool:
@@ -118,14 +118,15 @@ def _hub_description(name: str) -> Description:
     try:
         cfg, model_name, *_ = load_model_config_from_hf(name.partition(":")[2])
     except Exception as error:  # whatever the network, the hub or timm raise
-        raise _unfetched(name, error) from None
+        raise unfetched(name, error) from None
     said = description.from_timm({**cfg, "architecture": model_name})
     if not said.model:
         raise UserError(f"{one_line(name)}: is {one_line(model_name)}, no Twins-PCPVT: name a model of that family")
     return said
 
 
-def _unfetched(name: str, error: Exception) -> UserError:
+def unfetched(name: str, error: Exception) -> UserError:
+    """The error for a model that timm could not fetch."""
     return UserError(
         f"{one_line(name)}: timm could not fetch it ({type(error).__name__}: {one_line(error)}): try again with a "
         "network, or download the file elsewhere and give its path"

@@ -81,6 +81,9 @@ def resolve(
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
             )
         config.processes = world_size
+    if mode == "bench" and config.distill.teacher:
+        config.distill = fields.base().distill
+        notes.append("config.distill.teacher: is left out: --mode=bench measures the training without its teacher")
     if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if mode not in ("train", "schedule") and config.size_schedule:  # the others know one size, the last
@@ -207,6 +210,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.fresh: {config.fresh!r} but nothing is fine-tuned: set config.finetune, or leave it out"
         )
+    _check_distillation(config.distill)
     height, width = config.image_size, config.image_width or config.image_size
     if config.model.pad == "error" and (height % STRIDE or width % STRIDE):
         raise UserError(
@@ -221,3 +225,18 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"{', '.join(f'config.{unit}' for unit in plan.UNITS)}: none is set: give one of them")
     if not length[0] > 0:
         raise UserError(f"config.{length[1]}: {length[0]} is no duration: give more than 0")
+
+
+def _check_distillation(distill: ConfigDict) -> None:
+    """Raises UserError for a field of a distillation that would have no effect."""
+    changed = [name for name in distill if distill[name] != fields.base().distill[name]]
+    if changed and not distill.teacher:
+        raise UserError(
+            f"config.distill.{changed[0]}: {distill[changed[0]]!r} but there is no teacher: set "
+            "config.distill.teacher, or leave it out"
+        )
+    if distill.mode == "hard" and "temperature" in changed:
+        raise UserError(
+            f"config.distill.temperature: {distill.temperature:g} is of soft targets and config.distill.mode is "
+            "'hard': leave it out"
+        )

@@ -79,7 +79,7 @@ def decode_images(image: Tensor, erase: Tensor | None, mean: Sequence[float], st
         float32 `[B, H, W, C]`.
     """
     pixels = image.float()
-    normalised = (pixels - 255 * _channels(mean, pixels)) / (255 * _channels(std, pixels))
+    normalised = (pixels - 255 * channels(mean, pixels)) / (255 * channels(std, pixels))
     if erase is None:
         return normalised
     return torch.where(_inside(erase, image.shape), (pixels - NOISE_ZERO) / NOISE_SCALE, normalised)
@@ -118,7 +118,7 @@ def mix_targets(
     return soft * own + _partners(soft) * (1 - own)
 
 
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+def channels(values: Sequence[float], like: Tensor) -> Tensor:
     """`[C]`, filled on the device: a copy from the host would synchronize, and break graph capture."""
     return torch.cat([torch.full((1,), value, device=like.device, dtype=like.dtype) for value in values])
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pcpvt.functional import mixing, tasks
+from pcpvt.functional import distillation, mixing, tasks
+from pcpvt.functional.distillation import Distillation
 from pcpvt.functional.precision import FLOAT32, Policy
 from pcpvt.models import pcpvt
 from pcpvt.models.layers import PLAIN, Kernels
@@ -27,9 +28,15 @@ def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (mean,) * channels, (std,) * channels
 
 
+def training_images(batch: Batch, channels: int) -> Tensor:
+    """The images that a model learns from, `[b, h, w, channels]` in float32: normalised, erased and mixed."""
+    x = mixing.decode_images(batch["image"], batch.get("erase"), *normalisation(channels))
+    return mixing.mix_images(x, batch["lam"], batch["box"]) if "lam" in batch else x
+
+
 def make_objective(
     model: pcpvt.PCPVT, *, smoothing: float = 0.0, class_weights: Tensor | None = None, policy: Policy = FLOAT32,
-    kernels: Kernels = PLAIN,
+    kernels: Kernels = PLAIN, distill: Distillation | None = None,
 ) -> Callable[[pcpvt.Params, Batch, Tensor], Tensor]:  # fmt: skip
     """`(params, batch, factor) -> factor * sum of losses`; params are in the compute dtype already.
 
@@ -40,17 +47,25 @@ def make_objective(
     The batch holds uint8 images `[b, h, w, channels]`, labels (int64 `[b]`, or multi-hot `[b, classes]`), and the
     recipe's random draws: `erase`, `lam` and `box`, `drop_path_scale` (see `data.loader`). The loss is
     computed in the policy's output dtype.
+
+    With `distill` the batch also holds the logits of a `teacher` `[b, classes]` (see `step.with_teacher`), and a
+    sample's loss is (1 - weight) times the task's, which alone has the class weights, plus weight times
+    `distillation.make_loss`.
     """
 
     task = tasks.choose(model.task)
+    towards = distill and distillation.make_loss(task, distill)
 
     def objective(params: pcpvt.Params, batch: Batch, factor: Tensor) -> Tensor:
-        x = mixing.decode_images(batch["image"], batch.get("erase"), *normalisation(model.in_chans))
-        if "lam" in batch:
-            x = mixing.mix_images(x, batch["lam"], batch["box"])
+        x = training_images(batch, model.in_chans)
         targets = task.targets(batch["label"], batch.get("lam"), model.num_classes, smoothing, policy.output)
         logits = pcpvt.apply(model, params, x.to(policy.compute), batch.get("drop_path_scale"), kernels=kernels)
-        return task.loss(logits.to(policy.output), targets, class_weights).sum() * factor
+        logits = logits.to(policy.output)
+        loss = task.loss(logits, targets, class_weights)
+        if distill is not None and towards is not None:
+            taught = towards(logits, batch["teacher"].to(policy.output))
+            loss = (1 - distill.weight) * loss + distill.weight * taught
+        return loss.sum() * factor
 
     return objective
 

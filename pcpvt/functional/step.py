@@ -49,6 +49,26 @@ def functional_value_and_grad(objective: Objective, trainable: Collection[str] |
     return value_and_grad
 
 
+def with_teacher(value_and_grad: Callable, teacher: Callable[[Batch], Tensor]) -> Callable:
+    """A gradient implementation whose batches also hold the logits of a `teacher`, `[b, classes]`.
+
+    They are computed once per micro-batch, outside of what is differentiated and compiled, so a teacher may be any
+    function, also one that runs on the host.
+    """
+
+    def build(objective: Objective, trainable: Collection[str] | None = None) -> Callable:
+        differentiate = value_and_grad(objective, trainable)
+
+        def taught(params: Params, batch: Batch, factor: Tensor) -> tuple[Tensor, Params]:
+            with torch.no_grad():
+                logits = teacher(batch)
+            return differentiate(params, {**batch, "teacher": logits}, factor)
+
+        return taught
+
+    return build
+
+
 def make_step(
     objective: Objective,
     optimizer: optim.Optimizer,

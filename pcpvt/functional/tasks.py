@@ -22,6 +22,7 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]  # their names, the main one first
     title: str  # of the main one
     logits: Callable[[Tensor], Tensor]  # some that have these probabilities
+    answers: Callable[[Tensor], Tensor]  # logits -> the most probable labels, as a batch holds labels
 
 
 def choose(name: str, threshold: float = 0.5) -> Task:
@@ -30,7 +31,7 @@ def choose(name: str, threshold: float = 0.5) -> Task:
         return Task(
             mixing.mix_targets, metrics.cross_entropy, metrics.softmax, metrics.average_probabilities,
             metrics.sums, metrics.summarize, ("acc1", "acc5", "balanced_acc", "macro_f1", "loss"),
-            "top-1", lambda probabilities: probabilities.clamp_min(1e-38).log(),
+            "top-1", lambda probabilities: probabilities.clamp_min(1e-38).log(), lambda logits: logits.argmax(-1),
         )  # fmt: skip
     assert name == "multilabel", name
     return Task(
@@ -38,5 +39,5 @@ def choose(name: str, threshold: float = 0.5) -> Task:
         multilabel.average_probabilities, functools.partial(multilabel.sums, threshold=threshold),
         functools.partial(multilabel.summarize, threshold=threshold),
         ("map", "macro_f1", "micro_f1", "threshold", "loss"),
-        "mAP", lambda probabilities: probabilities.logit(1e-7),
+        "mAP", lambda probabilities: probabilities.logit(1e-7), lambda logits: logits >= 0,
     )  # fmt: skip

@@ -79,6 +79,15 @@ class Session(NamedTuple):
         return value_and_grad(self.device, self.config.compile, warn_once)
 
 
+def in_precision(session: Session, text: str) -> Session:
+    """The session with the precision of another field, written as `config.precision`; UserError as of `start`."""
+    if text == "auto":
+        return session
+    policy = precision.parse(text)
+    session.device.check_precision(policy.compute)
+    return session._replace(policy=policy, kernels=_choose_kernels(session.config, session.device, policy))
+
+
 def start(config: ConfigDict, workdir: Path, command: Command | None = None) -> Session:
     """Join the process group, bind the device, and choose precision and kernels.
 

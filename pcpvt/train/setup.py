@@ -32,7 +32,7 @@ from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import audit, class_weights, preparation, resume, stragglers, utilisation
+from pcpvt.train import audit, class_weights, distillation, preparation, resume, stragglers, utilisation
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -85,6 +85,9 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     weights, said, warnings = class_weights.of_run(config.class_weights, train_data, model.num_classes)
     if resumed and "class_weights" in resumed.meta:  # earlier versions did not store them
         class_weights.check_same(config.class_weights, session.workdir, resumed.meta["class_weights"], weights)
+    teacher = distillation.of_run(session, model, train_data)
+    if resumed:
+        distillation.check_same(session, resumed.meta, teacher)
     batches = dataclasses.replace(train_batches(session, model, train_data), sizes=plan.sizes)
     train_workers, eval_workers = sessions.training_workers(session, train_data, val_data)
     turns = audit.turns(session)
@@ -108,9 +111,10 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         "config": stored.flat(config) | resume.origin(resumed),
         "model": config.model.name, "pad": config.model.pad, "classes": classes,
         "image_size": list(session.size), "examples": plan.examples, "class_weights": weights,
+        **distillation.stored(teacher),
     }  # fmt: skip
     split = evaluator.open_split(session, val_data, plan.eval_batch, eval_workers)
-    notes = [*notes, *said]
+    notes = [*notes, *said, *(teacher.notes if teacher else [])]
     for warning in warnings:
         warn_once(warning)
     auditor = audit.Audit(session, turns, batches)
@@ -118,7 +122,7 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
     inspects = [preparation.of_sizes(session, plan.sizes, first_step)] if plan.sizes.following(first_step) else []
     inspects += [auditor.inspect] if turns.every else []
     hooks = {"inspect": preparation.together(inspects), "psum": stopwatch.psum(collectives.psum)}
-    train = auditor.around(train_step(session, model, plan, opt, weights, **hooks))
+    train = auditor.around(train_step(session, model, plan, opt, weights, teacher, **hooks))
     score = step.make_eval_step(session.predictor(model), session.task.sums)
     notes += [auditor.note()] if turns.every else []
     peak = utilisation.peak_flops(session.device.describe(), session.policy.compute)
@@ -213,7 +217,7 @@ def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.
 
 def train_step(
     session: Session, model: pcpvt.PCPVT, plan: Plan, opt: optim.Optimizer, weights: Sequence[float] | None = None,
-    **hooks: Any,
+    teacher: distillation.Teacher | None = None, **hooks: Any,
 ) -> Step:  # fmt: skip
     """The pure step with this device's kernels, compilation and sums put in.
 
@@ -224,15 +228,19 @@ def train_step(
     config, policy = session.config, session.policy
     per_class = None if weights is None else torch.tensor(weights, dtype=policy.output).to(session.device.torch)
     objective = make_objective(
-        model, smoothing=config.label_smoothing, class_weights=per_class, policy=policy, kernels=session.kernels
-    )
+        model, smoothing=config.label_smoothing, class_weights=per_class, policy=policy, kernels=session.kernels,
+        distill=teacher.how if teacher else None,
+    )  # fmt: skip
+    value_and_grad = session.value_and_grad()
+    if teacher:
+        value_and_grad = step.with_teacher(value_and_grad, teacher.logits)
     names = list(pcpvt.shapes(model))
     frozen = matched(config, "frozen", names)
     trained = [name for name in names if name not in frozen] if frozen else None  # None: all
     return step.make_step(
         objective, opt, global_batch=plan.batch, grad_accum_steps=plan.grad_accum_steps, policy=policy,
         scaler=precision.loss_scale(policy), ema_decay=config.ema, trainable=trained,
-        value_and_grad=session.value_and_grad(), overflow=session.device.overflow(policy.compute),
+        value_and_grad=value_and_grad, overflow=session.device.overflow(policy.compute),
         fp32_norms=session.device.fp32_norms, **{"psum": collectives.psum, **hooks},
     )  # fmt: skip
 
