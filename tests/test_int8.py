@@ -102,7 +102,7 @@ def test_calibration_images_are_training_images_that_the_seed_determines(quantis
 
 
 def top1(percent: float) -> Evaluation:
-    return Evaluation({"acc1": percent}, [], [], [])
+    return Evaluation({"acc1": percent}, [], [], [], None)
 
 
 @pytest.mark.parametrize(("after", "refused"), [(89.5, False), (89.4, True), (float("nan"), True), (91.0, False)])
