@@ -12,7 +12,7 @@ from torch import Tensor
 from pcpvt.checkpoints.writer import Saver
 from pcpvt.config.plan import Plan
 from pcpvt.distributed import collectives, signals, stacks
-from pcpvt.errors import FaultError, UserError
+from pcpvt.errors import FaultError, PeerError, UserError
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import UnreadableLog, evaluate, per_class
 from pcpvt.functional.state import TrainState
@@ -103,10 +103,12 @@ def train(
             setup.stopwatch.add(waited, interrupted=saves or evaluates)
             if logs:
                 entry = histories.train_record(history, plan, step, rate, setup.mfu(rate.images_per_sec, step - 1))
-                entry |= setup.stopwatch.record()
-                history = history._replace(window=Window(), records=history.records + 1)
-                for writer in writers:
-                    writer.record(entry)
+                try:
+                    entry |= setup.stopwatch.record()
+                finally:  # where another process is lost meanwhile, the record is complete but for these
+                    history = history._replace(window=Window(), records=history.records + 1)
+                    for writer in writers:
+                        writer.record(entry)
 
             if changes_size:
                 rate.restart()
@@ -134,7 +136,12 @@ def train(
 
 def _save(setup: TrainSetup, state: TrainState, history: History, saver: Saver) -> None:
     """Save a state that all processes agree on; otherwise see `Audit.compare_states`."""
-    setup.audit.compare_states(state)
+    try:
+        setup.audit.compare_states(state)
+    except PeerError:  # who is lost has not found the state wrong
+        saver.save(state, checkpoint_meta(setup, history))
+        saver.finish()
+        raise
     saver.save(state, checkpoint_meta(setup, history))
 
 
