@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+from pathlib import Path
 
+import miniature
 import numpy as np
 import pytest
+import warm
 
 from pcpvt.checkpoints.load import load_model, trained_config
 from pcpvt.config import recipes
@@ -33,22 +37,35 @@ def session(trained, workdir, **fields) -> sessions.Session:
     return sessions.start(config, workdir)
 
 
-@pytest.fixture(scope="module")
-def quantised(trained, tmp_path_factory):
-    """The workdir of an export to OpenVINO in int8, and the ONNX file that it was made from."""
-    workdir, kept = tmp_path_factory.mktemp("int8"), {}
+def export_and_keep(trained: Path, workdir: Path) -> None:
+    """Exports to OpenVINO in int8, and keeps the ONNX files before and after."""
     real = int8.quantise
 
     def quantise_and_keep(request, path):
         shutil.copy(path, workdir / "float.onnx")
         real(request, path)
         shutil.copy(path, workdir / "int8.onnx")
-        kept["request"] = request
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "quantise", quantise_and_keep)
         assert export.run(session(trained, workdir)) == 0
-    return workdir, kept["request"]
+
+
+@pytest.fixture(scope="module")
+def quantised(trained, tmp_path_factory):
+    """The workdir of an export to OpenVINO in int8, with `float.onnx` and `int8.onnx`, and the request that made it.
+
+    In a process of its own: after int8 products in this one (on a processor with AMX, in a virtual machine) the kernel
+    ended it with SIGSEGV in a later wait for a child.
+    """
+    workdir = tmp_path_factory.mktemp("int8")
+    code = "import sys; from pathlib import Path; from test_int8 import export_and_keep; "
+    code += f"export_and_keep(Path({str(trained)!r}), Path({str(workdir)!r}))"
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{miniature.ROOT}"}
+    done = warm.run(["-c", code], env, miniature.ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    here, loaded = session(trained, workdir), load_model(trained)
+    return workdir, formats.Request(here, workdir / "x", loaded, loaded.params, export.describe(here, loaded))
 
 
 @needs_openvino
