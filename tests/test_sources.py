@@ -192,6 +192,18 @@ def test_a_label_that_is_none_is_no_fault_of_the_image_and_never_skipped(timm_op
         assert not isinstance(caught.value, DecodeError)
 
 
+def test_the_digits_are_scikit_learns():
+    expected = pytest.importorskip("sklearn.datasets").load_digits()
+    grey = np.round(expected.images * (255 / 16)).astype(np.uint8)
+    splits = [sources.open_split("digits", "", split, (8, 8)) for split in ("train", "val")]
+    ours = [
+        (image[..., 0].tobytes(), label)
+        for split in splits
+        for image, label in zip(split.images, split.labels, strict=True)
+    ]
+    assert sorted(ours) == sorted((image.tobytes(), label) for image, label in zip(grey, expected.target, strict=True))
+
+
 def test_the_digits_are_split_evenly_by_class_and_without_overlap():
     train, val = (sources.open_split("digits", "", split, (32, 32)) for split in ("train", "val"))
     assert len(train) + len(val) == 1797 and len(val) == 364

@@ -1,6 +1,6 @@
 """Python programs that start without delay: forks of a server that has imported the libraries, but nothing of pcpvt.
 
-Importing torch, torchvision, timm and scikit-learn takes 2.5 s of a core, and the tests start some 250 programs. A
+Importing torch, torchvision and timm takes 2 s of a core, and the tests start some 250 programs. A
 program started here executes all of `python -m pcpvt.main`, from the first line of pcpvt on, in a process and a session
 of its own, with its own arguments, environment, working directory, pipes, signals and exit code. Three things differ
 from a new interpreter: the libraries are imported before the signal handlers are installed; /proc/PID/environ is the
@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LIBRARIES = (
-    "absl.app", "ml_collections.config_flags", "safetensors.torch", "sklearn.datasets", "timm.data",
+    "absl.app", "ml_collections.config_flags", "safetensors.torch", "timm.data",
     "torch.distributed.launcher.api", "torch.utils.tensorboard",
 )  # fmt: skip
 
