@@ -13,6 +13,8 @@ import warm
 ROOT = Path(__file__).parent.parent
 # Two threads are hardly faster at miniature size, and wait in busy loops: 10 times the time where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The several hundred programs that the tests start would compile all of pcpvt, 0.4 s of a core each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
