@@ -74,6 +74,18 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """The workdir of a miniature run of two processes without faults, whose TMPDIR is tmp/ beside it; do not write."""
+    import miniature
+
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "tmp").mkdir()
+    ended = miniature.run(miniature.words(folder / "run", "cpu2"), env={"TMPDIR": str(folder / "tmp")})
+    assert ended.code == 0 and ended.err == "", ended.err
+    return folder / "run"
+
+
 @pytest.fixture
 def theirs_seeded():
     """Global generators for the libraries under comparison, put back afterwards."""

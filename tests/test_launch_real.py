@@ -58,20 +58,12 @@ def end(*nodes: subprocess.Popen, timeout: float = 150) -> list[miniature.Ended]
     return [miniature.Ended(node.returncode, *output) for node, output in zip(nodes, outputs, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The workdir of a run of two processes on one host, without faults."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert miniature.run(miniature.words(workdir, "cpu2")).code == 0
-    return workdir
-
-
-def test_a_rank_killed_on_one_of_two_hosts_is_started_again_on_both(tmp_path, whole):
+def test_a_rank_killed_on_one_of_two_hosts_is_started_again_on_both(tmp_path, two_ranks):
     killed = {"at": "step", "n": 6, "do": "SIGKILL", "rank": 1}
     ended = end(*start_hosts(2, miniature.words(tmp_path, "cpu2", restarts=2), killed))
     assert [node.code for node in ended] == [0, 0], [node.err for node in ended]
     assert sum("restart 1, from step-0000000" in node.err for node in ended) >= 1
-    miniature.assert_same_run(tmp_path, whole)
+    miniature.assert_same_run(tmp_path, two_ranks)
     assert [entry["restart"] for entry in miniature.restarts(tmp_path)] == [1]
 
 

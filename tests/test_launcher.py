@@ -101,11 +101,8 @@ def test_only_errors_of_communication_are_lost_peers(text, lost, monkeypatch):
     assert isinstance(caught.value, PeerError) == lost and ("rank 1" in str(caught.value)) == lost
 
 
-def test_run_of_several_processes_leaves_no_temporary_files(tmp_path):
-    (tmp_path / "tmp").mkdir()
-    words = miniature.words(tmp_path / "run", "cpu2", steps=2, eval_every="0")
-    ended = run(words, env={"TMPDIR": str(tmp_path / "tmp")})
-    assert ended.code == 0 and list((tmp_path / "tmp").iterdir()) == [], ended.err
+def test_run_of_several_processes_leaves_no_temporary_files(two_ranks):
+    assert list((two_ranks.parent / "tmp").iterdir()) == []
 
 
 def test_child_processes_are_found_while_threads_end(monkeypatch):

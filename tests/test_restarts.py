@@ -14,13 +14,6 @@ from pcpvt.distributed.restart import Failure, Rule
 from pcpvt.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("whole")
-    assert miniature.run(miniature.words(workdir, "cpu2")).code == 0
-    return workdir
-
-
 @pytest.mark.parametrize(
     "fault",
     [
@@ -32,10 +25,10 @@ def whole(tmp_path_factory) -> Path:
     ],
     ids=lambda fault: f"{fault['do']} {fault['at']}",
 )
-def test_a_restarted_run_is_the_same_to_the_bit(fault, whole, tmp_path):
+def test_a_restarted_run_is_the_same_to_the_bit(fault, two_ranks, tmp_path):
     ended = miniature.run(miniature.words(tmp_path, "cpu2", restarts=2, timeout=5, grace=2), fault)
     assert ended.code == 0 and "restart 1, from step-0000000" in ended.err, ended.err
-    miniature.assert_same_run(tmp_path, whole)
+    miniature.assert_same_run(tmp_path, two_ranks)
     (entry,) = miniature.restarts(tmp_path)
     assert (
         entry["restart"] == 1 and "rank" in entry["reason"] and entry["step"] in (4, 5, 6, 8)

@@ -170,14 +170,6 @@ def test_slurm_ends_a_job_that_has_too_many_faults_but_not_one_that_is_stopped_o
     )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The workdir of a run of two processes on one host, without faults."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert miniature.run(miniature.words(workdir, "cpu2")).code == 0
-    return workdir
-
-
 def real(fault: dict | None) -> dict[str, str]:
     """The environment of a start of the real program, on a free port."""
     place = LOOPBACK | {"MASTER_PORT": str(free_port())}
@@ -186,16 +178,16 @@ def real(fault: dict | None) -> dict[str, str]:
     return {**os.environ, **place, **faults, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def test_a_job_at_its_time_limit_goes_on_in_its_next_start(tmp_path, whole):
+def test_a_job_at_its_time_limit_goes_on_in_its_next_start(tmp_path, two_ranks):
     stopped = {"at": "step", "n": 6, "do": "SIGTERM", "rank": 1}
     words = miniature.words(tmp_path / "run", "cpu2")
     codes = schedulers.sbatch(SBATCH, words, tmp_path, lambda start: real(None if start else stopped))
     assert codes == [75, 0]
-    miniature.assert_same_run(tmp_path / "run", whole)
+    miniature.assert_same_run(tmp_path / "run", two_ranks)
 
 
 @pytest.mark.slow
-def test_pods_of_an_ascend_job_come_back_after_a_fault(tmp_path, whole):
+def test_pods_of_an_ascend_job_come_back_after_a_fault(tmp_path, two_ranks):
     killed = {"at": "step", "n": 6, "do": "SIGKILL", "rank": 1}
     words = ["launch/npu_pod.sh", "--retry_code=138", *miniature.words(tmp_path / "run", "cpu2")]
     seen = []
@@ -212,4 +204,4 @@ def test_pods_of_an_ascend_job_come_back_after_a_fault(tmp_path, whole):
 
     assert schedulers.exit_code_policy(JOBS["ascendjob_npu.yaml"], run) == ("Succeeded", 2)
     assert set(seen[0]) <= {137, 138}
-    miniature.assert_same_run(tmp_path / "run", whole)
+    miniature.assert_same_run(tmp_path / "run", two_ranks)
