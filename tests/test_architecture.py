@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -26,10 +27,16 @@ PURE = {"functional", "models"}
 PURE_IMPORTS = {"torch", "einops", "numpy", "math", "re", "typing", "collections", "functools", "hashlib", "__future__"}
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[str, int]]:
     """Modules that a file imports, wherever in it, as (dotted name, line)."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -131,7 +138,7 @@ def test_no_room_holds_more_than_15_percent_of_the_lines():
 def test_a_training_run_is_one_function_of_at_most_120_lines():
     (train,) = (
         node
-        for node in ast.parse((PACKAGE / "train" / "loop.py").read_text()).body
+        for node in parsed(PACKAGE / "train" / "loop.py").body
         if isinstance(node, ast.FunctionDef) and node.name == "train"
     )
     assert train.end_lineno is not None and train.end_lineno - train.lineno < 120
@@ -142,7 +149,7 @@ def test_params_and_batch_are_defined_once():
         homes = [
             path
             for path in PACKAGE.rglob("*.py")
-            for node in ast.parse(path.read_text()).body
+            for node in parsed(path).body
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
         ]
         assert len(homes) == 1, homes
@@ -170,7 +177,7 @@ def test_no_module_reads_torchs_global_generator():
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "bench":
             continue  # measures; draws nothing that a result depends on
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("torch", "F"):
                 assert node.attr not in drawing, f"{path.relative_to(ROOT)}:{node.lineno} calls torch.{node.attr}"
 
@@ -179,7 +186,7 @@ def test_files_have_one_subject_and_at_most_about_300_lines():
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 310, path
         assert path.name != "utils.py"
-        assert path.name == "__init__.py" or ast.get_docstring(ast.parse(path.read_text())), path
+        assert path.name == "__init__.py" or ast.get_docstring(parsed(path)), path
 
 
 def test_help_needs_no_torch():
