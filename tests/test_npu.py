@@ -53,12 +53,6 @@ def test_resumed_run_ends_bit_identical_and_is_evaluated(tmp_path):
     assert evaluated["loss"] == pytest.approx(trained["loss"], rel=1e-6)  # summed over two processes
 
 
-@pytest.mark.slow  # as on CPUs: test_launcher.py
-def test_killed_rank_determines_the_exit_code(tmp_path):
-    ended = run(tmp_path, "npu2", {"at": "step", "n": 3, "do": "SIGKILL", "rank": 1}, steps=5000)
-    assert ended.code == 137 and "rank 1 was killed by SIGKILL" in ended.err and "Traceback" not in ended.err
-
-
 @pytest.mark.parametrize(
     ("arg", "soc", "fields", "message"),
     [

@@ -75,8 +75,8 @@ def test_a_graph_is_evaluated_as_the_checkpoint(pcpvt, trained, written, tmp_pat
     assert found["precision"].startswith(runtime) and f"crop 1, {runtime}" in done.stdout
 
 
-@pytest.mark.slow  # one process: test_a_graph_is_evaluated_as_the_checkpoint
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.slow  # one process and the other formats: test_a_graph_is_evaluated_as_the_checkpoint
+@pytest.mark.parametrize("suffix", SUFFIXES[:1])
 def test_several_processes_count_exactly(pcpvt, trained, written, tmp_path, suffix):
     words = ["--mode=eval", "--config=configs/pcpvt_s.py:cpu2,digits", f"--config.checkpoint={written[suffix]}"]
     pcpvt(*words, "--config.precision=float32", f"--workdir={tmp_path}")
