@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,11 @@ def test_the_default_config_is_the_small_model():
     command = parse()
     assert (command.mode, command.arg, command.overrides, str(command.workdir)) == ("train", "", {}, "runs/pcpvt_s")
     assert command.get_config("npu8").model.name == "pcpvt_s"
+
+
+@pytest.mark.parametrize("arg", ["", ":cpu", ":npu8,paper"])
+def test_the_default_workdir_is_named_after_the_config_and_not_after_arg(arg):
+    assert parse("--mode=eval", f"--config=configs/pcpvt_s.py{arg}").workdir == Path("runs/pcpvt_s")
 
 
 def test_a_negative_number_may_follow_a_space():

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 def test_a_rank_that_hangs_in_c_is_named_with_its_function_and_step(tmp_path):
     stuck = {"at": "inside step", "n": 4, "do": "hold:30", "rank": 1}
     ended = miniature.run(miniature.words(tmp_path, "cpu2", timeout=3, grace=2, eval_every="0", save_every="0"), stuck)
-    assert ended.code == signals.PEER_LOST
+    assert ended.code == signals.PEER_LOST and "rank 1 gave no answer within 3 s (config.timeout)" in ended.error
     place = re.search(r"rank 1 is in step of functional/step\.py, line \d+, after step 3; all stacks are in", ended.err)
     assert place, ended.err
     text = (tmp_path / "debug/rank-1.txt").read_text()
