@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import warm
+from absl import flags
 from PIL import Image
 
+from pcpvt import main
 from pcpvt.checkpoints import checkpoint
+from pcpvt.config import cli
+from pcpvt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).parent / "faults"
@@ -125,6 +130,14 @@ def members(process: subprocess.Popen | warm.Process, patience: float = 10.0) ->
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
+
+
+def refusal(command: Sequence[str]) -> str:
+    """The error of a command line whose config is refused, found without starting the program."""
+    with pytest.raises(UserError) as caught:
+        main.read_config(cli.parse(["pcpvt", *command], main.MODES, flags.FlagValues()))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def await_line(process: subprocess.Popen | warm.Process, text: str) -> str:

@@ -76,5 +76,5 @@ def test_a_run_that_no_longer_improves_ends_and_a_longer_patience_goes_on_from_t
 
 
 def test_patience_without_evaluations_is_one_line(tmp_path):
-    ended = miniature.run(miniature.words(tmp_path, patience=2, eval_every=0))
-    assert ended.code == 2 and "config.patience: 2 but config.eval_every=0 never evaluates" in ended.error
+    refusal = miniature.refusal(miniature.words(tmp_path, patience=2, eval_every=0))
+    assert "config.patience: 2 but config.eval_every=0 never evaluates" in refusal

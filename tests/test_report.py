@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import miniature
 import numpy as np
 import pytest
 import torch
@@ -212,10 +213,10 @@ def test_report_leaves_out_what_a_missing_or_damaged_file_holds(copied, missing)
 
 
 def test_folders_without_a_run_are_refused(pcpvt, tmp_path):
-    for folder, say in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no run")):
-        done = pcpvt("--mode=report", f"--workdir={folder}", check=False)
-        assert done.returncode == 2 and say in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "no such folder" in miniature.refusal(["--mode=report", f"--workdir={tmp_path / 'none'}"])
     assert not (tmp_path / "none").exists()
+    done = pcpvt("--mode=report", f"--workdir={tmp_path}", check=False)
+    assert done.returncode == 2 and "holds no run" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_failure_of_the_report_is_only_a_warning(copied, capsys, monkeypatch):
