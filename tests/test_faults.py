@@ -131,22 +131,17 @@ def test_checkpoints_that_were_removed_meanwhile_are_not_named(tmp_path):
     assert ended.code == 2 and "the last good one is none" in ended.error, ended.err
 
 
-def test_one_failed_save_is_a_warning(tmp_path):
-    # The first call is the trial, the second step 4, the third step 8.
-    ended = miniature.run(miniature.words(tmp_path, keep=3), {"at": "save", "n": 2, "do": "EIO"})
+def test_failed_saves_are_warnings_and_one_before_an_evaluation_is_made_up_for_after_it(tmp_path):
+    # The first call is the trial, the second step 4, the third step 8 before its evaluation.
+    faults = [{"at": "save", "n": n, "do": "EIO"} for n in (2, 3)]
+    ended = miniature.run(miniature.words(tmp_path, keep=3), *faults)
     assert ended.code == 0, ended.err
     assert (
         ended.err
-        == "pcpvt: warning: checkpoint not written (Input/output error); training goes on with the earlier ones\n"
+        == "pcpvt: warning: checkpoint not written (Input/output error); training goes on with the earlier ones\n" * 2
     )
-    assert steps(tmp_path) == [8, 12]
-
-
-def test_checkpoint_that_failed_before_its_evaluation_is_written_after_it(tmp_path):
-    ended = miniature.run(miniature.words(tmp_path, keep=3), {"at": "save", "n": 3, "do": "EIO"})
-    assert ended.code == 0, ended.err
     found = checkpoint.steps(tmp_path / "checkpoints")
-    assert list(found) == [4, 8, 12] and checkpoint.read(found[8]).meta["metrics"]["seen"] == 364
+    assert list(found) == [8, 12] and checkpoint.read(found[8]).meta["metrics"]["seen"] == 364
 
 
 def test_read_only_workdir_is_one_line(tmp_path):
@@ -229,7 +224,7 @@ def test_limit_of_open_files_is_one_line_and_what_was_done_is_saved(images, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [22, 26, 30, 34, 40])
+@pytest.mark.parametrize("limit", [22, 30, 40])
 def test_limit_of_open_files_at_the_start_is_one_line(images, tmp_path, limit):
     words = on_images(images, tmp_path, data__workers=2, steps=5000, eval_every="0")
     ended = miniature.run(words, under=["bash", "-c", f'ulimit -n {limit}; exec "$@"', "bash"])
@@ -249,13 +244,6 @@ def test_full_shared_memory_is_named(images, tmp_path):
 # Processes.
 
 
-def test_rank_that_dies_is_named_and_nothing_is_lost(tmp_path):
-    words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0")
-    ended = miniature.run(words, {"at": "step", "n": 6, "do": "SIGKILL", "rank": 1})
-    assert ended.code == 128 + signal.SIGKILL and "rank 1" in ended.error and "SIGKILL" in ended.error
-    assert steps(tmp_path) == [6]
-
-
 @pytest.mark.nightly
 def test_rank_that_hangs_is_named_in_bounded_time(tmp_path):
     words = miniature.words(tmp_path, "cpu2", steps=5000, eval_every="0", save_every="0", timeout=3, grace=2)
@@ -265,54 +253,6 @@ def test_rank_that_hangs_is_named_in_bounded_time(tmp_path):
     ended = miniature.end(process)
     assert ended.code not in (0, 75) and "rank 1" in ended.error and "config.timeout" in ended.error
     assert time.monotonic() - began < 20 and steps(tmp_path) == [6]
-
-
-# Numbers.
-
-
-def test_steps_that_are_not_finite_one_after_another_end_the_run_with_a_report(tmp_path):
-    ended = miniature.run(miniature.words(tmp_path, max_skipped=3), {"at": "gradient", "n": 6, "again": True})
-    assert ended.code == 2
-    assert "3 times in a row, up to step 8" in ended.error and "step-00000004" in ended.error
-    report = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert [step["step"] for step in report["steps"]] == [6, 7, 8]
-    ids = [sample["id"] for sample in report["steps"][-1]["samples"]]
-    assert len(ids) == 48 and f"samples {', '.join(map(str, ids[:8]))} and 40 more" in ended.error
-    assert report["steps"][0]["samples"][0]["name"].startswith("digits/train[")
-    assert ended.err.count("updates skipped in a row") == 3
-    assert steps(tmp_path) == [4]
-
-
-def test_the_remedy_named_after_divergence_works(tmp_path):
-    """The same command would diverge again; a run that has not diverged refuses another learning rate."""
-    words = miniature.words(tmp_path, max_skipped=3, precision="bfloat16")
-    ended = miniature.run(words, {"at": "gradient", "n": 6, "again": True})
-    remedies = re.findall(r"--config\.[\w.=]+", ended.error)
-    assert remedies == ["--config.lr=0.001", "--config.precision=float32"], ended.error
-    shutil.copytree(tmp_path, tmp_path / "other")
-    ended = miniature.run([*words, remedies[0]])
-    assert ended.code == 0 and "resumed: step 4" in ended.out, ended.err
-    assert "note: config.lr: 0.002 -> 0.001" in ended.out
-    refused = miniature.run([*words, "--config.lr=0.0005"])
-    assert refused.code == 2 and "config.lr" in refused.error
-    assert miniature.run([*words[:-1], f"--workdir={tmp_path / 'other'}", remedies[1]]).code == 0
-
-
-def test_divergence_before_the_first_checkpoint_names_no_checkpoint(tmp_path):
-    words = miniature.words(tmp_path, max_skipped=2)
-    ended = miniature.run(words, {"at": "gradient", "n": 1, "again": True})
-    assert ended.code == 2 and "it goes on from step 0" in ended.error and "float32" not in ended.error
-    assert miniature.run([*words, "--config.lr=0.001", "--config.steps=4"]).code == 0
-
-
-def test_one_rank_that_is_not_finite_makes_all_skip(tmp_path):
-    words = miniature.words(tmp_path, "cpu2", log_every="1 step", eval_every="0", steps=4)
-    ended = miniature.run(words, {"at": "gradient", "n": 2, "rank": 1})
-    assert ended.code == 0 and ended.err.count("updates skipped in a row: 1") == 1, ended.err
-    found = miniature.records(tmp_path)
-    assert [r["skipped"] for r in found] == [0, 1, 0, 0] and found[1]["loss"] is None
-    last = checkpoint.read(checkpoint.steps(tmp_path / "checkpoints")[4])
-    assert last.tensors["opt/count"] == 3 and last.tensors["params/head.weight"].isfinite().all()
 
 
 # Strangers' files.
