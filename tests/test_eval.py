@@ -89,10 +89,13 @@ def test_twins_file_is_evaluated_under_the_config_of_the_command_line(pcpvt, fol
 
 def test_our_checkpoint_brings_its_config_and_the_average_is_what_auto_takes(pcpvt, folder, tmp_path):
     words = [f"--config.data.path={folder}", f"--config.checkpoint={ours(tmp_path / 'elsewhere')}"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{")  # cut off by a full disk
     for seed, which, more in ((1, "ema", []), (0, "params", ["--config.weights=params"])):
         found = evaluate(pcpvt, tmp_path / "run", *words, *more)
         loss = F.cross_entropy(reference_logits(nano_params(seed=seed), folder, 32), torch.arange(12) // 4)
         assert found["weights"] == which and found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert json.loads((tmp_path / "run" / "result.json").read_text()) == found
 
 
 def test_class_count_of_a_foreign_file_is_held_against_the_data_in_one_line(pcpvt, folder, tmp_path):

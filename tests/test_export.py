@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
+from pathlib import Path
 
 import miniature
 import pytest
@@ -111,6 +112,10 @@ def test_pt2_of_a_fixed_size_takes_any_batch_and_only_that_size(tmp_path):
     assert_close(loaded(images), expected(params(), images))
     with pytest.raises((AssertionError, RuntimeError)):
         loaded(images[..., :64])
+
+
+def test_the_atc_command_names_the_channels_of_the_images():
+    assert '--input_shape="images:4,1,40,64"' in onnx.atc(Path("a.onnx"), (40, 64), 1, 4)
 
 
 @needs_onnx

@@ -38,7 +38,7 @@ def exported(workdir, **fields):
     config.update_from_flattened_dict({**size, "data.path": "/secret/place/pets", **fields})
     meta = {"step": 5, "model": "pcpvt_s", "classes": CLASSES, "examples": 77}
     meta["config"] = {"lr": 0.25, "model.name": "pcpvt_s", "data.path": "/secret/place/pets", "mixup": 0.5}
-    meta["config"] |= {"finetune": "/secret/place/start.pth", "device": "cpu", "timeout": 5}
+    meta["config"] |= {"optimizer": "muon", "finetune": "/secret/place/start.pth", "device": "cpu", "timeout": 5}
     meta["metrics"] = {"acc1": 87.5, "loss": 0.25, "seen": 40, "acc1_raw": 80.0, "loss_raw": 0.5}
     tensors = {f"params/{n}": v for n, v in params(channels).items()}
     path = checkpoint.save(workdir / "c", tensors, meta)
@@ -162,7 +162,7 @@ def test_the_card_says_data_recipe_metrics_and_licence_and_no_path(folder):
     assert header["license"] == "cc-by-4.0" and header["library_name"] == "timm"
     assert header["pipeline_tag"] == "image-classification"
     assert "Trained on pets. 77 training images. 3 classes: `cat`, `dog`, `eel`." in card
-    assert "Step 5 of a training" in card and "\nlr: 0.25\n" in card and "\nmixup: 0.5\n" in card
+    assert "Step 5 of a training with Muon and AdamW:" in card and "\nlr: 0.25\n" in card and "\nmixup: 0.5\n" in card
     assert "\nfinetune: start.pth\n" in card and "timeout" not in card
     assert "| top-1 accuracy, % | 80 |" in card, "the metrics of the params, not of the average"
     assert "secret" not in text and str(folder) not in text

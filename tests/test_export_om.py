@@ -19,11 +19,16 @@ import pytest
 import torch
 
 from pcpvt.checkpoints.load import load_model
+from pcpvt.config import recipes
 from pcpvt.config.checks import counts
-from pcpvt.export import om
+from pcpvt.data import sources
+from pcpvt.errors import UserError
+from pcpvt.export import om, om_texts, samples
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
+from pcpvt.readers.listing import unlabelled
+from pcpvt.runtime import session as sessions
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="the extra `export`"
@@ -207,6 +212,21 @@ def test_the_script_and_the_readme_are_whole(kit):
     assert "ais_bench" in text and "msame" in text and "{" not in text
 
 
+def test_the_readme_counts_each_folders_images_and_names_no_missing_file():
+    text = om_texts.readme(om_texts.Facts("pcpvt_s", [8, 16], (40, 40), 3, True, 64, 20))
+    assert "| 64 training images" in text and "| 20 validation images" in text
+    assert "_b1_" not in text
+
+
+def test_images_of_which_none_can_be_read_are_one_line(tmp_path):
+    config = recipes.from_arg("cpu,folder", "pcpvt_nano", 0.0)
+    config.data.on_error = "skip"
+    (tmp_path / "a.png").write_bytes(b"no image")
+    missing = sources.Files(unlabelled([str(tmp_path / "a.png")]), "train", "")
+    with pytest.raises(UserError, match=r"none of the 1 images \(train\) can be read: check the files"):
+        list(samples.draw(sessions.start(config, tmp_path), missing, 4, "calibration"))
+
+
 def check(kit, *words):
     done = subprocess.run(
         [sys.executable, "-I", "check.py", *map(str, words)], cwd=kit, capture_output=True, text=True, check=False
@@ -253,7 +273,6 @@ def test_planes_are_the_same_pixels(kit, tmp_path):
 
 def test_images_are_drawn_by_key_from_the_training_data(kit):
     from pcpvt import rng
-    from pcpvt.data import sources
 
     train = sources.digits("train", (40, 40))
     wanted = rng.generator(0, "calibration").permutation(len(train))[:COUNT]

@@ -21,7 +21,7 @@ from pcpvt.checkpoints.load import match_params
 from pcpvt.config import recipes
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
-from pcpvt.train import setup
+from pcpvt.train import parameters
 
 CIFAR = Path(os.environ.get("PCPVT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10"
 
@@ -197,10 +197,10 @@ def test_names_are_shortened_to_the_stems_that_cover_exactly_them():
     names = list(models.shapes(models.build("pcpvt_nano", 10)))
     for pattern in (r"^(patch_embeds|pos_block|blocks)\.[01]\.", r"bias$", r"attn", r"^head", r"."):
         picked = [name for name in names if re.search(pattern, name)]
-        stems = setup.stems(picked, names)
+        stems = parameters.stems(picked, names)
         covered = [n for n in names if any(n == s or n.startswith(f"{s}.") or s == "" for s in stems)]
         assert covered == picked
-    assert setup.stems([n for n in names if n.startswith("blocks.0.") or n == "head.bias"], names) == [
+    assert parameters.stems([n for n in names if n.startswith("blocks.0.") or n == "head.bias"], names) == [
         "blocks.0",
         "head.bias",
     ]

@@ -14,6 +14,7 @@ from pcpvt.data import sources
 from pcpvt.data.decode import RGB, DecodeError
 from pcpvt.data.loader import EvalBatches
 from pcpvt.evaluate import mistakes
+from pcpvt.report import evaluation
 from pcpvt.report import run as report
 from pcpvt.report.data import RunData, summarize_classes
 from pcpvt.runtime import records
@@ -157,3 +158,13 @@ def test_damaged_details_remove_only_their_own_part_of_the_report(trained, tmp_p
     (tmp_path / records.DETAILS).write_text("[" * 100_000)
     text = report.write(tmp_path).read_text()
     assert "Confusion matrix" not in text and "Learning rate" in text
+
+
+def test_the_page_of_an_ensemble_shows_a_member_that_diverged():
+    """JSON has null for a loss that is not finite."""
+    members = [
+        {"checkpoint": name, "weights": "ema", "acc1": 12.5, "loss": loss}
+        for name, loss in zip("ab", (0.25, None), strict=True)
+    ]
+    page = evaluation.render_evaluation({"acc1": 1.0, "ensemble": {"members": members}}, {})
+    assert ">0.2500</td>" in page and ">–</td>" in page and page.count(">12.50 %</td>") == 2

@@ -259,6 +259,7 @@ def test_another_task_than_that_of_the_weights_is_one_line():
 def test_the_best_is_by_map_unless_another_is_given():
     assert resolved(task="multilabel").best == "map" and resolved(task="multilabel", best="loss").best == "loss"
     assert resolved().best == "acc1" and resolved(task="multilabel", class_weights="FILE").class_weights == "FILE"
+    assert resolved("bench", task="multilabel", bench__against="onnx,timm.onnx").bench.against == "onnx,timm.onnx"
 
 
 def test_every_field_that_the_document_names_exists():

@@ -132,6 +132,10 @@ def test_a_damaged_file_a_missing_one_and_a_missing_package_are_one_line(tmp_pat
     with pytest.raises(UserError, match=r"a\..* cannot be read \(No such file or directory\): give a file"):
         graphs.read(path)
     path.write_bytes(b"\x08\x07 no graph at all" * 9)
+    if suffix == ".xml":
+        with pytest.raises(UserError, match=r"a\.xml: lacks its weights, a\.bin beside it: export the model again"):
+            graphs.read(path)
+        path.with_suffix(".bin").touch()
     with pytest.raises(UserError, match=r"cannot be read as .*: export it again|export the model again") as caught:
         graphs.read(path)
     assert "\n" not in str(caught.value)
@@ -171,6 +175,21 @@ def test_a_foreign_graph_gives_its_size_and_what_is_no_classifier_is_one_line(tm
     assert (said.size, said.channels, said.classes, said.model) == ((40, 56), 3, None, "")
     with pytest.raises(UserError, match=r"maps \[\?, 3\] to \[\?, 3\], not \[batch, channels, h, w\] to"):
         graphs.describe(file(["b", 3], ["b", 3]))
+
+
+@SUFFIXES[0].marks[0]
+def test_a_graph_that_cannot_run_on_the_images_is_one_line(tmp_path):
+    from onnx import TensorProto, helper, save
+
+    kind = TensorProto.FLOAT16
+    values = [helper.make_tensor_value_info(n, kind, s) for n, s in (("x", ["b", 1, 1, 5]), ("y", ["b", 5]))]
+    made = helper.make_graph([helper.make_node("Flatten", ["x"], ["y"])], "g", [values[0]], [values[1]])
+    path = tmp_path / "a.onnx"
+    save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    run, _ = graphs.start(path, graphs.read(path), torch.float32)
+    with pytest.raises(UserError, match=r"a\.onnx: ONNX cannot run it \(InvalidArgument: .*float16") as caught:
+        run(torch.zeros(2, 1, 1, 5))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_mode_eval_reads_the_description_of_a_graph(written, tmp_path):

@@ -31,7 +31,7 @@ from pcpvt.models import pcpvt as models
 from pcpvt.models.layers import PLAIN
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console
-from pcpvt.train import preflight, preparation, setup, utilisation
+from pcpvt.train import parameters, preflight, preparation, setup, utilisation
 from pcpvt.train.history import History, Rate, train_record
 from pcpvt.train.writers import ConsoleWriter
 
@@ -63,8 +63,8 @@ def test_a_run_equals_a_plain_loop_over_batches_of_both_sizes(whole, tmp_path):
     large = setup.train_batches(session, model, data)
     # 3 pixels of padding before the crop are 1.5 at half the size, rounded to 2.
     small = dataclasses.replace(large, spec=large.spec._replace(size=(16, 16), crop_padding=2))
-    params, _ = setup.init_params(session, model)
-    groups = setup.param_groups(session, params)
+    params, _ = parameters.init_params(session, model)
+    groups = parameters.param_groups(session, params)
     optimizer = setup.optimizer(session, plan, groups)
     state = setup.init_state(session, params, groups, optimizer)
     step = setup.train_step(session, model, plan, optimizer)

@@ -34,7 +34,7 @@ from pcpvt.runners.runner import Runner
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.session import Session
-from pcpvt.train import setup
+from pcpvt.train import parameters, setup
 
 STEPS = ("train", "eval", "latency")  # train step, evaluation of the whole batch, evaluation of one image
 COMPILED = "timm-compiled"
@@ -61,8 +61,8 @@ class Bench:
         self.model = sessions.build_model(config, sessions.count_classes(config, source))
         self.plan = setup.plan_run(session, self.model, examples)
         self.batches = setup.train_batches(session, self.model, source)
-        params, _ = setup.init_params(session, self.model)
-        groups = setup.param_groups(session, params)
+        params, _ = parameters.init_params(session, self.model)
+        groups = parameters.param_groups(session, params)
         optimizer = setup.optimizer(session, self.plan, groups)
         self.state = setup.init_state(session, params, groups, optimizer)
         self._step = setup.train_step(session, self.model, self.plan, optimizer)

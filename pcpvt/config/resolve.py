@@ -197,7 +197,7 @@ def check(config: ConfigDict) -> None:
             "several times by itself: use 1"
         )
     channels = config.model.in_chans
-    if channels != 3 and any(word.startswith("timm") for word in config.bench.against.split(",")):
+    if channels != 3 and any(word in ("timm", "timm-compiled") for word in config.bench.against.split(",")):
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "
             f"{channels}: leave it empty"

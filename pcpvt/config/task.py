@@ -1,6 +1,7 @@
 """`config.task`: what other fields mean with one label per image or several, and which do not go with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -42,15 +43,25 @@ def check(config: ConfigDict) -> None:
         return
     if config.best in ("acc1", "balanced_acc"):
         raise UserError(f"config.best: {config.best!r} needs one label per image and {_WITH_SEVERAL}: use map or loss")
-    refused = {
-        "class_weights": ("balanced", "it weighs images by their one label: give a file of weights, or none"),
-        "data.sampler": ("balanced", "it draws images by their one label: use uniform"),
-        "predict.sort_into": (None, "an image has no one folder: leave it out, and use config.predict.format=csv"),
-        "predict.top": (None, "every class over config.predict.threshold is listed: leave it out"),
-        "bench.against": (None, "timm's training has one label per image: leave it empty"),
+    # By what of each field does not go with it, and what to do.
+    refused: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "class_weights": (_is_balanced, "it weighs images by their one label: give a file of weights, or none"),
+        "data.sampler": (_is_balanced, "it draws images by their one label: use uniform"),
+        "predict.sort_into": (bool, "an image has no one folder: leave it out, and use config.predict.format=csv"),
+        "predict.top": (
+            lambda top: top != FIELDS["predict.top"].default,
+            "every class over config.predict.threshold is listed: leave it out",
+        ),
+        "bench.against": (
+            lambda peers: bool({"timm", "timm-compiled"} & set(peers.split(","))),
+            "timm's training has one label per image: use onnx, openvino or an exported file",
+        ),
     }
-    for name, (value, remedy) in refused.items():
-        group, _, leaf = name.rpartition(".")
-        given = (config[group] if group else config)[leaf]
-        if given == value or (value is None and given != FIELDS[name].default):
+    for name, (unfit, remedy) in refused.items():
+        given = attrgetter(name)(config)
+        if unfit(given):
             raise UserError(f"config.{name}: {given!r} does not go with {_WITH_SEVERAL}: {remedy}")
+
+
+def _is_balanced(value: str) -> bool:
+    return value == "balanced"

@@ -15,6 +15,7 @@ from pcpvt.data.arrays import Arrays, digits, synthetic
 from pcpvt.data.label_sets import LabelSets, strata
 from pcpvt.data.shared import Samples
 from pcpvt.data.torch_sets import TorchSet
+from pcpvt.data.view import View
 from pcpvt.errors import UserError
 from pcpvt.readers import folder, manifest, splits
 from pcpvt.readers.archive import Archives, find
@@ -83,35 +84,6 @@ class Files:
             here = {path: identity(path) in self.places for path in {os.path.dirname(p) for p, _ in other.samples}}
             return sum(here[os.path.dirname(path)] for path, _ in other.samples)
         return len({path for path, _ in self.samples} & {path for path, _ in other.samples})
-
-
-class View:
-    """A part of a dataset, or the dataset under other labels.
-
-    Args:
-        rows: of the samples, int64; None: all.
-        relabel: the new label of each class; None: as it is. Needs `classes`, the names of the new labels.
-    """
-
-    def __init__(
-        self, dataset: Any, split: str, rows: np.ndarray | None = None,
-        relabel: Sequence[int] | None = None, classes: Sequence[str] | None = None,
-    ):  # fmt: skip
-        self.dataset, self.split, self.in_memory = dataset, split, dataset.in_memory
-        self.rows = np.arange(len(dataset)) if rows is None else rows
-        self.classes, own = list(dataset.classes if classes is None else classes), dataset.labels[self.rows]
-        self.labels = own if relabel is None else np.array(relabel)[own]
-        self.sets, self.remarks = getattr(dataset, "sets", None), getattr(dataset, "remarks", [])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, _ = self.dataset[int(self.rows[index])]
-        return image, int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(int(self.rows[index]))
 
 
 def open_split(

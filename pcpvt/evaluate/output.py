@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
-from pcpvt.config import stored
 from pcpvt.data.sources import Dataset
 from pcpvt.evaluate import mistakes
 from pcpvt.evaluate.evaluator import Evaluation, per_class, split_name
+from pcpvt.report import data
 from pcpvt.report import evaluation as page
 from pcpvt.runtime import records
 from pcpvt.runtime.console import Console, duration
@@ -40,7 +40,7 @@ def write(session: Session, done: Evaluated, seconds: float) -> None:
     if session.world.is_main:
         records.write_json(path, result)
         training = session.workdir / "result.json"
-        if not training.exists() or stored.read_config(training).get("mode") != "train":
+        if data.read_object(training).get("mode") != "train":  # or it is missing, or damaged
             records.write_json(training, result)
     console.say(f"{metrics['seen']} images in {duration(seconds)}; written to {path}")
     if session.world.is_main:

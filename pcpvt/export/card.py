@@ -105,7 +105,8 @@ def _recipe(config: dict[str, Any], meta: dict[str, Any]) -> str:
         for name, value in config.items()
         if value not in (None, "") and name in FIELDS and _matters(name)
     ]
-    steps = f"Step {meta['step']} of a training with AdamW:" if "step" in meta else "Trained with AdamW:"
+    optimizer = "Muon and AdamW" if config.get("optimizer") == "muon" else "AdamW"
+    steps = f"Step {meta['step']} of a training with {optimizer}:" if "step" in meta else f"Trained with {optimizer}:"
     return "\n".join(["## Recipe", "", steps, "", "```", *rows, "```"])
 
 

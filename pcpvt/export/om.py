@@ -37,7 +37,7 @@ def write(request: Request, path: Path) -> Written:
     batches = [int(word) for word in session.config.export.batches.split(",")]
     for folder in ("", "precision", "calibration", "validation"):
         (path / folder).mkdir()
-    images = _write_images(request, path)  # first, since it may lack data
+    calibration, validation = _write_images(request, path)  # first, since it may lack data
     text = json.dumps(request.description, ensure_ascii=False, indent=2)
     (path / "description.json").write_text(text + "\n", encoding="utf-8")
     cases = []
@@ -58,7 +58,7 @@ def write(request: Request, path: Path) -> Written:
         mean, std = request.description["mean"], request.description["std"]
         (path / "aipp.cfg").write_text(aipp(session.size, mean, std))
     shutil.copy(om_check.__file__, path / "check.py")
-    facts = om_texts.Facts(name, batches, session.size, model.in_chans, has_aipp, images)
+    facts = om_texts.Facts(name, batches, session.size, model.in_chans, has_aipp, calibration, validation)
     (path / "convert.sh").write_text(om_texts.convert(facts))
     (path / "README.md").write_text(om_texts.readme(facts))
     return Written(cases, [f"where CANN is (not verified here): sh {request.output}/convert.sh Ascend310P3"])
@@ -118,12 +118,16 @@ def aipp(size: Size, mean: Sequence[float], std: Sequence[float]) -> str:
     return "\n".join(["aipp_op {", *(f"    {name}: {value}" for name, value in rows.items()), "}", ""])
 
 
-def _write_images(request: Request, path: Path) -> int:
-    """Training images for calibration and validation images with labels and reference logits; returns how many each."""
+def _write_images(request: Request, path: Path) -> tuple[int, int]:
+    """Training images for calibration and validation images with labels and reference logits; how many of each.
+
+    Raises:
+        UserError: when there are no data, or a split has no readable image.
+    """
     session, count = request.session, request.session.config.export.calibration
     if not count:
         (path / "validation.txt").touch()
-        return 0
+        return 0, 0
     if not session.config.data.path and session.config.data.name in ("", "folder"):
         raise UserError(
             "config.data.path: not set, and the kit holds images of the data: give their folder, or set "
@@ -140,7 +144,7 @@ def _write_images(request: Request, path: Path) -> int:
         pixels = np.stack([sample.pixels for sample in validation[start : start + CHECKED]])
         logits.append(predict(request.params, torch.from_numpy(pixels)).numpy())
     np.save(path / "reference.npy", np.concatenate(logits))
-    return count
+    return len(calibration), len(validation)
 
 
 def _named(sample: samples.Sample) -> str:

@@ -18,7 +18,8 @@ class Facts(NamedTuple):
     size: tuple[int, int]  # height, width
     channels: int
     has_aipp: bool
-    images: int  # in calibration/ and in validation/
+    calibration: int  # images in calibration/
+    validation: int  # images in validation/
 
 
 def convert(facts: Facts) -> str:
@@ -76,6 +77,12 @@ planes in ONNX models. `ais_bench` prints the shape that the `.om` takes: if its
         if facts.has_aipp
         else ""
     )
+    msame = (
+        f"./msame --model om/{name}_b1_Ascend310P3_float.om --input inputs --output results --outfmt BIN     "
+        "# batch 1 only\n"
+        if 1 in facts.batches
+        else ""
+    )
     images = f"`images`, float32 `[batch, {facts.channels}, {height}, {width}]`, to `logits`"
     return f"""# {name} for Ascend
 
@@ -87,8 +94,8 @@ with the model in ONNX Runtime. Documents and sources are named in `docs/om.md` 
 | `{name}_b*.onnx` | opset 17, IR 8, one batch size each; {images} |
 | `convert.sh` | `atc` for every batch size |
 | `precision/` | layer norms, softmax and the mean in float32: `mixlist.json` by type, `keep_dtype.cfg` by name |
-| `calibration/` | {facts.images} training images for quantisation tools; `calibration.txt` lists them |
-| `validation/` | {facts.images} validation images; `validation.txt` lists them with their labels |
+| `calibration/` | {facts.calibration} training images for quantisation tools; `calibration.txt` lists them |
+| `validation/` | {facts.validation} validation images; `validation.txt` lists them with their labels |
 | `reference.npy` | logits of the original model for them |
 | `check.py` | accuracy from raw outputs; needs numpy only |
 | `description.json` | class names, size, normalisation |
@@ -115,8 +122,7 @@ sh convert.sh Ascend310P3 origin                 # all in float32, to find out w
 {with_aipp_check}python3 check.py prepare validation inputs       # float32, normalised, for a model without AIPP
 python3 -m ais_bench --model {float_model} --input inputs {options}
 python3 check.py outputs results/run
-./msame --model om/{name}_b1_Ascend310P3_float.om --input inputs --output results --outfmt BIN     # batch 1 only
-```
+{msame}```
 
 ## Speed
 

@@ -36,7 +36,8 @@ def write(request: Request, path: Path) -> Written:
         int8.quantise(request, path)
     if preprocess or session.config.export.quantize != "none":  # ATC quantises itself, and takes pixels through AIPP
         return Written(cases, [])
-    return Written(cases, [f"for Ascend, where CANN is (not verified here): {atc(request.output, session.size)}"])
+    command = atc(request.output, session.size, model.in_chans)
+    return Written(cases, [f"for Ascend, where CANN is (not verified here): {command}"])
 
 
 def write_onnx(program: ExportedProgram, path: Path, description: str) -> Network:
@@ -51,11 +52,11 @@ def write_onnx(program: ExportedProgram, path: Path, description: str) -> Networ
     return reopen(path, description)
 
 
-def atc(path: Path, size: Size, batch: int = 8) -> str:
+def atc(path: Path, size: Size, channels: int, batch: int = 8) -> str:
     """The command that converts an ONNX file to an `.om` for one batch size; see the top of this module."""
     return (
         f"atc --framework=5 --model={path} --output={path.with_suffix('')}_b{batch} --input_format=NCHW "
-        f'--input_shape="images:{batch},3,{size[0]},{size[1]}" --soc_version=YOUR_SOC '
+        f'--input_shape="images:{batch},{channels},{size[0]},{size[1]}" --soc_version=YOUR_SOC '
         "--precision_mode_v2=mixed_float16"
     )
 

@@ -9,6 +9,7 @@ from pcpvt import rng
 from pcpvt.data import augment
 from pcpvt.data.decode import DecodeError, Picture
 from pcpvt.data.sources import Dataset
+from pcpvt.errors import UserError
 from pcpvt.runtime.session import Session
 
 
@@ -21,14 +22,18 @@ class Sample(NamedTuple):
 
 
 def draw(session: Session, dataset: Dataset, count: int, purpose: str) -> Iterator[Sample]:
-    """Up to `count` readable images in an order that `config.seed` and `purpose` determine."""
+    """Up to `count` readable images, at least one, in an order that `config.seed` and `purpose` determine.
+
+    Raises:
+        UserError: when none can be read.
+    """
     drawn = 0
     for index in rng.generator(session.config.seed, purpose).permutation(len(dataset)).tolist():
         if drawn == count:
             return
-        image, label = dataset[index]
         name = dataset.name(index)
         try:
+            image, label = dataset[index]  # some readers decode here
             picture = Picture(image, name, session.reading)
             pixels = augment.eval_sample(picture, session.size, session.config.eval.crop)
         except DecodeError:
@@ -37,3 +42,6 @@ def draw(session: Session, dataset: Dataset, count: int, purpose: str) -> Iterat
             continue
         drawn += 1
         yield Sample(name, pixels, label)
+    if not drawn:
+        few = f"none of the {len(dataset)} images ({dataset.split})"
+        raise UserError(f"config.data.path: {few} can be read: check the files")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 PATIENCE = 10.0  # seconds until a new file must be visible on all hosts; a name never looked for is in no cache
-CGROUPS = (  # limit and usage of a container's memory, in versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUPS = (  # folder of a container's memory, names of limit and usage in it, key of cached files, in versions 2 and 1
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -49,9 +49,12 @@ def available_memory() -> int:
     """Bytes that processes may still allocate: of the host, or of the container where that is less (Linux)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     found = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, usage in CGROUPS:
+    for folder, *names, cached in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # another version, or no limit (`max`)
-            found = min(found, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+            limit, usage = (int(Path(folder, name).read_text()) for name in names)
+            rows = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            # Files that were read, such as images, count as used until the kernel needs their memory.
+            found = min(found, limit - (usage - int(rows.get(cached, 0))))
     return max(found, 0)
 
 

@@ -42,10 +42,17 @@ def render_evaluation(result: dict[str, Any], details: dict[str, Any]) -> str:
     if data.is_number(result.get("seconds")):
         figures["duration"] = duration(result["seconds"])
     about = {name.replace("_", " "): result[name] for name in _ABOUT if result.get(name) not in (None, "")}
-    members = result.get("ensemble", {}).get("members", []) if isinstance(result.get("ensemble"), dict) else []
-    main = "map" if "map" in result else "acc1"
-    members = [{**member, "figure": member[main]} for member in members]
+    ensemble, main = result.get("ensemble"), "map" if "map" in result else "acc1"
+    members = [
+        {**member, "figure": _fixed(member.get(main), 2, " %"), "loss": _fixed(member.get("loss"), 4)}
+        for member in (ensemble.get("members", []) if isinstance(ensemble, dict) else [])
+    ]
     title = f"Evaluation of {Path(str(result.get('checkpoint', ''))).name}"
     classes, answers = data.summarize_classes(details), multilabel.summarize_answers(details)
     values = {"members": members, "main": _MAIN[main], "classes": classes, "answers": answers, "of": ""}
     return render(title, [], "evaluation.html", figures=figures, about=about, **values)
+
+
+def _fixed(value: Any, digits: int, unit: str = "") -> str:
+    """A number with so many digits after the point; a dash for none, such as the loss of weights that diverged."""
+    return f"{value:.{digits}f}{unit}" if data.is_number(value) else "–"

@@ -4,10 +4,11 @@ Files of other programs are read too: a graph without a description takes images
 that it is fixed to. Graphs run on the host, whatever the device.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,19 +126,28 @@ def check_fit(path: str | Path, graph: Graph, size: tuple[int, int], channels: i
 def start(path: str | Path, graph: Graph, precision: torch.dtype) -> tuple[Network, str]:
     """The network of a file that was read, for batches of any size, and the name and precision of what runs it."""
     what = KINDS[Path(path).suffix].what
+    with _runtime_errors(path, what):
+        network, runtime = graph.start(precision)
+    fixed = graph.images[0]
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        parts, rows = (images,), len(images)
+        if fixed not in (None, rows):
+            parts = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -rows % fixed)).split(fixed)
+        with _runtime_errors(path, what):  # a graph of another program may take other images than it says, or float16
+            logits = [network(part.contiguous()) for part in parts]
+        return torch.cat(logits)[:rows]
+
+    return run, runtime
+
+
+@contextlib.contextmanager
+def _runtime_errors(path: str | Path, what: str) -> Iterator[None]:
+    """Turns whatever a runtime raises for a graph into a UserError."""
     try:
         with suppress_logging():
-            network, runtime = graph.start(precision)
+            yield
     except Exception as error:  # each runtime raises what it likes
         raise UserError(
             f"{path}: {what} cannot run it ({type(error).__name__}: {one_line(error)}): export it again"
         ) from None
-    fixed = graph.images[0]
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        if fixed in (None, len(images)):
-            return network(images.contiguous())
-        whole = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % fixed))
-        return torch.cat([network(part.contiguous()) for part in whole.split(fixed)])[: len(images)]
-
-    return run, runtime

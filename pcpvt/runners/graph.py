@@ -21,7 +21,7 @@ class Graph(NamedTuple):
 
 
 class NoClassifier(Exception):
-    """A graph that does not map one batch of images to one batch of logits; says how."""
+    """A file that does not map one batch of images to one batch of logits; says why."""
 
 
 def sides(shape: tuple[int | None, ...], outputs: tuple[int | None, ...]) -> tuple[Shape, int]:

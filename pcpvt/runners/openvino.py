@@ -15,6 +15,9 @@ def read(path: Path) -> Graph:
     """Raises NoClassifier, or whatever OpenVINO raises for a damaged file."""
     import openvino
 
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise NoClassifier(f"lacks its weights, {weights.name} beside it")
     core = openvino.Core()
     model = core.read_model(path)
     if len(model.inputs) != 1 or len(model.outputs) != 1:

@@ -2,20 +2,15 @@
 
 import dataclasses
 import functools
-import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
-from pcpvt.checkpoints.channels import adapt_channels
-from pcpvt.checkpoints.labels import fit_head
-from pcpvt.checkpoints.load import HEAD, match_params, read_weights
 from pcpvt.config import stored
 from pcpvt.config.plan import Plan, make_plan, short_run_notes
 from pcpvt.data import augment, loader
@@ -28,11 +23,19 @@ from pcpvt.evaluate import evaluator
 from pcpvt.functional import mixing, muon, optim, precision, state, step
 from pcpvt.functional.objective import Batch, make_objective
 from pcpvt.models import pcpvt
-from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
 from pcpvt.runtime.console import Console, warn_once
 from pcpvt.runtime.session import Session
-from pcpvt.train import audit, class_weights, distillation, preparation, resume, stragglers, utilisation
+from pcpvt.train import (
+    audit,
+    class_weights,
+    distillation,
+    parameters,
+    preparation,
+    resume,
+    stragglers,
+    utilisation,
+)
 from pcpvt.train.history import History
 
 Step = Callable[[state.TrainState, Batch], tuple[state.TrainState, dict[str, Tensor]]]
@@ -97,10 +100,10 @@ def prepare(session: Session) -> tuple[TrainSetup, state.TrainState, History]:
         reader.start()  # loader processes take seconds to start: they do so while the state is created
 
     if resumed is None:
-        params, notes = init_params(session, model, classes)
+        params, notes = parameters.init_params(session, model, classes)
     else:  # memory that `restore` fills
         params = {n: torch.empty(shape, dtype=session.policy.params) for n, shape in pcpvt.shapes(model).items()}
-    groups = param_groups(session, params)
+    groups = parameters.param_groups(session, params)
     opt = optimizer(session, plan, groups)
     start = init_state(session, params, groups, opt)
     if resumed is not None:
@@ -178,30 +181,6 @@ def train_batches(session: Session, model: pcpvt.PCPVT, dataset: Dataset) -> loa
     )  # fmt: skip
 
 
-def matched(config: ConfigDict, field: str, names: Collection[str]) -> set[str]:
-    """The parameters that the regular expression of a field ("fresh", "frozen") matches; none when it is empty.
-
-    Raises:
-        UserError: when it matches none or all of them.
-    """
-    pattern = config[field]
-    found = {name for name in names if pattern and re.search(pattern, name)}
-    if pattern and len(found) in (0, len(names)):
-        which = "all" if found else "none"
-        raise UserError(f"config.{field}: {pattern!r} matches {which} of the {len(names)} parameters: correct it")
-    return found
-
-
-def param_groups(session: Session, params: pcpvt.Params) -> list[optim.Group]:
-    """The parameters that are not frozen, by weight decay and learning rate."""
-    config, frozen = session.config, matched(session.config, "frozen", params)
-    trained = {name: value for name, value in params.items() if name not in frozen}
-    layer_decay = pcpvt.layer_decay(pcpvt.SPECS[config.model.name], config.layer_decay)
-    if config.optimizer == "muon":
-        return optim.groups(trained, config.weight_decay, layer_decay, muon.is_matrix)
-    return optim.groups(trained, config.weight_decay, layer_decay)
-
-
 def optimizer(session: Session, plan: Plan, groups: list[optim.Group]) -> optim.Optimizer:
     """Clipping and AdamW, or Muon and AdamW, as the config says."""
     config = session.config
@@ -235,7 +214,7 @@ def train_step(
     if teacher:
         value_and_grad = step.with_teacher(value_and_grad, teacher.logits)
     names = list(pcpvt.shapes(model))
-    frozen = matched(config, "frozen", names)
+    frozen = parameters.matched(config, "frozen", names)
     trained = [name for name in names if name not in frozen] if frozen else None  # None: all
     return step.make_step(
         objective, opt, global_batch=plan.batch, grad_accum_steps=plan.grad_accum_steps, policy=policy,
@@ -243,54 +222,6 @@ def train_step(
         value_and_grad=value_and_grad, overflow=session.device.overflow(policy.compute),
         fp32_norms=session.device.fp32_norms, **{"psum": collectives.psum, **hooks},
     )  # fmt: skip
-
-
-def init_params(
-    session: Session, model: pcpvt.PCPVT, classes: Sequence[str] | None = None
-) -> tuple[pcpvt.Params, list[str]]:
-    """Parameters before the first step, on the host, and notes for the log: initialised, or from `config.finetune`.
-
-    Args:
-        classes: of the data; a file that names its own gives the head's rows by name.
-    """
-    config = session.config
-    params = {n: v.to(session.policy.params) for n, v in init(model, config.seed).items()}
-    notes = []
-    if config.finetune:
-        path, weights = read_weights(config.finetune, config.weights)
-        fresh = matched(config, "fresh", list(params))
-        adapted, about_channels = adapt_channels(weights.params, config.model.in_chans, path)
-        head: pcpvt.Params | None = None
-        about_head: list[str] = []
-        if classes is not None and not fresh & set(HEAD):
-            head, about_head = fit_head(path, weights, params, classes, config)
-        taken = fresh if head is None else {*fresh, *HEAD}  # the head is settled
-        fitted, said = match_params(adapted, pcpvt.shapes(model), path=path, fresh=taken)
-        params |= {n: v.to(session.policy.params) for n, v in {**fitted, **(head or {})}.items()}
-        notes = [f"fine-tuning from {path} ({weights.which})", *weights.notes, *about_channels, *said, *about_head]
-    for field in ("fresh", "frozen"):
-        if config[field]:
-            notes.append(f"{field}: {_listed(matched(config, field, list(params)), params)}")
-    return params, notes
-
-
-def _listed(selected: Collection[str], params: pcpvt.Params) -> str:
-    share = sum(params[n].numel() for n in selected) / sum(v.numel() for v in params.values())
-    listed = stems(selected, list(params))
-    more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    return f"{len(selected)} of {len(params)} leaves, {share:.0%}: {', '.join(listed[:12])}{more}"
-
-
-def stems(selected: Collection[str], names: Sequence[str], stem: str = "") -> list[str]:
-    """Names in short: a stem such as `blocks.0` stands for all names below it when all of them are selected."""
-    inside = set(selected)
-    if inside.issuperset(names):
-        return [stem]
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        part = name.removeprefix(stem).lstrip(".").partition(".")[0]
-        parts.setdefault(f"{stem}.{part}".lstrip("."), []).append(name)
-    return [s for part, below in parts.items() if inside.intersection(below) for s in stems(selected, below, part)]
 
 
 def init_state(
