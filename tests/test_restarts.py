@@ -36,6 +36,7 @@ def whole(tmp_path_factory) -> Path:
 def test_a_restarted_run_is_the_same_to_the_bit(fault, whole, tmp_path):
     ended = miniature.run(miniature.words(tmp_path, "cpu2", restarts=2, timeout=5, grace=2), fault)
     assert ended.code == 0 and "restart 1, from step-0000000" in ended.err, ended.err
+    assert signals.STOPPING not in ended.err  # nobody has asked for it
     miniature.assert_same_run(tmp_path, whole)
     (entry,) = miniature.restarts(tmp_path)
     assert (

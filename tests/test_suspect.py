@@ -37,7 +37,7 @@ def test_the_others_go_on_without_the_suspects_host_as_if_it_had_not_erred(tmp_p
     with machines.hosts(2, tmp_path / "out") as nodes:
         nodes[1].faults = [device]
         log = {"at": "samples", "folder": str(tmp_path / "samples")}
-        machines.schedule(nodes, words, [log], 300, away={1: math.inf})
+        machines.schedule(nodes, words, [log], 540, away={1: math.inf})
         codes = [node.codes for node in nodes]
         said = [node.errors.read_text() for node in nodes]
         assert codes == [[0], [signals.FAULTY]] and not nodes[1].pids(), machines.told(nodes)

@@ -67,7 +67,7 @@ def install() -> None:
         # A SIGHUP that nohup has set to be ignored stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
-    if hosts.is_rank(os.environ):
+    if LAUNCHER in os.environ:
         signal.signal(FROM_LAUNCHER, _note_launcher)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)  # written to even while the main thread runs C code
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
