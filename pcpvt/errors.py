@@ -31,13 +31,16 @@ class FaultError(UserError):
 
     Attributes:
         state_is_whole: it was found before the state has changed, which may be saved.
+        passed: the newest step of which an audit has found nothing wrong, where another attempt shall go on from a
+            checkpoint of that step or an earlier one; None: from any.
+        evidence: the folder for later checkpoints.
     """
 
     exit_code = 77
 
-    def __init__(self, message: str, *, state_is_whole: bool):
+    def __init__(self, message: str, *, state_is_whole: bool, passed: int | None, evidence: Path):
         super().__init__(message)
-        self.state_is_whole = state_is_whole
+        self.state_is_whole, self.passed, self.evidence = state_is_whole, passed, evidence
 
 
 def show(message: str) -> None:

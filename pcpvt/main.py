@@ -171,8 +171,8 @@ def _enter() -> None:
         if isinstance(error, signals.Stopped) or signals.stopped_before_saving():
             signals.ignore_from_now()
             if not hosts.is_rank(os.environ) or os.environ.get("RANK") == "0":
-                put(signals.NOTHING_NEW, sys.stderr)
-            sys.exit(signals.PREEMPTED)
+                put(signals.nothing_saved(), sys.stderr)
+            sys.exit(signals.code_of_stop())
         if isinstance(error, UserError | OSError):
             error = _user_error(error)
             _fail(str(error), error.exit_code, not hosts.is_rank(os.environ) or _is_first(error))

@@ -32,13 +32,14 @@ class Node:
     def __init__(self, number: int, count: int, folder: Path, address: str, port: int, namespace: str = ""):
         self.number, self.count, self.folder, self.namespace = number, count, folder, namespace
         self.mark, self.starts, self.codes = uuid.uuid4().hex, 0, []
+        self.faults: list[dict] = []  # of this node, beside those of all
         self._place = [f"--nnodes={count}", f"--master_addr={address}", f"--master_port={port}"]
         self.process: subprocess.Popen | None = None
 
     def start(self, words: Sequence[str], faults: Sequence[dict]) -> None:
         """Starts the launcher, in a session of its own."""
         env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", NODE: self.mark}
-        env |= {"PYTHONPATH": f"{miniature.FAULTS}:{miniature.ROOT}", "FAULTS": json.dumps(list(faults))}
+        env |= {"PYTHONPATH": f"{miniature.FAULTS}:{miniature.ROOT}", "FAULTS": json.dumps([*faults, *self.faults])}
         if self.count > 1:
             command = [str(LAUNCH / "npu_pod.sh"), *self._place, f"--node_rank={self.number}", *words]
         else:

@@ -6,6 +6,7 @@ mind-cluster (component/ascend-operator) and SchedMD/slurm 284c3b9 (doc/man/man1
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -145,7 +146,7 @@ def srun(words: list[str]) -> int:
         ended = [node.returncode for node in nodes if node.poll() is not None]
         if ended and deadline is None:
             at_once = any(ended) and options["kill-on-bad-exit"] == "1"
-            deadline = time.monotonic() + (0 if at_once else float(options["wait"]))
+            deadline = time.monotonic() + (0 if at_once else float(options["wait"]) or math.inf)
         if deadline is not None and time.monotonic() >= deadline:
             for node in nodes:
                 node.terminate()

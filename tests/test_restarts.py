@@ -11,6 +11,7 @@ import pytest
 from pcpvt.distributed import signals
 from pcpvt.distributed.hosts import Hosts, exit_code, from_environment
 from pcpvt.distributed.restart import Failure, Rule
+from pcpvt.distributed.suspect import Attempt
 from pcpvt.errors import UserError
 
 
@@ -27,6 +28,7 @@ from pcpvt.errors import UserError
 def test_a_restarted_run_is_the_same_to_the_bit(fault, two_ranks, tmp_path):
     ended = miniature.run(miniature.words(tmp_path, "cpu2", restarts=2, timeout=5, grace=2), fault)
     assert ended.code == 0 and "restart 1, from step-0000000" in ended.err, ended.err
+    assert signals.STOPPING not in ended.err  # nobody has asked for it
     miniature.assert_same_run(tmp_path, two_ranks)
     (entry,) = miniature.restarts(tmp_path)
     assert (
@@ -55,9 +57,14 @@ def test_a_single_process_is_started_again_on_demand(tmp_path):
     assert len(miniature.restarts(tmp_path)) == 1
 
 
-def test_restarts_follow_the_exit_codes(monkeypatch):
+def test_restarts_follow_the_exit_codes(monkeypatch, tmp_path):
     newest = ["step-4"]
-    rule = Rule(lambda: Path(newest[0]), Path("debug"))
+    found, attempt = tmp_path / "found.json", Attempt(host=0, hosts=1, each=2, store=None)
+    decide = Rule(lambda: Path(newest[0]), Path("debug"), found)
+
+    def rule(failures):
+        return decide(failures, attempt)
+
     for codes in ((2,), (75, -15), (76, 2), (-9, 75)):
         assert not rule({rank: Failure(code, 5) for rank, code in enumerate(codes)}), codes
     for codes in ((1,), (-9, 76), (76, 143)):

@@ -151,6 +151,16 @@ def test_volcano_admits_the_policies_and_acts_on_each():
     assert schedulers.volcano_action(policies, schedulers.EVICTED, 0) == "RestartJob"
 
 
+@pytest.mark.parametrize(("fewest", "limit"), [(8, 0), (0, 60)])
+def test_slurm_lets_the_other_nodes_go_on_where_the_run_does(fewest, limit, fake, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", SBATCH, *NPU16, f"--config.elastic={fewest}"], env=fake, capture_output=True, text=True
+    )
+    assert f" --wait={limit} " in done.stdout and done.returncode == 0, done
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_slurm_queues_the_job_again_after_the_exit_codes(plan, fake, tmp_path):
     codes, starts, _ = PLANS[plan]

@@ -11,7 +11,7 @@ import miniature
 import pytest
 
 from pcpvt.checkpoints import checkpoint
-from pcpvt.distributed.signals import ONE_SIGNAL, PREEMPTED, STOPPING
+from pcpvt.distributed.signals import ENDED_BY_LAUNCHER, LAUNCHER, ONE_SIGNAL, PEER_LOST, PREEMPTED, STOPPING
 from pcpvt.errors import UserError
 
 
@@ -42,6 +42,17 @@ def test_signal_during_a_slow_first_step(tmp_path):
     process.send_signal(signal.SIGINT)
     assert miniature.end(process).code == PREEMPTED
     assert time.monotonic() - began < 10 and saved(tmp_path) == []
+
+
+def test_a_rank_that_its_launcher_stops_does_not_say_that_somebody_has_asked_for_it(tmp_path):
+    slow = {"at": "step", "n": 5, "do": "sleep:1"}
+    process = miniature.start(miniature.words(tmp_path), slow, env={LAUNCHER: "1"})
+    miniature.await_line(process, "fault:")
+    os.kill(process.pid, signal.SIGUSR2)  # as `Agent` does
+    process.send_signal(signal.SIGTERM)
+    ended = miniature.end(process)
+    assert ended.code == PEER_LOST and ended.err == ENDED_BY_LAUNCHER, ended.err
+    assert saved(tmp_path) == [4, 5] and "stopped by the launcher at step 5; saved" in ended.out
 
 
 def test_signal_while_a_checkpoint_is_written(tmp_path):

@@ -245,8 +245,31 @@ def newest_whole(folder: Path) -> Path | None:
     return next((path for path in reversed(steps(folder).values()) if is_whole(path)), None)
 
 
-def prune(folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path, bool]) -> None:
+def withdraw(folder: Path, passed: int, to: Path) -> tuple[list[str], str]:
+    """Moves checkpoints of later steps than `passed` to another folder of the same disk.
+
+    If none is left and `passed` is not 0, the oldest whole one stays: a new beginning would lose too much.
+
+    Returns:
+        The names of those moved, and of the later one that stays.
+    """
+    later = {step: path for step, path in steps(folder).items() if step > passed}
+    stays = None
+    if passed and not any(is_whole(path) for step, path in steps(folder).items() if step <= passed):
+        stays = next((path for path in later.values() if is_whole(path)), None)
+    moved = [path for path in later.values() if path != stays]
+    for path in moved:
+        to.mkdir(parents=True, exist_ok=True)
+        path.replace(to / path.name)
+    return [path.name for path in moved], stays.name if stays else ""
+
+
+def prune(
+    folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path, bool], passed: int | None = None
+) -> None:
     """Removes whole checkpoints up to step `latest` but the newest `keep_checkpoints` and the best, and leftover files.
+
+    The newest up to step `passed` stays too, if it is given.
 
     Damaged checkpoints are not counted and stay for the user to look at; those after `latest` were found damaged when
     the run was resumed. So the last good checkpoint always stays.
@@ -257,8 +280,10 @@ def prune(folder: Path, keep_checkpoints: int, latest: int, verified: dict[Path,
     earlier = [path for step, path in steps(folder).items() if step <= latest]
     verified |= {path: is_whole(path) for path in earlier if path not in verified}
     found = [path for path in earlier if verified[path]]
-    best = [path for path in by_score(folder) if path in found][:1]
+    kept = [path for path in by_score(folder) if path in found][:1]
+    if passed is not None:
+        kept += [path for step, path in steps(folder).items() if step <= passed and path in found][-1:]
     for path in found[:-keep_checkpoints]:
-        if path not in best:
+        if path not in kept:
             path.unlink(missing_ok=True)
     remove_leftovers(folder)

@@ -26,6 +26,8 @@ class Saver:
     before: Sequence[Callable[[], None]] = ()  # called before each write, to make durable the records that it counts
     saved: int | None = None  # step whose checkpoint is written or being written; at first the step of the start
     writes: bool = True  # False on all processes but the main one: nothing is done there
+    # The newest step up to a step that must stay reachable: its checkpoint, or the newest earlier one, is kept.
+    passed: Callable[[int], int] = lambda step: step
     _verified: dict[Path, bool] = field(default_factory=dict, init=False)  # see `checkpoint.prune`
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _job: Future[None] | None = field(default=None, init=False)
@@ -63,6 +65,24 @@ class Saver:
             self.saved = None
             self.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
 
+    def withdraw(self, passed: int, folder: Path) -> None:
+        """Moves the checkpoints of later steps than `passed` to a folder, so that no run goes on from them.
+
+        The oldest stays if it would be the only one left to go on from in a run that has passed an audit.
+        """
+        if not self.writes:
+            return
+        self.finish()
+        try:
+            moved, stays = checkpoint.withdraw(self.folder, passed, folder)
+        except OSError as error:
+            self.warn(f"{self.folder}: checkpoints after step {passed} could not be moved away ({error})")
+            return
+        if moved:
+            self.warn(f"checkpoints after step {passed} may hold errors and were moved to {folder}: {', '.join(moved)}")
+        if stays:
+            self.warn(f"{stays} may hold errors too, but none is as old as the last good audit, of step {passed}")
+
     def finish_last(self, step: int) -> None:
         """Waits for the checkpoint after which no other follows; raises UserError when it was not written."""
         if reason := self._wait():
@@ -80,7 +100,7 @@ class Saver:
             for action in self.before:
                 action()
             write()
-            checkpoint.prune(self.folder, self.keep_checkpoints, step, self._verified)
+            checkpoint.prune(self.folder, self.keep_checkpoints, step, self._verified, self.passed(step))
 
         self._job = self._thread.submit(job)
 

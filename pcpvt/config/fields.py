@@ -129,9 +129,11 @@ FIELDS = {
         "unset: 3 with several processes, 0 with one", FREE, at_least(0)),
     "audit_every": Field(int, "steps from one audit to the next: each process repeats another one's gradient; 0: "
         "never; unset: 200 with several processes, 0 with one", FREE, at_least(0)),
-    "audit_action": Field("warn", "after an audit that found a difference: warn | restart | end",
+    "audit_action": Field("warn", "after an audit that found a difference: warn | restart (without the suspect's "
+        "host if config.elastic allows it) | end",
         FREE, one_of("warn", "restart", "end")),
-    "elastic": Field(0, "fewest processes to go on with when a host does not come back; 0: all", FREE, at_least(0)),
+    "elastic": Field(0, "fewest processes to go on with when a host does not come back, or an audit suspects it; "
+        "0: all", FREE, at_least(0)),
     "finetune": Field("", "weights to start from: a file, timm:NAME, hf-hub:NAME or a workdir", START),
     "fresh": Field("", "regex over parameter names that do not come from config.finetune but start anew", START, regex),
     "checkpoint": Field(

@@ -20,6 +20,10 @@ class Turns(NamedTuple):
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
+    def passed(self, step: int) -> int:
+        """The last audited step up to a step; 0 before the first."""
+        return step // self.every * self.every
+
     def audited_by(self, step: int, rank: int) -> int:
         """The process whose work a process repeats: in turn each of the others, which may be on another host."""
         if self.world == 1:

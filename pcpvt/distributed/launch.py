@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pcpvt import devices
-from pcpvt.distributed import hosts, restart, signals
+from pcpvt.distributed import hosts, restart, signals, suspect
 from pcpvt.errors import PeerError, UserError, show
 
 # Seconds until ranks are killed, beyond those in which each rank ends itself; only a stopped process needs it.
@@ -38,10 +38,12 @@ def launch(
         debug: the folder in which ranks write where they were.
 
     Raises:
-        UserError: when this host does not have the devices, or the hosts do not meet.
+        UserError: when this host does not have the devices, has left the run, or the hosts do not meet.
         signals.Stopped: when a signal arrives before the first process has started.
     """
     place = hosts.from_environment(os.environ)
+    if place.number > 1 and newest_checkpoint is not None:
+        suspect.refuse_left(debug)
     processes = _on_this_host(config, place)
     device = devices.get(config.device)
     device.require(processes)
@@ -72,8 +74,14 @@ def launch(
     )  # fmt: skip
     # The default folder is one in /tmp that nobody removes.
     limit = config.grace + signals.SAVE_LIMIT + FAILURE_GRACE
-    rule = restart.Rule(newest_checkpoint, debug, ends_on_fault=config.audit_action == "end")
-    agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), rule, limit)
+    found = suspect.path_for_ranks(debug)
+    os.environ[suspect.FOUND] = str(found)
+    rule = restart.Rule(
+        newest_checkpoint, debug, found, ends_on_fault=config.audit_action == "end", fewest=config.elastic,
+        batch=config.batch_size,
+    )  # fmt: skip
+    keeps_store = None if place.rank is None else place.rank == 0
+    agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), rule, limit, keeps_store)
     # If a rank is killed, its loader processes become children of this process (Linux), which can then kill them.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     for number in signals.STOPS:
@@ -89,7 +97,11 @@ def launch(
     finally:
         signals.ignore_from_now()
         signals.kill_descendants()
-        spec.rdzv_handler.shutdown()
+        suspect.told(found)  # removes what the last attempt has left
+        if not rule.left:
+            spec.rdzv_handler.shutdown()
+    if rule.left:
+        return signals.FAULTY
     if result is None:
         raise PeerError(
             f"{place.endpoint}: the {place.number} hosts are not together ({why}): another has ended or cannot be "

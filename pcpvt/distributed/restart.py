@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pcpvt.distributed import flight, signals, stacks
-from pcpvt.errors import warn
+from pcpvt.distributed import flight, signals, stacks, suspect
+from pcpvt.errors import show, warn
 
 FINAL = frozenset({2, signals.PREEMPTED})  # exit codes after which nothing is started again
 STOPPED = (signals.PREEMPTED, signals.PEER_LOST)  # exit codes of ranks that ended because of a signal or another rank
@@ -43,26 +43,63 @@ class Rule:
 
     Args:
         debug: the folder of stacks and recorded collectives.
+        found: the file in which ranks tell what an audit has found.
         ends_on_fault: nor when an audit has found a fault (`config.audit_action`).
+        fewest, batch: see `suspect.choose`.
+
+    Attributes:
+        left: this host has left the run, which goes on without it.
     """
 
-    def __init__(self, newest_checkpoint: Callable[[], Path | None], debug: Path, *, ends_on_fault: bool = False):
+    def __init__(
+        self, newest_checkpoint: Callable[[], Path | None], debug: Path, found: Path, *, ends_on_fault: bool = False,
+        fewest: int = 0, batch: int = 0,
+    ):  # fmt: skip
         self._newest, self._debug, self._done = newest_checkpoint, debug, 0
         self._final = FINAL | {signals.FAULTY} if ends_on_fault else FINAL
+        self._found, self._fewest, self._batch = found, fewest, batch
         self._before: Path | None = None  # the newest checkpoint at the restart before
+        self.left = False
 
-    def __call__(self, failures: Failures) -> str:
-        """The reason to start all ranks again, which is printed; empty when they are not."""
+    def __call__(self, failures: Failures, attempt: suspect.Attempt) -> str:
+        """The reason to start all ranks again, which is printed; empty when they are not, or this host leaves."""
         codes = {failure.exitcode for failure in failures.values()}
         if signals.stop_requested() or codes & self._final:
             return ""
-        newest, what = self._newest(), what_failed(failures, self._debug)
-        if self._done and newest == self._before:
+        newest, what, again, goes = self._newest(), what_failed(failures, self._debug), "", False
+        found = suspect.told(self._found)
+        if found is None and signals.FAULTY in codes:
+            show("an audit found a fault, and this launcher cannot read which: not started again")
+            return ""
+        if found is not None:
+            choice = suspect.choose(found, attempt, self._fewest, self._batch)
+            if choice.leaves == attempt.host:
+                self._leave(found)
+                return ""
+            if choice.ends:
+                show(
+                    f"not started again: the error recurred when the work was repeated, and {found.who()} cannot be "
+                    f"left out: {choice.why}"
+                )
+                return ""
+            goes = choice.leaves is not None
+            what = f"an audit found a fault: {found.who()}"
+            again = "" if goes else f", the suspect included: {choice.why}"
+            what += ", whose host leaves the run" if goes else ""
+        if self._done and newest == self._before and not goes:
             warn(f"{what}; not started again: there is no newer checkpoint than after restart {self._done}")
             return ""
         self._done, self._before = self._done + 1, newest
-        warn(f"{what}; restart {self._done}, from {newest.name if newest else 'step 0'}")
+        warn(f"{what}; restart {self._done}, from {newest.name if newest else 'step 0'}{again}")
         return what
+
+    def _leave(self, found: suspect.Finding) -> None:
+        self.left = True
+        noted = suspect.note_left(self._debug, found)
+        show(
+            f"this host leaves the run, which goes on without it: {found.who()} computed wrongly in step {found.step}; "
+            f"evidence: {found.evidence}; until {noted} is removed this host does not join again"
+        )
 
 
 def first_failure(failures: Failures) -> tuple[int, int]:

@@ -31,9 +31,11 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_SIGNAL = 1.0  # seconds: a scheduler signals the whole group and a launcher forwards it: both count as one signal
 AT_ONCE = 5.0  # seconds that a stop may take while there is nothing to save
 SAVE_LIMIT = 300.0  # seconds for a checkpoint that is being written; S takes 209 MB, which a slow disk writes in 20 s
+FROM_LAUNCHER = signal.SIGUSR2  # sent to a rank just before a stop that nobody has asked for
 LAUNCHER = "PCPVT_LAUNCHER"  # environment variable: the launcher's process id
 NOTHING_NEW = "pcpvt: stopped by a signal with nothing new to save; the same command starts again\n"
 STOPPING = "pcpvt: stopping after this step, which is saved; a second signal (Ctrl-C) ends the run at once, unsaved\n"
+ENDED_BY_LAUNCHER = "pcpvt: stopping: the launcher ends all processes, to start them again or to end the run\n"
 
 
 class Stopped(BaseException):
@@ -46,6 +48,7 @@ class _Request:
     signal = 0  # number of the first signal that arrived
     finishes_step = False
     ignored = False
+    from_launcher = False  # the stop is one of the launcher's own
     grace = AT_ONCE
     late = ""  # what is said when the grace period ends
     answer = ""  # what is said when a signal has arrived
@@ -64,6 +67,8 @@ def install() -> None:
         # A SIGHUP that nohup has set to be ignored stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
+    if LAUNCHER in os.environ:
+        signal.signal(FROM_LAUNCHER, _note_launcher)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)  # written to even while the main thread runs C code
     threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
@@ -94,7 +99,7 @@ def finish_save_first() -> Iterator[None]:
 def ignore_from_now() -> None:
     """From now on signals have no effect until the process ends: everything is saved and the exit code is decided."""
     _request.ignored = True
-    for number in STOPS:  # the interpreter removes Python handlers before it ends, but keeps SIG_IGN
+    for number in (*STOPS, FROM_LAUNCHER):  # the interpreter removes Python handlers before it ends, but keeps SIG_IGN
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -106,6 +111,26 @@ def stop_requested() -> bool:
 def stopped_before_saving() -> bool:
     """Whether a signal has asked this process to stop while there was nothing to save (see `Stopped`)."""
     return _request.signal != 0 and not _request.finishes_step
+
+
+def stopped_by_launcher() -> bool:
+    """Whether the launcher stops this process for a reason of its own, and no user or scheduler has asked for it."""
+    return _request.from_launcher
+
+
+def code_of_stop() -> int:
+    """The exit code of a process that a signal has stopped before its work was done."""
+    return PEER_LOST if _request.from_launcher else PREEMPTED
+
+
+def nothing_saved() -> str:
+    """The line of a process that a signal has ended while there was nothing to save."""
+    return ENDED_BY_LAUNCHER if _request.from_launcher else NOTHING_NEW
+
+
+def _note_launcher(number: int, frame: object) -> None:
+    """Signal handler; the main thread may need the answer before `_watch` has read the signal."""
+    _request.from_launcher = _request.signal == 0
 
 
 def _handle(number: int, frame: object) -> None:
@@ -127,6 +152,8 @@ def _watch(pipe: int) -> None:
         arrived = os.read(pipe, 64) if ready else b""
         if signal.SIGUSR1 in arrived:
             flight.write()
+        if FROM_LAUNCHER in arrived and requested_at is None:
+            _request.from_launcher = True
         numbers = [n for n in arrived if n in STOPS]
         now = time.monotonic()
         if _request.ignored:
@@ -135,7 +162,7 @@ def _watch(pipe: int) -> None:
             if numbers:
                 requested_at, _request.signal = now, numbers[0]
                 if _request.finishes_step and os.environ.get("RANK", "0") == "0":
-                    _print(_request.answer)
+                    _print(ENDED_BY_LAUNCHER if _request.from_launcher else _request.answer)
         elif numbers and now - requested_at >= ONE_SIGNAL:
             _end("a second signal ended it", 128 + numbers[0])
         elif now >= _limit(requested_at):
@@ -143,7 +170,7 @@ def _watch(pipe: int) -> None:
                 _end(f"the checkpoint was not written within {SAVE_LIMIT:g} s", 128 + _request.signal)
             if _request.finishes_step:
                 _end(_request.late, 128 + _request.signal)
-            _end("", PREEMPTED)
+            _end("", code_of_stop())
 
 
 def _limit(requested_at: float) -> float:
@@ -156,7 +183,7 @@ def _limit(requested_at: float) -> float:
 def _end(reason: str, code: int) -> None:
     """Ends this process and all its descendants at once, from any thread; with no reason, nothing is lost."""
     lost = "what was not saved is lost; the same command goes on from the last checkpoint"
-    line = f"pcpvt: error: {reason}: {lost}\n" if reason else NOTHING_NEW
+    line = f"pcpvt: error: {reason}: {lost}\n" if reason else nothing_saved()
     _print(line)
     if reason:
         stacks.write()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pcpvt.data.audited import Turns, separate
 from pcpvt.data.loader import TrainBatches
-from pcpvt.distributed import collectives
+from pcpvt.distributed import collectives, suspect
 from pcpvt.errors import FaultError, warn
 from pcpvt.functional import digest
 from pcpvt.functional.objective import Batch
@@ -69,6 +69,14 @@ class Audit:
         how = "to the bit" if self.exact else f"within {self._tolerance:.2g} of its norm"
         alone = "" if self._alike else "; states are not, since the devices are of several kinds"
         return f"audit: every {self._turns.every} steps {what} is computed again and compared {how}{alone}"
+
+    def passed(self, step: int) -> int:
+        """The newest step up to a step from whose checkpoint a restart after an audit may go on.
+
+        A device that errs in one step may have erred since the audit before, and that has reached the weights.
+        """
+        restarts = self._turns.every and self._session.config.audit_action == "restart"
+        return self._turns.passed(step) if restarts else step
 
     def around(self, step: Callable[[TrainState, Batch], _Made]) -> Callable[[TrainState, Batch], _Made]:
         """The train step for batches of `data.audited`; the step calls `inspect`."""
@@ -171,10 +179,18 @@ class Audit:
             listed = [{"place": self._places[result.rank], **result._asdict()} for result in results]
             about = {"step": step, "what": what, "tolerance": self._tolerance, **verdict._asdict(), **about}
             evidence.write_json("verdict.json", {**about, "results": listed})
+        again = action == "restart"
+        if again:
+            places = [self._places[rank] for rank in verdict.suspects]
+            suspects, certain, persistent, _ = verdict
+            suspect.tell(suspect.Finding(step, what, suspects, certain, persistent, places, str(evidence.folder)))
         collectives.any_true(False)  # all have written before one ends
         where = f"evidence: {evidence.folder}"
         if action != "warn":
-            raise FaultError(f"{self._said(step, what, verdict)}; {where}", state_is_whole=state_is_whole)
+            raise FaultError(
+                f"{self._said(step, what, verdict)}; {where}", state_is_whole=state_is_whole and not again,
+                passed=self.passed(step - 1) if again and state_is_whole else None, evidence=evidence.folder,
+            )  # fmt: skip
         if main:
             warn(f"{self._said(step, what, verdict)}; the run goes on (config.audit_action=warn); {where}")
 

@@ -119,6 +119,8 @@ def train(
             if evaluates:
                 history, stopped = _evaluate(setup, state, history, writers, saver)
     except UserError as error:  # the data or another process failed; no step had begun to change the state
+        if isinstance(error, FaultError) and error.passed is not None:
+            saver.withdraw(error.passed, error.evidence)
         if isinstance(error, FaultError) and not error.state_is_whole:
             raise
         history = _read(setup, unreadable, history, pending, writers, with_others=False)

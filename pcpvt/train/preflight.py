@@ -68,9 +68,10 @@ def check_disk(session: Session, plan: Plan, state: TrainState, say: Say) -> Non
         return
     folder, tensors = session.checkpoints, copy_to_host(states.flatten(state))
     size = sum(tensor.nbytes for tensor in tensors.values())
-    # The kept ones, the best, and the one being written, which takes its place before another is removed.
+    # The kept ones, the best, that of the last audit (`Audit.passed`), and the one being written, which takes its place
+    # before another is removed.
     due = sum(plan.steps // every for every in (plan.save_every, plan.eval_every) if every)
-    files = min(session.config.keep + 2, 2 + due)
+    files = min(session.config.keep + 2 + (session.config.audit_action == "restart"), 2 + due)
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in checkpoint.steps(folder).values())
     if free < files * size:
         raise UserError(

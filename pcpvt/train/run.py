@@ -57,7 +57,7 @@ def run(session: Session) -> int:
             stack.callback(writer.close)
         saver = Saver(
             session.checkpoints, session.config.keep, setup.console.warn, before=[writer.sync for writer in outputs],
-            saved=step, writes=session.world.is_main,
+            saved=step, writes=session.world.is_main, passed=setup.audit.passed,
         )  # fmt: skip
         stack.callback(saver.finish)
         if again := restart.restarted():
@@ -72,8 +72,11 @@ def run(session: Session) -> int:
         step = int(state.step)
         if not loop.finished(plan, history, step, session.config.patience):
             collectives.await_all(signals.SAVE_LIMIT)  # the first process to leave makes the launcher stop the others
-            say(f"stopped by a signal at step {step}; saved. The same command goes on from there.")
-            return signals.PREEMPTED
+            if signals.stopped_by_launcher():
+                say(f"stopped by the launcher at step {step}; saved")
+            else:
+                say(f"stopped by a signal at step {step}; saved. The same command goes on from there.")
+            return signals.code_of_stop()
         if step < plan.steps:
             say(f"ended at step {step} of {plan.steps}: {_lost_patience(session, history)}")
         _conclude(setup, state, history)

@@ -3,9 +3,9 @@
 The environment variable FAULTS holds a JSON list of objects: `at` (a key of PLACES), `n` (at which call, from 1),
 `do` (a signal's name, `sleep:SECONDS`, `hold:SECONDS` which no signal interrupts, `error:TEXT` for a RuntimeError,
 `cores` to print those it may use, `environ` to print the variables as JSON, or an errno's name to be raised), and
-optionally `rank`, `again` (at every call from the n-th on), `to` (`self`, `group`, `child`, `launcher` or `node`: a
-launcher and all below it), `restarted` (also in ranks that were started again) and `once` (a file that the fault
-creates, and without which only it happens). Bits that are flipped and constants have no `do`.
+optionally `rank`, `local_rank`, `again` (at every call from the n-th on), `to` (`self`, `group`, `child`, `launcher` or
+`node`: a launcher and all below it), `restarted` (also in ranks that were started again) and `once` (a file that the
+fault creates, and without which only it happens). Bits that are flipped and constants have no `do`.
 
 `{"at": "samples", "folder": FOLDER}` is no fault: each rank appends a line to a file of FOLDER at the begin of a step:
 the time, its launcher's process id, the attempt, its rank, the steps done and the ids of its samples, as JSON.
@@ -251,8 +251,11 @@ PLACES = {
     "samples": samples,
 }
 
+PLACE = ("rank", "local_rank")
+
 for fault in json.loads(os.environ.get("FAULTS", "[]")):
     if "PCPVT_RESTART" in os.environ and not (fault.get("restarted") or "once" in fault or fault["at"] == "samples"):
         continue
-    if str(fault.get("rank", os.environ.get("RANK"))) == str(os.environ.get("RANK")):
+    ours = all(str(fault.get(key, os.environ.get(key.upper()))) == str(os.environ.get(key.upper())) for key in PLACE)
+    if ours:
         PLACES[fault["at"]](fault)
