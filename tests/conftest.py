@@ -76,13 +76,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """The workdir of a miniature run of two processes without faults, whose TMPDIR is tmp/ beside it; do not write."""
+    """The workdir of a miniature run of two processes without faults; read it, do not write into it.
+
+    Beside it are its TMPDIR, tmp/, and its output, stdout.txt, in which rank 1 has printed its environment.
+    """
     import miniature
 
     folder = tmp_path_factory.mktemp("two_ranks")
     (folder / "tmp").mkdir()
-    ended = miniature.run(miniature.words(folder / "run", "cpu2"), env={"TMPDIR": str(folder / "tmp")})
+    show = {"at": "inside step", "n": 1, "do": "environ", "rank": 1}
+    ended = miniature.run(miniature.words(folder / "run", "cpu2"), show, env={"TMPDIR": str(folder / "tmp")})
     assert ended.code == 0 and ended.err == "", ended.err
+    (folder / "stdout.txt").write_text(ended.out)
     return folder / "run"
 
 
