@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import miniature
 import pytest
@@ -15,8 +16,9 @@ from pcpvt.checkpoints import checkpoint
 from pcpvt.checkpoints.load import describe, load_model, trained_config
 from pcpvt.config import licences, recipes
 from pcpvt.errors import UserError
-from pcpvt.export import folders
+from pcpvt.export import folders, hub
 from pcpvt.export import run as export
+from pcpvt.export.formats import Request
 from pcpvt.models import pcpvt as models
 from pcpvt.models.init import init
 from pcpvt.runtime import session as sessions
@@ -153,6 +155,15 @@ def test_grey_models_too(tmp_path):
     assert json.loads((grey / "config.json").read_text())["model_args"] == {"in_chans": 1}, (
         "Transformers reads this one"
     )
+
+
+def test_a_head_larger_than_the_data_has_a_name_for_every_output(tmp_path):
+    config = recipes.from_arg("cpu,folder", "pcpvt_nano", 0.0)
+    said = {"classes": CLASSES, "labels": [*CLASSES, "3", "4"], "image_size": [64, 64]}
+    said |= dict.fromkeys(("interpolation", "crop", "mean", "std"))
+    loaded = SimpleNamespace(model=models.build("pcpvt_nano", 5))
+    found = hub.describe(Request(sessions.start(config, tmp_path), tmp_path, loaded, {}, said), "twins_pcpvt_small")
+    assert found["label_names"] == [*CLASSES, "3", "4"] and found["num_classes"] == 5
 
 
 def test_the_card_says_data_recipe_metrics_and_licence_and_no_path(folder):

@@ -18,6 +18,7 @@ class Turns(NamedTuple):
     world: int  # processes
 
     def due(self, step: int) -> bool:
+        """Whether a step is audited."""
         return self.every > 0 and step % self.every == 0
 
     def passed(self, step: int) -> int:

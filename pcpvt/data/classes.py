@@ -11,7 +11,6 @@ from pcpvt.data.label_sets import LabelSets
 from pcpvt.data.sources import Dataset
 from pcpvt.errors import UserError
 
-ORDERS = ("auto", "natural", "bytes")
 MOST = 1_000_000  # labels in a class map
 
 

@@ -47,10 +47,12 @@ def members(session: Session) -> list[LoadedModel]:
         path = (config.checkpoint or session.workdir) if own else name
         # The first one settles what the others must be.
         outputs = loaded[0].model.num_classes if loaded else config.num_classes
-        which = name if own else config.weights
-        options = {"which": which, "pad": config.model.pad, "in_chans": config.model.in_chans}
-        options["task"] = config.task
-        loaded.append(load_model(path, model=config.model.name, num_classes=outputs, **options))
+        loaded.append(
+            load_model(
+                path, model=config.model.name, num_classes=outputs, which=name if own else config.weights,
+                pad=config.model.pad, in_chans=config.model.in_chans, task=config.task,
+            )
+        )  # fmt: skip
         if loaded[-1].said.task not in ("", config.task):
             raise UserError(
                 f"config.eval.ensemble: {path} was trained with config.task={loaded[-1].said.task} and the others with "

@@ -49,7 +49,7 @@ def write(request: Request, path: Path) -> Written:
 
 
 def describe(request: Request, architecture: str) -> dict[str, Any]:
-    """The `config.json`; classes are named where training named them."""
+    """The `config.json`; where training named the classes it has a name for every output, as Transformers needs."""
     about, model = request.description, request.loaded.model
     licence = licences.parse(request.session.config.export.license)
     pretrained = {
@@ -62,7 +62,7 @@ def describe(request: Request, architecture: str) -> dict[str, Any]:
     return {
         "architecture": architecture, "num_classes": model.num_classes,
         "num_features": model.spec.dims[-1], "global_pool": "avg",
-        **({"label_names": about["classes"]} if about["classes"] else {}),
+        **({"label_names": about["labels"]} if about["classes"] else {}),
         **({} if model.in_chans == 3 else {"model_args": {"in_chans": model.in_chans}}),
         "pretrained_cfg": pretrained,
     }  # fmt: skip

@@ -51,6 +51,7 @@ done
 
 
 def readme(facts: Facts) -> str:
+    """The kit's README, in Markdown."""
     name, (height, width), batch = facts.name, facts.size, facts.batches[-1]
     rows = "\n".join(f"| `{chip}` | {products} |" for chip, products in CHIPS.items())
     kind = "aipp" if facts.has_aipp else "float"

@@ -27,6 +27,7 @@ OPSET = 18  # the highest that ATC reads
 
 
 def write(request: Request, path: Path) -> Written:
+    """Writes the file, quantised if asked to; compared with the model, in float32, before that."""
     session, model, params = request.session, request.loaded.model, request.params
     preprocess = session.config.export.preprocess
     program, sizes = capture(model, params, session.size, session.config.export.dynamic_size, preprocess)

@@ -16,6 +16,7 @@ from pcpvt.runners.openvino import DESCRIPTION
 
 
 def write(request: Request, path: Path) -> Written:
+    """Writes both files, quantised if asked to; compared with the model, in float32, before that."""
     session, model, params = request.session, request.loaded.model, request.params
     preprocess, description = session.config.export.preprocess, json.dumps(request.description)
     program, sizes = capture(model, params, session.size, session.config.export.dynamic_size, preprocess)

@@ -14,6 +14,7 @@ from pcpvt.runners.pt2 import DESCRIPTION
 
 
 def write(request: Request, path: Path) -> Written:
+    """Writes the archive; compared with the model."""
     session, model, params = request.session, request.loaded.model, request.params
     preprocess = session.config.export.preprocess
     program, sizes = capture(model, params, session.size, session.config.export.dynamic_size, preprocess)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
@@ -46,22 +47,7 @@ def run(session: Session) -> int:
     config, export = session.config, session.config.export
     say = Console().say
     chosen = FORMATS[export.format]
-    if export.dynamic_size and not chosen.dynamic_size:
-        able = " or ".join(name for name, other in FORMATS.items() if other.dynamic_size)
-        raise UserError(
-            f"config.export.dynamic_size: weights for {export.format} have no size: leave it out, or use {able}"
-        )
-    if export.preprocess and not chosen.preprocess:
-        able = " or ".join(name for name, other in FORMATS.items() if other.preprocess)
-        raise UserError(
-            f"config.export.preprocess: {export.format} files have no such form: leave it out, or use {able}"
-        )
-    if export.quantize != "none" and not chosen.quantize:
-        able = " or ".join(name for name, other in FORMATS.items() if other.quantize)
-        raise UserError(f"config.export.quantize: {export.format} files stay in float32: leave it out, or use {able}")
-    if config.task == "multilabel" and not chosen.multilabel:
-        able = " or ".join(name for name, other in FORMATS.items() if other.multilabel)
-        raise UserError(f"config.export.format: {export.format} is for one label per image: use {able}")
+    check_options(config)
     require(chosen.packages, chosen.extra, f"config.export.format: {export.format}")
     path = destination(session)
     loaded = load_configured(config, session.workdir)
@@ -100,6 +86,20 @@ def run(session: Session) -> int:
     for note in written.notes:
         say(note)
     return 0
+
+
+def check_options(config: ConfigDict) -> None:
+    """Raises UserError, with the formats that can, for what the format cannot do."""
+    export, multilabel = config.export, config.task == "multilabel"
+    for can, asked, said in (
+        ("dynamic_size", export.dynamic_size, "dynamic_size: weights for {} have no size: leave it out, or"),
+        ("preprocess", export.preprocess, "preprocess: {} files have no such form: leave it out, or"),
+        ("quantize", export.quantize != "none", "quantize: {} files stay in float32: leave it out, or"),
+        ("multilabel", multilabel, "format: {} is for one label per image:"),
+    ):
+        if asked and not getattr(FORMATS[export.format], can):
+            able = " or ".join(name for name, other in FORMATS.items() if getattr(other, can))
+            raise UserError(f"config.export.{said.format(export.format)} use {able}")
 
 
 def destination(session: Session) -> Path:

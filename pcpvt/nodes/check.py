@@ -97,6 +97,7 @@ def _sees_rank_0(session: Session) -> bool:
 
 
 def of_cards(reports: Sequence[Report], device: str) -> Finding:
+    """A sick card is a doubt; a host without a healthy one is certain to fail."""
     tool, doubts, certain = visible.CHECKS[device], [], []
     known: list[str] = []
     unknown: list[str] = []
@@ -119,7 +120,7 @@ def of_cards(reports: Sequence[Report], device: str) -> Finding:
 
 
 def of_memory(reports: Sequence[Report], loads: bool) -> Finding:
-    """`loads`: whether loader processes read the data."""
+    """Doubts where a host has less memory than its processes need; `loads`: whether loader processes read the data."""
     nodes, doubts = _nodes(reports), []
     for node in nodes:
         for what, free, needed, remedy in (
@@ -137,6 +138,7 @@ def of_memory(reports: Sequence[Report], loads: bool) -> Finding:
 
 
 def of_clocks(reports: Sequence[Report]) -> Finding:
+    """A doubt where the clocks of two processes are more than CLOCKS seconds apart."""
     first, doubts = reports[0], []
     # A process that has waited for a core tells a later time: the least difference counts.
     ahead = [min((a - b for a, b in zip(r.clock, first.clock, strict=True)), key=abs, default=0.0) for r in reports]
@@ -150,6 +152,7 @@ def of_clocks(reports: Sequence[Report]) -> Finding:
 
 
 def of_workdir(reports: Sequence[Report]) -> Finding:
+    """Certain to fail where a process does not see what rank 0 has written."""
     first, certain = reports[0], []
     if apart := [report.place for report in reports if not report.shared]:
         certain = [
@@ -160,6 +163,7 @@ def of_workdir(reports: Sequence[Report]) -> Finding:
 
 
 def of_data(reports: Sequence[Report]) -> Finding:
+    """Certain to fail where processes find other numbers of images, or other classes."""
     first, certain = reports[0], []
     if other := [report for report in reports if (report.data, report.classes) != (first.data, first.classes)]:
         theirs = "other classes" if other[0].data == first.data else "{} and {}".format(*other[0].data)
@@ -171,7 +175,7 @@ def of_data(reports: Sequence[Report]) -> Finding:
 
 
 def of_reduction(seconds: float, device: str) -> Finding:
-    """`seconds` of an all-reduce of `REDUCED` numbers."""
+    """A doubt where the all-reduce of REDUCED numbers, which took `seconds`, is slower than SLOW."""
     line = f"all-reduce: 4.2 MB in {seconds * 1000:.3g} ms"
     variables = "GLOO_SOCKET_IFNAME" if device != "npu" else "GLOO_SOCKET_IFNAME and HCCL_SOCKET_IFNAME"
     doubt = f"{line}, which is slow: check the network between the nodes, and the interface in {variables}"

@@ -38,10 +38,12 @@ class Report(NamedTuple):
         return f"rank {self.rank} on {self.host}"
 
     def dump(self) -> str:
+        """A text for `load`, by which processes tell one another what they found."""
         return json.dumps(self)
 
 
 def load(text: str) -> Report:
+    """The report that `dump` has written."""
     return Report(*json.loads(text))
 
 
@@ -78,4 +80,5 @@ def sees(file: Path, text: str) -> bool:
 
 
 def name() -> str:
+    """This host's name, for messages."""
     return platform.node() or "this host"

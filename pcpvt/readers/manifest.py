@@ -81,6 +81,7 @@ def _labels(
 
 
 def read_rows(file: str, columns: Columns) -> list[Row]:
+    """All rows, with absolute paths; UserError for a file that cannot be read, or a row that is not complete."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             first = lines.readline()

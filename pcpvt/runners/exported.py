@@ -126,7 +126,7 @@ def check_fit(path: str | Path, graph: Graph, size: tuple[int, int], channels: i
 def start(path: str | Path, graph: Graph, precision: torch.dtype) -> tuple[Network, str]:
     """The network of a file that was read, for batches of any size, and the name and precision of what runs it."""
     what = KINDS[Path(path).suffix].what
-    with _runtime_errors(path, what):
+    with _runtime_errors(path, what), suppress_logging():
         network, runtime = graph.start(precision)
     fixed = graph.images[0]
 
@@ -145,8 +145,7 @@ def start(path: str | Path, graph: Graph, precision: torch.dtype) -> tuple[Netwo
 def _runtime_errors(path: str | Path, what: str) -> Iterator[None]:
     """Turns whatever a runtime raises for a graph into a UserError."""
     try:
-        with suppress_logging():
-            yield
+        yield
     except Exception as error:  # each runtime raises what it likes
         raise UserError(
             f"{path}: {what} cannot run it ({type(error).__name__}: {one_line(error)}): export it again"

@@ -26,6 +26,8 @@ class Evidence:
         self.detailed = len(others) < KEPT
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """One JSON object."""
+
         def write(path: Path) -> None:
             records.write_json(path, dict(value))
 
