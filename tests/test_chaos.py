@@ -156,7 +156,8 @@ def wholes(tmp_path_factory):
             made[ranks] = tmp_path_factory.mktemp(f"whole-{ranks}")
             (made[ranks] / "samples").mkdir()
             log = {"at": "samples", "folder": str(made[ranks] / "samples")}
-            ended = miniature.run(miniature.words(made[ranks] / "run", f"cpu{ranks}", **RECIPE), log)
+            words = miniature.words(made[ranks] / "run", f"cpu{ranks}", **RECIPE)
+            ended = miniature.end(miniature.start(words, log), timeout=540)
             assert ended.code == 0, ended.err
         return made[ranks]
 

@@ -130,7 +130,8 @@ def nothing_saved() -> str:
 
 def _note_launcher(number: int, frame: object) -> None:
     """Signal handler; the main thread may need the answer before `_watch` has read the signal."""
-    _request.from_launcher = _request.signal == 0
+    if not _request.signal:
+        _request.from_launcher = True
 
 
 def _handle(number: int, frame: object) -> None:
