@@ -245,6 +245,15 @@ def test_a_bench_of_a_workdir_measures_one_device():
     assert (config.device, config.processes, config.batch_size) == ("npu", 1, 1024)
 
 
+def test_a_bench_says_that_timms_side_has_another_optimizer():
+    for peers, notes in (
+        ("timm,onnx", ["config.optimizer: muon is measured beside timm's training with AdamW"]),
+        ("onnx", []),
+    ):
+        given = {"optimizer": "muon", "bench.against": peers}
+        assert resolve(get_config, "cpu", given, mode="bench")[1] == notes
+
+
 # torchrun.
 
 

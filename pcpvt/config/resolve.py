@@ -84,6 +84,8 @@ def resolve(
     if mode == "bench" and config.distill.teacher:
         config.distill = fields.base().distill
         notes.append("config.distill.teacher: is left out: --mode=bench measures the training without its teacher")
+    if mode == "bench" and config.optimizer != "adamw" and task.trains_timm(config.bench.against):
+        notes.append(f"config.optimizer: {config.optimizer} is measured beside timm's training with AdamW")
     if mode in ("export", "report", "schedule"):  # they need no device, whatever the training had
         config.device, config.processes, config.compile = "cpu", 1, "none"
     if mode not in ("train", "schedule") and config.size_schedule:  # the others know one size, the last
@@ -197,7 +199,7 @@ def check(config: ConfigDict) -> None:
             "several times by itself: use 1"
         )
     channels = config.model.in_chans
-    if channels != 3 and any(word in ("timm", "timm-compiled") for word in config.bench.against.split(",")):
+    if channels != 3 and task.trains_timm(config.bench.against):
         raise UserError(
             f"config.bench.against: {config.bench.against!r}: timm's loader reads RGB and config.model.in_chans is "
             f"{channels}: leave it empty"

@@ -53,7 +53,7 @@ def check(config: ConfigDict) -> None:
             "every class over config.predict.threshold is listed: leave it out",
         ),
         "bench.against": (
-            lambda peers: bool({"timm", "timm-compiled"} & set(peers.split(","))),
+            trains_timm,
             "timm's training has one label per image: use onnx, openvino or an exported file",
         ),
     }
@@ -61,6 +61,11 @@ def check(config: ConfigDict) -> None:
         given = attrgetter(name)(config)
         if unfit(given):
             raise UserError(f"config.{name}: {given!r} does not go with {_WITH_SEVERAL}: {remedy}")
+
+
+def trains_timm(peers: str) -> bool:
+    """Whether one of the peers of a bench (`config.bench.against`) trains timm's model; the others are graphs."""
+    return bool({"timm", "timm-compiled"} & set(peers.split(",")))
 
 
 def _is_balanced(value: str) -> bool:

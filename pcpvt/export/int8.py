@@ -99,11 +99,12 @@ def check(request: Request, path: Path) -> dict[str, float]:
     split = open_split(session, matched.dataset, eval_batch(session.config))
     runners = of_weights(session, request.loaded), open_graph(session, str(path))
     main, title = session.task.metrics[0], session.task.title
-    exact, quantised = (evaluate_one(session, split, runner.predict).metrics[main] for runner in runners)
+    before, after = (evaluate_one(session, split, runner.predict).metrics for runner in runners)
+    exact, quantised = before[main], after[main]
     if not exact - quantised <= export.max_drop:  # also nan
         raise UserError(
             f"config.export.quantize: {title} is {exact:.3f} % before and {quantised:.3f} % after, which is more than "
             f"config.export.max_drop={export.max_drop:g} less: nothing was written: set export.calibration or "
             "export.max_drop higher, or leave export.quantize out"
         )
-    return {"images": len(matched.dataset), main: exact, f"{main}_quantized": quantised}
+    return {"images": before["seen"], main: exact, f"{main}_quantized": quantised}
