@@ -48,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def prepack(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters, with the weights of `linear` in oneDNN's format: reordered once instead of in every call.
 
-    Those of patches too: they are a fifth of S's weights, and flattening them in every call took longer than reordering.
+    Those of patches too, a fifth of S's weights, which are also flattened only once.
     """
 
     def packed(name: str, value: Tensor) -> Tensor:

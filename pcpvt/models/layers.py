@@ -107,7 +107,7 @@ class PatchLinear(nn.Module):
 
 
 def flatten_kernel(weight: Tensor) -> Tensor:
-    """PatchLinear's weight as a matrix, `[o, c, p, p] -> [o, p * p * c]`; one that is a matrix already stays as it is."""
+    """PatchLinear's weight as a matrix, `[o, c, p, p] -> [o, p * p * c]`; what is a matrix already stays as it is."""
     return weight if weight.ndim == 2 else rearrange(weight, "o c p q -> o (p q c)")
 
 

@@ -1,8 +1,8 @@
 """A model with weights that stay the same, as a function from pixels to logits: the fastest that the device has.
 
-The eager form holds the weights in the kernels' format, and calls them in inference mode. With `config.compile=inductor`
-on a CPU the whole graph is compiled ahead of time, with the weights as constants; the package is kept in the compile
-cache (`TORCHINDUCTOR_CACHE_DIR`), so that the next start only loads it.
+Without a compiler the model holds the weights in the kernels' format and runs in inference mode. With
+`config.compile=inductor` on a CPU the whole graph is compiled ahead of time, with the weights as constants; the package
+is kept in the compile cache (`TORCHINDUCTOR_CACHE_DIR`), so that the next start only loads it.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-import pcpvt as package
+import pcpvt as root
 from pcpvt.checkpoints import checkpoint
 from pcpvt.devices import ahead
 from pcpvt.devices.compile import backend, reason
@@ -70,7 +70,7 @@ def _compiled(session: Session, model: PCPVT, params: Params) -> Callable[[Tenso
         if not path.exists():
             _write(folder, path, _compile(session, model, params))
         path.touch()  # it was used last
-        return ahead.load_package(path)
+        package = ahead.load_package(path)
     except OSError as error:
         raise UserError(
             f"config.compile: {folder}: cannot be written ({error.strerror or error}): set TORCHINDUCTOR_CACHE_DIR, or "
@@ -80,6 +80,13 @@ def _compiled(session: Session, model: PCPVT, params: Params) -> Callable[[Tenso
         raise UserError(
             f"config.compile: 'inductor' cannot compile here ({reason(error)}): use config.compile=none"
         ) from error
+    shape = (*session.size, model.in_chans)
+
+    def run(images: Tensor) -> Tensor:
+        assert images.shape[1:] == shape, images.shape  # compiled code checks neither sizes nor strides
+        return package(images.contiguous())
+
+    return run
 
 
 def _compile(session: Session, model: PCPVT, params: Params) -> bytes:
@@ -97,12 +104,12 @@ def _compile(session: Session, model: PCPVT, params: Params) -> bytes:
 def _key(session: Session, model: PCPVT, params: Params) -> str:
     """Changes with all that the compiled code depends on: weights, size, precision, processor, PyTorch, our code."""
     code = hashlib.blake2b(digest_size=16)
-    root = Path(package.__file__).parent
-    for room in ("devices", "functional", "models"):
-        for file in sorted(root.joinpath(room).glob("*.py")):
+    for room in ("devices", "functional", "models", "runners"):
+        for file in sorted(Path(root.__file__).parent.joinpath(room).glob("*.py")):
             code.update(file.read_bytes())
     about = {
-        "torch": torch.__version__, "processor": ahead.instructions(), "code": code.hexdigest(),
+        "torch": torch.__version__, "processor": ahead.instructions(),
+        "threads": torch.get_num_threads(), "code": code.hexdigest(),
         "size": session.size, "precision": str(session.policy), "kernels": session.config.kernels,
         "model": [model.spec, model.num_classes, model.pad, model.in_chans],
     }  # fmt: skip
