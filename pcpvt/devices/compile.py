@@ -89,7 +89,7 @@ class _Compiled:
         except Exception as error:
             if not _is_compiler_error(error):
                 raise
-            problem = f"cannot compile here ({reason(error)})"
+            problem = f"cannot compile here ({_reason(error)})"
             if self.warn is None:
                 raise UserError(f"config.compile: {self.backend!r} {problem}: use config.compile=none") from error
             self.warn(f"{self.backend} {problem}; going on without (config.compile=none)")
@@ -104,7 +104,7 @@ def _is_compiler_error(error: Exception) -> bool:
     return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit | ImportError)
 
 
-def reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """The cause in one line; dynamo wraps the error of a backend in an exception of its own."""
     error = getattr(error, "inner_exception", error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
