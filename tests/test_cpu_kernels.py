@@ -16,7 +16,7 @@ from pcpvt.devices import cpu_kernels
 from pcpvt.functional import precision
 from pcpvt.functional.flat import pack
 from pcpvt.models import pcpvt
-from pcpvt.models.layers import attend_plain, gelu_linear_plain, norm_plain, residual_plain
+from pcpvt.models.layers import attend_plain, gelu_linear_plain, linear_add_plain, norm_plain, residual_plain
 
 LINEAR = [(cpu_kernels.linear, F.linear), (cpu_kernels.gelu_linear, gelu_linear_plain)]
 
@@ -87,13 +87,29 @@ def test_float32_linear_layers_are_exact_to_rounding(ours, plain, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_by_the_product_is_rounded_once_and_has_the_plain_gradients(dtype):
+    skip_unless_usable(dtype)
+    *inputs, grad_output = draws((4, 50, 50, 40), (24, 40), (24,), (4, 50, 50, 24), (4, 50, 50, 24), dtype=dtype)
+    result, expected = (with_gradients(f, inputs, grad_output) for f in (cpu_kernels.linear_add, linear_add_plain))
+    rounding = torch.finfo(dtype).eps / 2
+    for gradient, plain in zip(result[1:], expected[1:], strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=4 * rounding, atol=1e-4)
+    exact = linear_add_plain(*(t.double() for t in inputs))
+    with torch.no_grad():
+        fused = cpu_kernels.linear_add(*inputs)
+    assert fused.dtype == dtype
+    torch.testing.assert_close(fused.double(), exact, rtol=1.02 * rounding, atol=2e-5)  # sums of 41 in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepacked_parameters_give_the_same_logits(dtype):
     skip_unless_usable(dtype)
     model, params = nano()
     cpu, x = devices.get("cpu"), images(2, 64, 64, 3).to(dtype)
     params = precision.cast(pack(params), precision.Policy(compute=dtype), cpu.fp32_norms)
     packed = cpu.kernels(dtype).prepack(params)
-    assert sum(value.is_mkldnn for value in packed.values()) == sum(value.ndim == 2 for value in params.values())
+    rest = {name for name, value in packed.items() if value.ndim > 1 and not value.is_mkldnn}
+    assert rest == {f"pos_block.{stage}.proj.0.weight" for stage in range(4)}  # the convolutions
     with torch.no_grad():
         logits, expected = (pcpvt.apply(model, p, x, kernels=cpu.kernels(dtype)) for p in (packed, params))
     if dtype == torch.bfloat16:

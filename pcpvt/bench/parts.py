@@ -30,6 +30,7 @@ from pcpvt.data.sources import Dataset, Files, synthetic
 from pcpvt.devices.base import cores
 from pcpvt.errors import UserError
 from pcpvt.functional.objective import Batch
+from pcpvt.runners.classifier import classifier
 from pcpvt.runners.runner import Runner
 from pcpvt.runtime import records
 from pcpvt.runtime import session as sessions
@@ -98,8 +99,8 @@ class Bench:
             return lambda: self.graphs[side].predict(batch["image"])
         if side != "ours":
             return baseline.forward(session, self.plan.num_classes, batch, side == COMPILED)
-        predict, weights = session.predictor(self.model), session.inference(self.state.params)
-        return lambda: predict(weights, batch["image"])
+        predict = classifier(session, self.model, self.state.params)
+        return lambda: predict(batch["image"])
 
     def input_pipelines(self) -> tuple[int, dict[str, dict[str, list[Round]]]]:
         """Loader processes, and timings of TIMED batches by split and side, of the input pipelines on all cores."""

@@ -45,7 +45,10 @@ class Cpu(Device):
         own = own._replace(norm=cpu_kernels.norm, residual=cpu_kernels.residual)
         if not cpu_kernels.usable(dtype):
             return own
-        return own._replace(linear=cpu_kernels.linear, gelu_linear=cpu_kernels.gelu_linear, prepack=cpu_kernels.prepack)
+        return own._replace(
+            linear=cpu_kernels.linear, linear_add=cpu_kernels.linear_add, gelu_linear=cpu_kernels.gelu_linear,
+            prepack=cpu_kernels.prepack,
+        )  # fmt: skip
 
     def memory_stats(self) -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pcpvt.models.layers import attend_plain, norm_plain
+from pcpvt.models.layers import attend_plain, flatten_kernel, norm_plain
 
 _MIN_TOKENS_TO_SKIP = 256  # with fewer, a product waits for its weights, so fewer rows save nothing
 
@@ -46,13 +46,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def prepack(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters, with linear weights reordered to oneDNN's format once instead of in every call of `linear`."""
-    return {n: torch.ops.mkldnn._reorder_linear_weight(v) if v.ndim == 2 else v for n, v in params.items()}
+    """The parameters, with the weights of `linear` in oneDNN's format: reordered once instead of in every call.
+
+    Those of patches too, a fifth of S's weights, which are also flattened only once.
+    """
+
+    def packed(name: str, value: Tensor) -> Tensor:
+        if value.ndim == 4 and not name.startswith("pos_block."):  # the depthwise convolutions
+            value = flatten_kernel(value)
+        return torch.ops.mkldnn._reorder_linear_weight(value) if value.ndim == 2 else value
+
+    return {name: packed(name, value) for name, value in params.items()}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`: `[..., in], [out, in], [out] -> [..., out]`."""
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor) -> Tensor:
+    """`layers.linear_add_plain`; fused only without gradients, when it rounds a 16-bit sum once instead of twice."""
+    if torch.is_grad_enabled():
+        return onto + _Linear.apply(x, weight, bias)
+    x, weight = _ready(x, weight)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, onto.contiguous(), weight, bias, "add")
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -92,8 +109,12 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path_scale: Ten
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", variant: str = "") -> Tensor:
-    weight = weight if weight.is_mkldnn else weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, activation, [], variant)
+    x, weight = _ready(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], variant)
+
+
+def _ready(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.contiguous(), weight if weight.is_mkldnn else weight.contiguous()
 
 
 class _Linear(torch.autograd.Function):

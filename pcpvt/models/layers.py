@@ -18,6 +18,7 @@ Params = dict[str, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Capture = Callable[[str, Tensor], None]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+LinearAdd = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 ParamsFn = Callable[[Params], Params]
 Residual = Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -36,6 +37,11 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return scores.softmax(-1) @ v
+
+
+def linear_add_plain(x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor) -> Tensor:
+    """A sum with a linear map: `[..., in], [out, in], [out], [..., out] -> [..., out]`."""
+    return onto + F.linear(x, weight, bias)
 
 
 def gelu_linear_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,6 +70,7 @@ class Kernels(NamedTuple):
 
     attend: Attend = attend_plain
     linear: Linear = F.linear
+    linear_add: LinearAdd = linear_add_plain  # the end of a residual branch, without drop path
     gelu_linear: Linear = gelu_linear_plain
     norm: Norm = norm_plain
     residual: Residual = residual_plain
@@ -81,6 +88,8 @@ class PatchLinear(nn.Module):
     zeros at the bottom or right, so every output token covers at least one real input position: padding adds no token,
     nothing is dropped, and attention and the mean over tokens need no mask. With divisible sides nothing is padded and
     the result is that of the convolution.
+
+    The weight may be given as the matrix that `flatten_kernel` makes of it, once for many calls.
     """
 
     def __init__(self, c_in: int, c_out: int, patch: int):
@@ -94,7 +103,12 @@ class PatchLinear(nn.Module):
         if pad_h or pad_w:
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
-        return kernels.linear(x, rearrange(self.weight, "o c p q -> o (p q c)"), self.bias)
+        return kernels.linear(x, flatten_kernel(self.weight), self.bias)
+
+
+def flatten_kernel(weight: Tensor) -> Tensor:
+    """PatchLinear's weight as a matrix, `[o, c, p, p] -> [o, p * p * c]`; what is a matrix already stays as it is."""
+    return weight if weight.ndim == 2 else rearrange(weight, "o c p q -> o (p q c)")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -130,14 +144,15 @@ class Attention(nn.Module):
             self.sr = PatchLinear(dim, dim, reduction)
             self.norm = LayerNorm(dim, eps=1e-5)  # PyTorch's default, unlike the 1e-6 of the blocks
 
-    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN, onto: Tensor | None = None) -> Tensor:
+        """`[b, h, w, c]`; the sum with `onto`, if that is given."""
         reduced = self.norm(self.sr(x, kernels), kernels) if self.reduces else x
         q = kernels.linear(x, self.q.weight, self.q.bias)
         kv = kernels.linear(reduced, self.kv.weight, self.kv.bias)
         q = rearrange(q, "b h w (n d) -> b n (h w) d", n=self.heads)
         k, v = (rearrange(half, "b h w (n d) -> b n (h w) d", n=self.heads) for half in kv.chunk(2, -1))
         out = rearrange(kernels.attend(q, k, v), "b n (h w) d -> b h w (n d)", h=x.shape[1])
-        return kernels.linear(out, self.proj.weight, self.proj.bias)
+        return _linear(kernels, out, self.proj, onto)
 
 
 class Mlp(nn.Module):
@@ -148,9 +163,16 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN, onto: Tensor | None = None) -> Tensor:
+        """`[b, h, w, c]`; the sum with `onto`, if that is given."""
         hidden = kernels.gelu_linear(x, self.fc1.weight, self.fc1.bias)
-        return kernels.linear(hidden, self.fc2.weight, self.fc2.bias)
+        return _linear(kernels, hidden, self.fc2, onto)
+
+
+def _linear(kernels: Kernels, x: Tensor, layer: nn.Linear, onto: Tensor | None) -> Tensor:
+    if onto is None:
+        return kernels.linear(x, layer.weight, layer.bias)
+    return kernels.linear_add(x, layer.weight, layer.bias, onto)
 
 
 class Block(nn.Module):
@@ -166,15 +188,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, kernels: Kernels = PLAIN, drop_path_scale: Tensor | None = None) -> Tensor:
         """`x`: `[b, h, w, c]`; `drop_path_scale`: `[b, 2]`, 0 where a branch is dropped, 1/keep_prob elsewhere."""
 
-        def attn(x: Tensor) -> Tensor:
-            return self.attn(self.norm1(x, kernels), kernels)
+        def attn(x: Tensor, onto: Tensor | None = None) -> Tensor:
+            return self.attn(self.norm1(x, kernels), kernels, onto)
 
-        def mlp(x: Tensor) -> Tensor:
-            return self.mlp(self.norm2(x, kernels), kernels)
+        def mlp(x: Tensor, onto: Tensor | None = None) -> Tensor:
+            return self.mlp(self.norm2(x, kernels), kernels, onto)
 
         if drop_path_scale is None:
-            x = x + attn(x)
-            return x + mlp(x)
+            x = attn(x, onto=x)
+            return mlp(x, onto=x)
         x = kernels.residual(x, attn, drop_path_scale[:, 0])
         return kernels.residual(x, mlp, drop_path_scale[:, 1])
 

@@ -12,6 +12,7 @@ from pcpvt.functional.mixing import decode_images
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
 from pcpvt.runners import exported
+from pcpvt.runners.classifier import classifier
 from pcpvt.runtime.session import Session
 
 
@@ -51,9 +52,8 @@ def open_configured(session: Session) -> Runner:
 
 def of_weights(session: Session, loaded: LoadedModel) -> Runner:
     """The model with its weights on the device."""
-    predict, weights = session.predictor(loaded.model), session.inference(loaded.params)
     return Runner(
-        lambda images: predict(weights, images), loaded.path, loaded.which, loaded.outputs, loaded.said,
+        classifier(session, loaded.model, loaded.params), loaded.path, loaded.which, loaded.outputs, loaded.said,
         str(session.policy), pcpvt.n_parameters(loaded.model), loaded.notes, loaded.meta, loaded,
     )  # fmt: skip
 
