@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor) -> Tensor:
-    """`layers.linear_add_plain`; fused only without gradients, when it rounds a 16-bit sum once instead of twice."""
+    """`layers.linear_add_plain`; fused only without gradients, because the fused operator has none."""
     if torch.is_grad_enabled():
         return onto + _Linear.apply(x, weight, bias)
     x, weight = _ready(x, weight)
