@@ -115,7 +115,8 @@ def table(runs: Sequence[Run]) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def main() -> None:
