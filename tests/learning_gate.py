@@ -24,37 +24,34 @@ from pcpvt.functional.objective import IMAGENET_MEAN, IMAGENET_STD
 from pcpvt.models.pcpvt import SPECS
 
 SIZE, BATCH, LR, WARMUP = 32, 64, 2e-3, 50
+RECIPE = {
+    "model.name": "pcpvt_nano",
+    "model.drop_path": 0.0,
+    "image_size": SIZE,
+    "batch_size": BATCH,
+    "lr": LR,
+    "warmup_steps": WARMUP,
+    "precision": "float32",
+    "augment.crop_pad": 4,
+    "augment.randaugment": "",
+    "augment.erase": 0.0,
+    "eval.crop": 1.0,
+    "save_every": "0",
+    "data.workers": 1,
+}
 
 
 def ours(data: Path, seed: int, steps: int) -> float:
     """Top-1 accuracy in % of our trainer."""
     with tempfile.TemporaryDirectory() as workdir:
-        fields = {
-            "data.path": data,
-            "model.name": "pcpvt_nano",
-            "model.drop_path": 0.0,
-            "image_size": SIZE,
-            "batch_size": BATCH,
-            "steps": steps,
-            "lr": LR,
-            "warmup_steps": WARMUP,
-            "seed": seed,
-            "precision": "float32",
-            "augment.crop_pad": 4,
-            "augment.randaugment": "",
-            "augment.erase": 0.0,
-            "eval.crop": 1.0,
-            "eval_every": f"{steps} steps",
-            "save_every": "0",
-            "data.workers": 1,
-        }
+        fields = RECIPE | {"data.path": data, "steps": steps, "seed": seed, "eval_every": f"{steps} steps"}
         words = [f"--config.{name}={value}" for name, value in fields.items()]
         command = [sys.executable, "-m", "pcpvt.main", "--config=configs/pcpvt_s.py:cpu,folder", *words]
         subprocess.run([*command, f"--workdir={workdir}"], check=True, stdout=subprocess.DEVNULL)
         return json.loads((Path(workdir) / "result.json").read_text())["acc1"]
 
 
-def plain(data: Path, seed: int, steps: int) -> float:
+def plain(data: Path, seed: int, steps: int, workers: int = 1) -> float:
     """Top-1 accuracy in % of the plain loop."""
     import timm.data
     from timm.models.twins import Twins
@@ -85,7 +82,7 @@ def plain(data: Path, seed: int, steps: int) -> float:
     mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=len(train.classes))
     step, model = 0, model.train()
     while step < steps:
-        for images, labels in torch.utils.data.DataLoader(train, BATCH, shuffle=True, drop_last=True, num_workers=1):
+        for images, labels in torch.utils.data.DataLoader(train, BATCH, True, drop_last=True, num_workers=workers):
             if step == steps:
                 break
             images, targets = mixup(images, labels)

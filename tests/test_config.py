@@ -87,6 +87,20 @@ def test_finetune_changes_these_fields_of_the_recipe_before_it_and_no_other(arg,
     assert after == {**before, **tuned}
 
 
+@pytest.mark.parametrize(
+    ("arg", "epochs", "warmup", "lr", "padding"),
+    [("cpu", 8.25, 8.25 / 7, 1e-3, 1), ("npu8", 55, 5, 4e-3, 0), ("npu8,paper", 165, 5, 2.5e-3, 0)],
+)
+def test_fast_shortens_the_recipe_before_it_and_weakens_its_augmentation(arg, epochs, warmup, lr, padding):
+    c, p = planned(f"{arg},fast")
+    assert (c.epochs, c.warmup_epochs) == pytest.approx((epochs, warmup)) and p.lr == pytest.approx(lr)
+    assert c.mixup == c.cutmix == c.augment.erase == 0 and c.augment.randaugment == ""
+    assert c.augment.crop_pad == padding
+    kept = ("schedule", "batch_size", "optimizer", "label_smoothing", "model.drop_path", "augment.scale")
+    before, after = (stored.flat(config(words)) for words in (arg, f"{arg},fast"))
+    assert [after[name] for name in kept] == [before[name] for name in kept]
+
+
 def test_cpu_trains_the_digits_and_an_image_folder_when_asked():
     c, _ = planned("cpu", 1433, 10)
     assert (c.data.name, c.image_size, c.batch_size) == ("digits", 32, 64)
@@ -99,7 +113,8 @@ def test_cpu_trains_the_digits_and_an_image_folder_when_asked():
     [
         ("gpu8", "'gpu8' is no device"),
         ("npu0", "'npu0' is no device"),
-        ("npu8,fast", "'fast' is no recipe"),
+        ("npu8,quick", "'quick' is no recipe"),
+        ("npu8,finetune,fast", "choose one"),
         ("8", "is no device"),
     ],
 )

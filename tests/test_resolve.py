@@ -259,7 +259,7 @@ def test_a_bench_says_that_timms_side_has_another_optimizer():
 
 @pytest.mark.parametrize(("arg", "overrides"), [("cpu3", {}), ("npu8,paper", {}), ("cpu", {"processes": 3})])
 def test_a_count_other_than_torchruns_is_refused(arg, overrides):
-    with pytest.raises(UserError, match=r"processes: \d but torchrun started 2 processes: write :\w+2, or :\w+ for"):
+    with pytest.raises(UserError, match=r"processes: \d but 2 processes were started: write :\w+2, or :\w+ for"):
         resolved(arg, overrides, world_size=2)
 
 

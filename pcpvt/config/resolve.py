@@ -77,7 +77,7 @@ def resolve(
         most, fewest = config.processes, config.elastic or config.processes
         if (names_device or "processes" in overrides) and not fewest <= world_size <= most:
             raise UserError(
-                f"config.processes: {config.processes} but torchrun started {world_size} processes: "
+                f"config.processes: {config.processes} but {world_size} processes were started: "
                 f"write :{config.device}{world_size}, or :{config.device} for as many as there are"
             )
         config.processes = world_size
