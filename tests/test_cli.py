@@ -249,7 +249,7 @@ def test_torchruns_count_is_not_refused_where_arg_names_none(tmp_path, monkeypat
     monkeypatch.setenv("LOCAL_RANK", "0")
     path = checkpoint.save(tmp_path, weights(), {"step": 1, "config": {"processes": 8, "device": "cpu", "epochs": 1.0}})
     assert read("--mode=eval", "--config=configs/pcpvt_s.py", f"--config.checkpoint={path}").processes == 2
-    assert "torchrun started 2 processes" in error_of("--config=configs/pcpvt_s.py:cpu3")
+    assert "2 processes were started" in error_of("--config=configs/pcpvt_s.py:cpu3")
 
 
 # What the log says about an implied recipe.
