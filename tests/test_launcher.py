@@ -154,8 +154,7 @@ def test_process_count_other_than_torchruns_is_a_one_line_error(tmp_path):
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("pcpvt: error: ")]
     assert errors == [
-        "pcpvt: error: config.processes: 3 but 2 processes were started: "
-        "write :cpu2, or :cpu for as many as there are"
+        "pcpvt: error: config.processes: 3 but 2 processes were started: write :cpu2, or :cpu for as many as there are"
     ]
 
 
