@@ -121,7 +121,7 @@ def test_launchers_decide_alike_from_what_their_ranks_tell(tmp_path, monkeypatch
             assert rule.left == (host == 1) and bool(reason) == (host != 1)
             suspect.tell(found(5))
         assert not reason or "rank 5 (host, npu 1)" in reason
-    assert path.exists() and suspect.told(path) and not path.exists()
+    assert path.exists() and suspect.take(path) and not path.exists()
     capsys.readouterr()
     assert not rule({0: Failure(signals.FAULTY, 5)}, POD) and "cannot read" in capsys.readouterr().err
 

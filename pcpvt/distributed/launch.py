@@ -97,7 +97,7 @@ def launch(
     finally:
         signals.ignore_from_now()
         signals.kill_descendants()
-        suspect.told(found)  # removes what the last attempt has left
+        suspect.take(found)  # of the last attempt, which nobody reads
         if not rule.left:
             spec.rdzv_handler.shutdown()
     if rule.left:

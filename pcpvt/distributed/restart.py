@@ -66,31 +66,38 @@ class Rule:
         codes = {failure.exitcode for failure in failures.values()}
         if signals.stop_requested() or codes & self._final:
             return ""
-        newest, what, again, goes = self._newest(), what_failed(failures, self._debug), "", False
-        found = suspect.told(self._found)
-        if found is None and signals.FAULTY in codes:
+        found = suspect.take(self._found)
+        if found is not None:
+            return self._after_audit(found, attempt)
+        if signals.FAULTY in codes:
             show("an audit found a fault, and this launcher cannot read which: not started again")
             return ""
-        if found is not None:
-            choice = suspect.choose(found, attempt, self._fewest, self._batch)
-            if choice.leaves == attempt.host:
-                self._leave(found)
-                return ""
-            if choice.ends:
-                show(
-                    f"not started again: the error recurred when the work was repeated, and {found.who()} cannot be "
-                    f"left out: {choice.why}"
-                )
-                return ""
-            goes = choice.leaves is not None
-            what = f"an audit found a fault: {found.who()}"
-            again = "" if goes else f", the suspect included: {choice.why}"
-            what += ", whose host leaves the run" if goes else ""
-        if self._done and newest == self._before and not goes:
+        return self._again(what_failed(failures, self._debug))
+
+    def _after_audit(self, found: suspect.Finding, attempt: suspect.Attempt) -> str:
+        choice = suspect.choose(found, attempt, self._fewest, self._batch)
+        if choice.leaves == attempt.host:
+            self._leave(found)
+            return ""
+        if choice.ends:
+            show(
+                f"not started again: the error recurred when the work was repeated, and {found.who()} cannot be "
+                f"left out: {choice.why}"
+            )
+            return ""
+        what = f"an audit found a fault: {found.who()}"
+        if choice.leaves is None:
+            return self._again(what, f", the suspect included: {choice.why}")
+        return self._again(f"{what}, whose host leaves the run", helps=True)
+
+    def _again(self, what: str, remark: str = "", *, helps: bool = False) -> str:
+        """The reason `what`, unless the last restart brought no newer checkpoint and nothing `helps` the next one."""
+        newest = self._newest()
+        if self._done and newest == self._before and not helps:
             warn(f"{what}; not started again: there is no newer checkpoint than after restart {self._done}")
             return ""
         self._done, self._before = self._done + 1, newest
-        warn(f"{what}; restart {self._done}, from {newest.name if newest else 'step 0'}{again}")
+        warn(f"{what}; restart {self._done}, from {newest.name if newest else 'step 0'}{remark}")
         return what
 
     def _leave(self, found: suspect.Finding) -> None:

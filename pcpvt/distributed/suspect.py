@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
+from pcpvt.distributed import signals
 from pcpvt.errors import UserError, warn
 
 FOUND = "PCPVT_FOUND"  # environment variable of ranks: the file in which they tell their launcher
@@ -100,8 +101,8 @@ def path_for_ranks(debug: Path) -> Path:
     return debug / f"found-{socket.gethostname()}-{os.getpid()}.json"
 
 
-def told(path: Path) -> Finding | None:
-    """What the ranks of this host have told, once; None when they have told nothing that can be read."""
+def take(path: Path) -> Finding | None:
+    """What the ranks of this host have told, and removes the file; None when there is nothing that can be read."""
     try:
         return Finding(*json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -124,7 +125,7 @@ def note_left(debug: Path, found: Finding) -> Path:
 class LeftError(UserError):
     """This host has left the run before, and computes wrongly until somebody says otherwise."""
 
-    exit_code = 77
+    exit_code = signals.FAULTY
 
 
 def refuse_left(debug: Path) -> None:
