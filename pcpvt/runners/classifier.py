@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from pcpvt.devices.compile import backend
@@ -14,12 +13,11 @@ from pcpvt.runtime.session import Session
 def classifier(session: Session, model: PCPVT, params: Params) -> Callable[[Tensor], Tensor]:
     """uint8 images `[b, h, w, channels]` on the device to logits `[b, classes]`, by weights that are copied now.
 
-    Equal to `Session.predictor`, with less work in Python per call: the weights stay in the model, and in inference
-    mode operators record nothing for gradients. Compiled functions take their weights with every call.
+    Equal to `Session.predictor`, with less work in Python per call, because the weights stay in the model. Compiled
+    functions take their weights with every call.
     """
     weights = session.inference(params)
-    if backend(session.device, session.config.compile) != "none":
-        predict = session.predictor(model)
-        return lambda images: predict(weights, images)
-    bound = session.predictor(pcpvt.bind(model, weights))
-    return torch.inference_mode()(lambda images: bound({}, images))
+    if backend(session.device, session.config.compile) == "none":
+        model, weights = pcpvt.bind(model, weights), {}
+    predict = session.predictor(model)
+    return lambda images: predict(weights, images)
