@@ -36,7 +36,8 @@ def happen(fault: dict) -> None:
     if what == "sleep":
         time.sleep(float(amount))
     elif what == "hold":  # like a collective that never returns: in C, where no Python signal handler runs
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        # Those of the launcher's stop: any of them would end this sleep, and no collective.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
         ctypes.CDLL(None).sleep(int(amount))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     elif what.startswith("SIG"):
