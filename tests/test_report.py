@@ -160,6 +160,13 @@ def test_installed_package_has_all_templates():
     assert files and files <= packaged
 
 
+def test_installed_package_has_all_packages():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pcpvt").rglob("*.py")}
+    assert set(config["options"]["packages"].split()) == {".".join(path.parts) for path in folders} | {"pcpvt.configs"}
+
+
 def test_jinja_is_imported_only_when_a_page_is_rendered():
     code = (
         "import sys; from pcpvt.report import run, schedule; assert 'jinja2' not in sys.modules\n"
