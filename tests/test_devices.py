@@ -144,8 +144,8 @@ def test_cuda_device():
     cuda.synchronize()
 
 
-@pytest.mark.parametrize("autoload", ["1", "0"])
-def test_a_cuda_build_beside_torch_npu_is_refused_before_torch_is_imported(tmp_path, autoload):
+@pytest.mark.parametrize(("autoload", "library"), [("1", True), ("0", True), ("1", False)])
+def test_a_cuda_build_beside_torch_npu_is_refused_before_torch_is_imported(tmp_path, autoload, library):
     """The torch here ends the process when it is imported, as the real pair does."""
     for name in ("torch", "torch_npu"):
         (tmp_path / name / "lib").mkdir(parents=True)
@@ -153,10 +153,12 @@ def test_a_cuda_build_beside_torch_npu_is_refused_before_torch_is_imported(tmp_p
         (tmp_path / f"{name}-2.13.0.dist-info").mkdir()
         (tmp_path / f"{name}-2.13.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 2.13.0\n")
     (tmp_path / "torch" / "lib" / "libtorch_cuda.so").touch()
+    if library:  # without one of its own, as the stand-in, torch_npu depends on no build
+        (tmp_path / "torch_npu" / "lib" / "libtorch_npu.so").touch()
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}", "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     command = [sys.executable, "-m", "pcpvt.main", "--config=configs/pcpvt_s.py:npu1", f"--workdir={tmp_path}/run"]
     ended = subprocess.run(command, env=env, cwd=PACKAGE.parent, capture_output=True, text=True)
-    if autoload == "0":
+    if autoload == "0" or not library:
         assert ended.returncode == 134  # torch alone is imported
         return
     assert ended.returncode == 2 and ended.stderr.startswith("pcpvt: error: torch 2.13.0: a CUDA build"), ended.stderr

@@ -13,13 +13,17 @@ def check() -> None:
 
     The package index has only CUDA builds of torch for x86_64, so `pip install torch_npu` brings one there.
     """
-    torch, npu_backend = find_spec("torch"), find_spec("torch_npu")
-    if torch is None or torch.origin is None or npu_backend is None:
+    torch, torch_npu = _folder("torch"), _folder("torch_npu")
+    if torch is None or torch_npu is None or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         return
-    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
-    if autoload and (Path(torch.origin).parent / "lib" / "libtorch_cuda.so").exists():
+    if (torch / "lib" / "libtorch_cuda.so").exists() and any(torch_npu.rglob("*.so")):
         version = metadata.version("torch").partition("+")[0]
         raise UserError(
             f"torch {version}: a CUDA build, which torch_npu cannot be loaded into: for NPUs pip install "
             f"torch=={version}+cpu --index-url https://download.pytorch.org/whl/cpu, for GPUs pip uninstall torch_npu"
         )
+
+
+def _folder(package: str) -> Path | None:
+    found = find_spec(package)
+    return None if found is None or found.origin is None else Path(found.origin).parent
