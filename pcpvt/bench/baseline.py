@@ -56,7 +56,8 @@ def _network(
     network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
     images = images.contiguous(memory_format=layout)
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
-    predict = torch.compile(network, dynamic=False) if compiled else network
+    # Freezing makes the weights constants where there are no gradients; it is a fifth faster on CPUs.
+    predict = torch.compile(network, dynamic=False, options={"freezing": True}) if compiled else network
 
     def logits() -> Tensor:
         with torch.autocast(device.name, dtype=dtype, enabled=dtype != torch.float32):

@@ -1,11 +1,11 @@
-"""Peers of the benchmark that run a graph on the host: `onnx` and `openvino`, made of our model, and exported files."""
+"""Peers of the benchmark that run a graph on the host: `onnx`, `openvino` and `aoti`, made of our model, and files."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 
-from pcpvt.export import onnx, openvino
+from pcpvt.export import aoti, onnx, openvino
 from pcpvt.export.formats import Format
 from pcpvt.export.graph import capture
 from pcpvt.models.pcpvt import PCPVT, Params
@@ -13,7 +13,7 @@ from pcpvt.runners.exported import is_graph, require
 from pcpvt.runners.runner import Runner, open_graph
 from pcpvt.runtime.session import Session
 
-FORMATS: dict[str, Format] = {"onnx": onnx.FORMAT, "openvino": openvino.FORMAT}
+FORMATS: dict[str, Format] = {"onnx": onnx.FORMAT, "openvino": openvino.FORMAT, "aoti": aoti.FORMAT}
 
 
 def is_export(peer: str) -> bool:
@@ -32,11 +32,13 @@ def open_peer(session: Session, model: PCPVT, params: Params, peer: str) -> Runn
     if peer not in FORMATS:
         return open_graph(session, peer)
     host = {name: value.to("cpu", torch.float32) for name, value in params.items()}
-    program, _ = capture(model, host, session.size, dynamic_size=False)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        onnx.write_onnx(program, path, "{}")
+        path = Path(folder, "model").with_suffix(FORMATS[peer].suffix)
+        if peer == "aoti":
+            aoti.compiled(aoti.captured(session, model, host)[0], path, aoti.described(session, model, {}))
+        else:
+            program, _ = capture(model, host, session.size, dynamic_size=False)
+            onnx.write_onnx(program, path.with_suffix(".onnx"), "{}")
         if peer == "openvino":
-            openvino.convert(path, path.with_suffix(".xml"), "{}")
-            path = path.with_suffix(".xml")
+            openvino.convert(path.with_suffix(".onnx"), path, "{}")
         return open_graph(session, str(path))

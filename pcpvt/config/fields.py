@@ -194,12 +194,12 @@ FIELDS = {
     "eval.ensemble": Field("", "all members by comma: files, workdirs, timm:NAME; params, ema: of config.checkpoint",
         FREE),
     "export.format": Field("timm",
-        "timm (safetensors for timm.create_model) | onnx | openvino | pt2 (torch.export) | hub (folder for timm, "
-        "Transformers) | om (kit for Ascend's .om)",
-        FREE, one_of("timm", "onnx", "openvino", "pt2", "hub", "om")),
+        "timm (safetensors for timm.create_model) | onnx | openvino | pt2 (torch.export) | aoti (compiled for this "
+        "processor) | hub (folder for timm, Transformers) | om (kit for Ascend's .om)",
+        FREE, one_of("timm", "onnx", "openvino", "pt2", "aoti", "hub", "om")),
     "export.output": Field("", "file or folder to write; unset: in export/ of the workdir", FREE),
     "export.dynamic_size": Field(False, "of graphs: any image size from 33 px, not only config.image_size", FREE),
-    "export.preprocess": Field(False, "onnx, openvino, pt2: uint8 [b, h, w, channels] in, probabilities out", FREE),
+    "export.preprocess": Field(False, "of graphs: uint8 [b, h, w, channels] in, probabilities out", FREE),
     "export.quantize": Field("none", "onnx, openvino: none | int8, calibrated on training images and then evaluated",
         FREE, one_of("none", "int8")),
     "export.max_drop": Field(0.5, "int8: points of top-1 that it may lose; if it loses more, nothing is written",
@@ -221,8 +221,8 @@ FIELDS = {
     "predict.explain": Field(False, "also draw, in the workdir's explain/, what speaks for the predicted class", FREE),
     "report.compare": Field("", "other workdirs, by comma, to show beside this one", FREE),
     "bench.against": Field(
-        "", "what is measured beside ours, by comma: timm | timm-compiled | onnx | openvino | an exported file",
-        FREE, listed_of("timm", "timm-compiled", "onnx", "openvino", endings=GRAPHS)),
+        "", "what is measured beside ours, by comma: timm | timm-compiled | onnx | openvino | aoti | an exported file",
+        FREE, listed_of("timm", "timm-compiled", "onnx", "openvino", "aoti", endings=GRAPHS)),
     "bench.steps": Field(10, "measured rounds per figure", FREE, at_least(1)),
     "bench.scaling": Field(
         False, "measure how cost grows with batch, image size and processes instead; also report.html", FREE),

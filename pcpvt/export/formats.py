@@ -54,6 +54,7 @@ class Format(NamedTuple):
     preprocess: bool = False  # whether config.export.preprocess can be
     quantize: bool = False  # whether config.export.quantize can be
     multilabel: bool = True  # whether models of several labels per image can be
+    tag: str = ""  # in the default name, of folders and of files whose ending another format has too
 
 
 def reopen(path: Path, description: str) -> Network:
@@ -65,13 +66,13 @@ def reopen(path: Path, description: str) -> Network:
 
 def compare(
     model: PCPVT, params: Params, sizes: Sequence[Size], network: Network, what: str, batches: Sequence[int] = COMPARED,
-    *, preprocess: bool = False,
+    *, preprocess: bool = False, tolerance: float = TOLERANCE,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Compares a written model with ours at each size and each batch size.
 
     By logits of noise, or with `preprocess` by probabilities of uint8 images `[b, h, w, channels]`.
 
-    Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above TOLERANCE.
+    Returns `batch`, `size` and relative `difference` of each case; UserError, naming the file, above `tolerance`.
     """
     cases = []
     for size, batch in itertools.product(sizes, batches):
@@ -85,7 +86,7 @@ def compare(
                 expected = pcpvt.apply(model, params, rearrange(images, "b c h w -> b h w c"))
             difference = (network(images) - expected).abs().max().item()
         relative = difference / max(1.0, expected.abs().max().item())
-        if not relative <= TOLERANCE:  # also nan
+        if not relative <= tolerance:  # also nan
             raise UserError(
                 f"config.export.format: the {what}, with batch {batch} at {size[0]}x{size[1]} px, differs from the "
                 f"model by {relative:.1e}: it was not kept: try another version of torch"

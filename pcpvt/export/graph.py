@@ -29,10 +29,11 @@ class AnySize(PatchLinear):
 
 
 class Deployed(nn.Module):
-    """The model with its weights, from NCHW images to logits."""
+    """The model with its weights, which are in its compute dtype, from NCHW images to logits; both float32."""
 
-    def __init__(self, model: PCPVT, params: Params, dynamic_size: bool):
+    def __init__(self, model: PCPVT, params: Params, dynamic_size: bool, compute: torch.dtype, kernels: Kernels):
         super().__init__()
+        self.compute, self.kernels = compute, kernels
         with torch.device("meta"):
             self.model = PCPVT(model.spec, model.num_classes, model.pad, model.in_chans, model.task)
             for parent in list(self.model.modules()) if dynamic_size else []:
@@ -44,7 +45,13 @@ class Deployed(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(rearrange(images, "b c h w -> b h w c"))
+        return self.logits(rearrange(images, "b c h w -> b h w c"))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """`[b, classes]` of normalised images `[b, h, w, channels]`."""
+        if self.compute == torch.float32:  # without casts, which a graph would keep as operators
+            return self.model(images, kernels=self.kernels)
+        return self.model(images.to(self.compute), kernels=self.kernels).to(torch.float32)
 
 
 class Preprocessed(Deployed):
@@ -52,17 +59,18 @@ class Preprocessed(Deployed):
 
     def forward(self, images: Tensor) -> Tensor:
         normalised = decode_images(images, None, *normalisation(self.model.in_chans))
-        return tasks.choose(self.model.task).probabilities(self.model(normalised))
+        return tasks.choose(self.model.task).probabilities(self.logits(normalised))
 
 
 def capture(
-    model: PCPVT, params: Params, size: Size, dynamic_size: bool, preprocess: bool = False
-) -> tuple[ExportedProgram, list[Size]]:
+    model: PCPVT, params: Params, size: Size, dynamic_size: bool, preprocess: bool = False, *,
+    compute: torch.dtype = torch.float32, kernels: Kernels = PLAIN,
+) -> tuple[ExportedProgram, list[Size]]:  # fmt: skip
     """The graph of a model for any batch size, and the sizes at which a written file should be compared with the model.
 
-    The params are float32. The graph takes images of one size, or with `dynamic_size` of any from SMALLEST; raises
-    UserError when the model then does not pad, or `size` is below SMALLEST. With `preprocess` it takes them as uint8
-    `[b, h, w, channels]` and returns probabilities.
+    The params are in the compute dtype. The graph takes images of one size, or with `dynamic_size` of any from
+    SMALLEST; raises UserError when the model then does not pad, or `size` is below SMALLEST. With `preprocess` it takes
+    them as uint8 `[b, h, w, channels]` and returns probabilities.
     """
     sizes, axes, first = [size], {}, 1 if preprocess else 2  # the axis of the height
     if dynamic_size:
@@ -77,10 +85,11 @@ def capture(
         axes = {first: Dim("height", min=SMALLEST), first + 1: Dim("width", min=SMALLEST)}
     height, width = sizes[-1]
     if preprocess:
-        deployed: Deployed = Preprocessed(model, params, dynamic_size)
+        deployed: Deployed = Preprocessed(model, params, dynamic_size, compute, kernels)
         images = torch.zeros(2, height, width, model.in_chans, dtype=torch.uint8)
     else:
-        deployed, images = Deployed(model, params, dynamic_size), torch.zeros(2, model.in_chans, height, width)
+        deployed = Deployed(model, params, dynamic_size, compute, kernels)
+        images = torch.zeros(2, model.in_chans, height, width)
     shapes = {"images": {0: Dim("batch"), **axes}}
     with suppress_logging():
         program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)

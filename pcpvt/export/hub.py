@@ -68,4 +68,4 @@ def describe(request: Request, architecture: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FORMAT = Format("", write, False, multilabel=False)  # timm and Transformers would read one label
+FORMAT = Format("", write, False, multilabel=False, tag="-hub")  # timm and Transformers would read one label

@@ -160,4 +160,4 @@ def _write_list(folder: Path, found: Sequence[samples.Sample], columns: Sequence
     folder.with_suffix(".txt").write_text("".join(lines), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-FORMAT = Format("", write, True, ("onnx", "onnxscript", "onnxruntime"), "export", multilabel=False)
+FORMAT = Format("", write, True, ("onnx", "onnxscript", "onnxruntime"), "export", multilabel=False, tag="-om")

@@ -4,6 +4,7 @@
     --config.export.format=onnx     ONNX for any batch; with --config.export.dynamic_size=true also any size from 33 px
     --config.export.format=openvino OpenVINO's .xml and .bin, likewise
     --config.export.format=pt2      torch.export, likewise; torch.export.load(FILE).module()(images)
+    --config.export.format=aoti     .pt2 with code compiled for this processor
     --config.export.format=hub      a folder for timm.create_model("local-dir:FOLDER") and Transformers
     --config.export.format=om       a folder with all that a conversion to Ascend's .om needs
 
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 
 from pcpvt.checkpoints.load import LoadedModel, class_names, load_configured
 from pcpvt.errors import UserError
-from pcpvt.export import folders, hub, int8, om, onnx, openvino, pt2, timm
+from pcpvt.export import aoti, folders, hub, int8, om, onnx, openvino, pt2, timm
 from pcpvt.export.formats import Format, Request
 from pcpvt.functional.objective import normalisation
 from pcpvt.models import pcpvt
@@ -37,7 +38,7 @@ from pcpvt.runtime.session import Session
 
 FORMATS: dict[str, Format] = {
     "timm": timm.FORMAT, "onnx": onnx.FORMAT, "pt2": pt2.FORMAT, "openvino": openvino.FORMAT, "hub": hub.FORMAT,
-    "om": om.FORMAT,
+    "om": om.FORMAT, "aoti": aoti.FORMAT,
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def destination(session: Session) -> Path:
     """The path to write, in a folder that is created; UserError if it cannot, for another ending, or if it is taken."""
     export, name = session.config.export, session.config.model.name
     suffix = FORMATS[export.format].suffix
-    name += suffix or f"-{export.format}"  # folders have no suffix
+    name += FORMATS[export.format].tag + suffix
     path = Path(os.path.expanduser(export.output)) if export.output else session.workdir / "export" / name
     if not suffix:
         folders.check(path)

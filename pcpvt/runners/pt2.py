@@ -1,10 +1,11 @@
-"""Archives of torch.export, run by PyTorch on the host in float32."""
+"""Archives of torch.export, run by PyTorch on the host in float32; packages with the same ending: `aoti`."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pcpvt.runners import aoti
 from pcpvt.runners.graph import Graph, Network, NoClassifier, sides
 
 DESCRIPTION = "description.json"  # the name of the description inside the archive
@@ -12,6 +13,8 @@ DESCRIPTION = "description.json"  # the name of the description inside the archi
 
 def read(path: Path) -> Graph:
     """Raises NoClassifier, or whatever PyTorch raises for a damaged file."""
+    if aoti.is_package(path):
+        return aoti.read(path)
     extra = {DESCRIPTION: ""}
     program = torch.export.load(path, extra_files=extra)
     signature = program.graph_signature
