@@ -13,10 +13,10 @@ def check() -> None:
 
     The package index has only CUDA builds of torch for x86_64, so `pip install torch_npu` brings one there.
     """
-    torch, torch_npu = _folder("torch"), _folder("torch_npu")
-    if torch is None or torch_npu is None or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+    torch, backend = _folder("torch"), _folder("torch_npu")
+    if torch is None or backend is None or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         return
-    if (torch / "lib" / "libtorch_cuda.so").exists() and any(torch_npu.rglob("*.so")):
+    if (torch / "lib" / "libtorch_cuda.so").exists() and any(backend.rglob("*.so")):
         version = metadata.version("torch").partition("+")[0]
         raise UserError(
             f"torch {version}: a CUDA build, which torch_npu cannot be loaded into: for NPUs pip install "
