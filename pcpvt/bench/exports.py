@@ -35,7 +35,7 @@ def open_peer(session: Session, model: PCPVT, params: Params, peer: str) -> Runn
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model").with_suffix(FORMATS[peer].suffix)
         if peer == "aoti":
-            aoti.compiled(aoti.captured(session, model, host)[0], path, aoti.described(session, model, {}))
+            aoti.compile_graph(aoti.make_graph(session, model, host)[0], path, aoti.describe(session, model, {}))
         else:
             program, _ = capture(model, host, session.size, dynamic_size=False)
             onnx.write_onnx(program, path.with_suffix(".onnx"), "{}")

@@ -8,10 +8,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
@@ -38,8 +36,8 @@ NOTE = "the code is for this processor and this build of PyTorch: export again w
 def write(request: Request, path: Path) -> Written:
     """Writes the package; it may be twice as far from the float32 model as the same graph is without compiling."""
     session, model, params = request.session, request.loaded.model, request.params
-    program, sizes = captured(session, model, params)
-    network = compiled(program, path, described(session, model, request.description))
+    program, sizes = make_graph(session, model, params)
+    network = compile_graph(program, path, describe(session, model, request.description))
     preprocess = session.config.export.preprocess
     rounding = compare(
         model, params, sizes, program.module(), "graph", preprocess=preprocess, tolerance=math.inf
@@ -48,7 +46,7 @@ def write(request: Request, path: Path) -> Written:
     return Written(compare(model, params, sizes, network, "package", preprocess=preprocess, tolerance=allowed), [NOTE])
 
 
-def captured(session: Session, model: PCPVT, params: Params) -> tuple[ExportedProgram, list[Size]]:
+def make_graph(session: Session, model: PCPVT, params: Params) -> tuple[ExportedProgram, list[Size]]:
     """The graph in the session's precision, with the kernels of CPUs, of float32 params on the host."""
     cpu, compute = devices.get("cpu"), session.policy.compute
     kernels = PLAIN if session.config.kernels == "plain" else cpu.kernels(compute, compiled=True)
@@ -59,7 +57,7 @@ def captured(session: Session, model: PCPVT, params: Params) -> tuple[ExportedPr
     return capture(model, own, session.size, False, preprocess, compute=compute, kernels=kernels)
 
 
-def described(session: Session, model: PCPVT, said: dict[str, Any]) -> str:
+def describe(session: Session, model: PCPVT, said: dict[str, Any]) -> str:
     """A description as JSON, with what `runners.aoti.read` needs."""
     own = {
         "image_size": list(session.size), "in_chans": model.in_chans, "outputs": model.num_classes,
@@ -69,7 +67,7 @@ def described(session: Session, model: PCPVT, said: dict[str, Any]) -> str:
     return json.dumps({**said, **own})
 
 
-def compiled(program: ExportedProgram, path: Path, description: str) -> Network:
+def compile_graph(program: ExportedProgram, path: Path, description: str) -> Network:
     """Compiles a graph into a package, which takes a minute for S, and loads it."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -77,11 +75,9 @@ def compiled(program: ExportedProgram, path: Path, description: str) -> Network:
             f"config.export.format: aoti needs a C++ compiler and {compiler!r} is not found: install g++, or name one "
             "in the environment variable CXX"
         )
-    with (
-        tempfile.TemporaryDirectory(prefix="pcpvt-aoti-") as cache,  # 100 MB that nothing uses afterwards
-        mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}),
-        suppress_logging(),
-    ):
+    from torch._inductor.utils import fresh_cache  # a second of imports
+
+    with fresh_cache(), suppress_logging():  # of 100 MB for S, which nothing uses afterwards
         options = {**OPTIONS, "aot_inductor.metadata": {aoti.DESCRIPTION: description}}
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
