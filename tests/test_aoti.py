@@ -57,11 +57,11 @@ def test_a_package_is_evaluated_as_the_checkpoint(pcpvt, trained, package, tmp_p
     assert found["precision"] == f"AOTInductor, PyTorch {torch.__version__}, float32"
 
 
-def test_a_package_runs_on_the_threads_of_the_program_that_loads_it(package):
-    """A number of threads in the code would take the cores of others, or leave some idle."""
+def test_weights_are_packed_and_threads_are_those_of_the_program_that_loads_the_package(package):
+    """Without packed weights it takes twice the time; a number of threads in the code would be that of this machine."""
     with zipfile.ZipFile(package) as archive:
         code = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
-    assert "num_threads(" not in code
+    assert "num_threads(" not in code and "_frozen_param" in code
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,11 @@ def forward(session: Session, num_classes: int, batch: Batch, compiled: bool = F
     """Logits `[b, classes]` of one normalised batch."""
     network, logits = _network(session, num_classes, batch, compiled)
     network.eval()
-    return torch.inference_mode()(logits)
+    predict = torch.inference_mode()(logits)
+    if compiled:
+        with torch._inductor.config.patch(freezing=True):  # weights as constants: a third faster on CPUs
+            predict()
+    return predict
 
 
 def _network(
@@ -56,8 +60,7 @@ def _network(
     network.to(memory_format=layout)  # type: ignore[call-overload]  # missing in PyTorch's hints
     images = images.contiguous(memory_format=layout)
     # Without `dynamic=False`, the second batch size (that of the latency) is compiled for all sizes, which is slower.
-    # Freezing makes the weights constants where there are no gradients; it is a fifth faster on CPUs.
-    predict = torch.compile(network, dynamic=False, options={"freezing": True}) if compiled else network
+    predict = torch.compile(network, dynamic=False) if compiled else network
 
     def logits() -> Tensor:
         with torch.autocast(device.name, dtype=dtype, enabled=dtype != torch.float32):

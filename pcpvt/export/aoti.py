@@ -77,7 +77,8 @@ def compile_graph(program: ExportedProgram, path: Path, description: str) -> Net
         )
     from torch._inductor.utils import fresh_cache  # a second of imports
 
-    with fresh_cache(), suppress_logging():  # of 100 MB for S, which nothing uses afterwards
+    # Inductor freezes weights only without gradients. Its cache, 100 MB for S, is of no use afterwards.
+    with torch.no_grad(), fresh_cache(), suppress_logging():
         options = {**OPTIONS, "aot_inductor.metadata": {aoti.DESCRIPTION: description}}
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
