@@ -83,11 +83,11 @@ def test_code_that_cannot_run_here_is_refused_before_it_is_loaded(
     before = aoti.host()
     monkeypatch.setattr(aoti, "host", lambda: {**before, **here})
     with pytest.raises(UserError) as caught:
-        open_configured(session(tmp_path, trained)._replace(config=with_checkpoint(tmp_path, package)))
+        open_configured(session(tmp_path, trained)._replace(config=with_checkpoint(package)))
     assert str(caught.value).startswith(f"{package}: {message}") and "\n" not in str(caught.value)
 
 
-def with_checkpoint(workdir, path):
+def with_checkpoint(path):
     config = recipes.from_arg("cpu,digits", "pcpvt_nano", 0.0)
     config.checkpoint = str(path)
     return config
@@ -130,7 +130,7 @@ def test_bfloat16_from_pixels_to_probabilities(trained, tmp_path):
         found = torch._inductor.aoti_load_package(str(tmp_path / "a.pt2"))(images)
         wanted = make_predict(loaded.model)(loaded.params, images).softmax(-1)
     assert found.dtype == torch.float32 and 1e-6 < (found - wanted).abs().max() < 0.03
-    runner = open_configured(session(tmp_path, trained)._replace(config=with_checkpoint(tmp_path, tmp_path / "a.pt2")))
+    runner = open_configured(session(tmp_path, trained)._replace(config=with_checkpoint(tmp_path / "a.pt2")))
     assert runner.precision.endswith(", bfloat16")
     torch.testing.assert_close(runner.predict(images).softmax(-1), found)
 

@@ -31,7 +31,7 @@ class Cpu(Device):
 
     def precision(self) -> str:
         """bfloat16 where the processor has instructions for it (1.8x the images/s of float32); slower elsewhere."""
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        capabilities = torch.cpu.get_capabilities()
         return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
     def attend(self, dtype: torch.dtype) -> Attend:

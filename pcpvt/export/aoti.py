@@ -4,6 +4,7 @@ The code computes in `config.precision`, with its weights packed for the matrix 
 the same build of PyTorch on processors with the same instructions: `torch._inductor.aoti_load_package(FILE)(images)`.
 """
 
+import functools
 import json
 import math
 import os
@@ -38,12 +39,9 @@ def write(request: Request, path: Path) -> Written:
     session, model, params = request.session, request.loaded.model, request.params
     program, sizes = make_graph(session, model, params)
     network = compile_graph(program, path, describe(session, model, request.description))
-    preprocess = session.config.export.preprocess
-    rounding = compare(
-        model, params, sizes, program.module(), "graph", preprocess=preprocess, tolerance=math.inf
-    )  # of the precision, 0 in float32
-    allowed = max(TOLERANCE, 2 * max(case["difference"] for case in rounding))
-    return Written(compare(model, params, sizes, network, "package", preprocess=preprocess, tolerance=allowed), [NOTE])
+    check = functools.partial(compare, model, params, sizes, preprocess=session.config.export.preprocess)
+    rounding = max(case["difference"] for case in check(program.module(), "graph", tolerance=math.inf))  # 0 in float32
+    return Written(check(network, "package", tolerance=max(TOLERANCE, 2 * rounding)), [NOTE])
 
 
 def make_graph(session: Session, model: PCPVT, params: Params) -> tuple[ExportedProgram, list[Size]]:
