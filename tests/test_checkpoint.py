@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -137,7 +138,33 @@ def test_step_is_saved_once_and_only_by_the_main_process(tmp_path, monkeypatch, 
         assert len(saved) == writes and bool(checkpoint.read_manifest(tmp_path)) == writes
 
 
-def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda values, note: ({**values, "params/w": values["params/w"] + 1}, note), "params/w has other bytes"),
+        (lambda values, note: ({**values, "params/w": values["params/w"].to(torch.float64)}, note), "dtype or shape"),
+        (lambda values, note: ({n: v for n, v in values.items() if n != "params/w"}, note), "1 tensors are missing"),
+        (lambda values, note: ({**values, "more": torch.ones(1)}, note), "more"),
+        (lambda values, note: (values, {name: text.replace("true", "false") for name, text in note.items()}), "header"),
+    ],
+)
+def test_checkpoint_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch, spoil, reason):
+    original = safetensors.torch.save_file
+
+    def bad_disk(values, path, metadata):
+        values, metadata = spoil(values, metadata)
+        original(values, path, metadata)
+
+    about = {**meta(5), "flag": True, "number": math.nan}
+    checkpoint.save(tmp_path, tensors(5), about)
+    (tmp_path / checkpoint.name_of(5)).unlink()
+    monkeypatch.setattr(safetensors.torch, "save_file", bad_disk)
+    with pytest.raises(OSError, match=f"does not read back .*{reason}"):
+        checkpoint.save(tmp_path, tensors(5), about)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.MANIFEST]
+
+
+def test_checkpoint_damaged_by_the_disk_is_not_kept(tmp_path, monkeypatch):
     original = safetensors.torch.save_file
 
     def bad_disk(values, path, metadata):
@@ -168,6 +195,48 @@ def test_saving_does_not_block_steps_and_is_not_changed_by_them(tmp_path, monkey
     go.set()
     saver.finish()
     assert checkpoint.read(checkpoint.steps(tmp_path)[0]).tensors["params/w"].eq(1).all()
+
+
+def test_evaluation_is_added_without_waiting_for_the_checkpoint(tmp_path, monkeypatch):
+    go, original = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args: go.wait(30) and original(*args))
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail)
+    saver.save(train_state(1), meta(1))
+    saver.add_evaluation(train_state(1), meta(1, 7.0))
+    assert not checkpoint.steps(tmp_path)
+    go.set()
+    saver.finish()
+    assert checkpoint.read(checkpoint.steps(tmp_path)[1]).meta["metrics"]["acc1"] == 7.0
+
+
+def test_failed_checkpoint_is_tried_again_with_its_evaluation_and_its_own_tensors(tmp_path, monkeypatch):
+    original, failures = checkpoint.write_tensors, [OSError(errno.EIO, "Input/output error")]
+
+    def write(*args):
+        if failures:
+            raise failures.pop()
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+    saver, now = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail), train_state(1)
+    saver.save(now, meta(1))
+    saver.add_evaluation(now, meta(1, 7.0))
+    now.params["w"].zero_()  # the next step reuses the memory
+    saver.finish()
+    found = checkpoint.read(checkpoint.steps(tmp_path)[1])
+    assert found.meta["metrics"]["acc1"] == 7.0 and found.tensors["params/w"].eq(1).all()
+
+
+def test_written_checkpoint_is_not_tried_again_when_what_follows_failed(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, keep_checkpoints=1, warn=pytest.fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", lambda *args: 1 / 0)
+        saver.save(train_state(1), meta(1))
+        assert saver._job.exception(30) is not None
+    saver.add_evaluation(train_state(1), meta(1, 7.0))
+    saver.finish()
+    found = checkpoint.read(checkpoint.steps(tmp_path)[1])
+    assert found.meta["metrics"]["acc1"] == 7.0 and found.tensors.keys() == tensors(1).keys()
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):

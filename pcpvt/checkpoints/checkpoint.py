@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -52,8 +53,13 @@ def digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     total.update(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for name, value in tensors:
         total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(_bytes(value).data)
     return total.hexdigest()
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    """The bytes of a tensor on the host, uint8 `[n]`."""
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -78,13 +84,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
     def write(temporary: Path) -> None:
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
         sync(temporary)
-        try:
-            _read(temporary, keep_tensors=False)
-        except CheckpointError as error:
-            raise OSError(f"{path}: what was written does not read back ({error})") from error
+        if reason := _difference(temporary, tensors, meta):
+            raise OSError(f"{path}: what was written does not read back ({reason})")
 
     write_atomically(path, write)
     return meta["digest"]
+
+
+def _difference(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """How a file differs from the tensors and the JSON that it should hold; empty where it is equal to the bit.
+
+    The comparison takes a tenth of the time of a digest of what is read.
+    """
+    try:
+        if json.dumps(_header(path), sort_keys=True) != json.dumps(meta, sort_keys=True):  # as text, nan equals nan
+            return "its header is another"
+        names = set(tensors)
+        for name, value in tensorfile.tensors(path):
+            names.remove(name)
+            if value.dtype != tensors[name].dtype or value.shape != tensors[name].shape:
+                return f"{name} has another dtype or shape"
+            if not np.array_equal(_bytes(value), _bytes(tensors[name])):
+                return f"{name} has other bytes"
+    except Exception as error:  # of damaged bytes almost anything
+        return str(error)
+    return f"{len(names)} tensors are missing" if names else ""
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

@@ -28,9 +28,10 @@ class Saver:
     writes: bool = True  # False on all processes but the main one: nothing is done there
     # The newest step up to a step that must stay reachable: its checkpoint, or the newest earlier one, is kept.
     passed: Callable[[int], int] = lambda step: step
+    _tensors: dict[str, Tensor] = field(default_factory=dict, init=False)  # of step `saved`, until they are written
     _verified: dict[Path, bool] = field(default_factory=dict, init=False)  # see `checkpoint.prune`
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
-    _job: Future[None] | None = field(default=None, init=False)
+    _job: Future[None] | None = field(default=None, init=False)  # the last one; jobs run in order
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts to write the state with its JSON, unless it already has this step; waits for the job before."""
@@ -38,31 +39,40 @@ class Saver:
         if not self.writes or self.saved == step:
             return
         self.finish()
-        tensors = copy_to_host(states.flatten(state))
-
-        def write() -> None:
-            path = checkpoint.save(self.folder, tensors, {"step": step, **meta})
-            self._verified[path] = True
-
-        self._start(step, write)
+        self._tensors = copy_to_host(states.flatten(state))
+        self._start(step, lambda: self._write(step, meta))
         self.saved = step
 
     def add_evaluation(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Adds an evaluation's results to a checkpoint that may still be being written; see `save`."""
+        """Adds an evaluation's results to the checkpoint of this step once it is written, without waiting for that.
+
+        A checkpoint that could not be written is tried again.
+        """
+        step = int(state.step)
         if not self.writes:
             return
-        step = int(state.step)
-        self.finish()
-        if self.saved == step:
-            notes = {name: meta[name] for name in checkpoint.NOTES}
-            self._start(step, lambda: checkpoint.note(self.folder, checkpoint.name_of(step), **notes))
-        else:  # it could not be written before the evaluation: try again
+        if self.saved != step:
             self.save(state, meta)
+            return
+        notes = {name: meta[name] for name in checkpoint.NOTES}
+
+        def write() -> None:
+            if self._tensors:  # the job before failed
+                self._write(step, meta)
+            else:
+                checkpoint.note(self.folder, checkpoint.name_of(step), **notes)
+
+        self._start(step, write)
+
+    def _write(self, step: int, meta: dict[str, Any]) -> None:
+        path = checkpoint.save(self.folder, self._tensors, {"step": step, **meta})
+        self._tensors = {}
+        self._verified[path] = True
 
     def finish(self) -> None:
-        """Waits for the job in progress; a failure is a warning."""
+        """Waits for the jobs in progress; a failure is a warning."""
         if reason := self._wait():
-            self.saved = None
+            self.saved, self._tensors = None, {}
             self.warn(f"checkpoint not written ({reason}); training goes on with the earlier ones")
 
     def withdraw(self, passed: int, folder: Path) -> None:
@@ -105,7 +115,7 @@ class Saver:
         self._job = self._thread.submit(job)
 
     def _wait(self) -> str:
-        """Waits for the job in progress; returns the reason of its failure once, or an empty string."""
+        """Waits for the last job, after which none is left; returns the reason of its failure once, or ""."""
         job, self._job = self._job, None
         if job is None:
             return ""

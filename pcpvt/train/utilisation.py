@@ -8,7 +8,6 @@ import functools
 import re
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pcpvt.models.pcpvt import PCPVT
 
@@ -24,6 +23,8 @@ _PEAK_16_BIT = (
 @functools.lru_cache
 def forward_flops(model: PCPVT, size: tuple[int, int]) -> int:
     """Floating-point operations of one image `(height, width)` in the forward pass: matrix products, convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed only where the peak is known
+
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *size, model.in_chans, device="meta"))
     return counter.get_total_flops()
