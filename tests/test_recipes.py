@@ -66,7 +66,7 @@ def test_finetune_changes_these_fields_of_the_recipe_before_it_and_no_other(arg,
 
 @pytest.mark.parametrize(
     ("arg", "epochs", "warmup", "lr", "padding"),
-    [("cpu", 8.25, 8.25 / 7, 1e-3, 1), ("npu8", 55, 5, 4e-3, 0), ("npu8,paper", 165, 5, 2.5e-3, 0)],
+    [("cpu", 6.05, 6.05 / 7, 1e-3, 1), ("npu8", 55, 5, 4e-3, 0), ("npu8,paper", 165, 5, 2.5e-3, 0)],
 )
 def test_fast_shortens_the_recipe_before_it_and_weakens_its_augmentation(arg, epochs, warmup, lr, padding):
     c, p = planned(f"{arg},fast")

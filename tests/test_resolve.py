@@ -119,10 +119,10 @@ def test_fields_keep_their_types():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({}, (15.0, None, None, 2.0, None)),
+        ({}, (11.0, None, None, 2.0, None)),
         ({"steps": 5}, (None, 5, None, 2.0, None)),
         ({"examples": 500}, (None, None, 500, 2.0, None)),
-        ({"warmup_steps": 5}, (15.0, None, None, None, 5)),
+        ({"warmup_steps": 5}, (11.0, None, None, None, 5)),
         ({"steps": 5, "warmup_epochs": 1.0}, (None, 5, None, 1.0, None)),
     ],
 )

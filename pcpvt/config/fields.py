@@ -94,7 +94,7 @@ FIELDS = {
     "ema": Field(0.0, "decay of the weights' average, which then counts; at step t at most (1+t)/(10+t); 0: none",
         FIXED, below(1)),
     "label_smoothing": Field(0.1, "mass spread over all classes; with multilabel over a class's yes and no",
-        RECIPE, below(1)),
+        FIXED, below(1)),
     "class_weights": Field(
         "none", "in the loss: none | balanced (inverse to a class's images) | a file of weights or name<TAB>weight"),
     "mixup": Field(0.8, "mixup's alpha; 0: off", RECIPE, at_least(0)),
