@@ -92,20 +92,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
 
 def _difference(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """How a file differs from the tensors and the JSON that it should hold; empty where it is equal to the bit.
-
-    The comparison takes a tenth of the time of a digest of what is read.
-    """
+    """How a file differs from what it should hold, to the bit; empty if it does not. Ten times as fast as a digest."""
     try:
         if json.dumps(_header(path), sort_keys=True) != json.dumps(meta, sort_keys=True):  # as text, nan equals nan
             return "its header is another"
         names = set(tensors)
         for name, value in tensorfile.tensors(path):
             names.remove(name)
-            if value.dtype != tensors[name].dtype or value.shape != tensors[name].shape:
-                return f"{name} has another dtype or shape"
-            if not np.array_equal(_bytes(value), _bytes(tensors[name])):
-                return f"{name} has other bytes"
+            own = tensors[name]
+            if (value.dtype, value.shape) != (own.dtype, own.shape) or not np.array_equal(_bytes(value), _bytes(own)):
+                return f"{name} is not what was to be written"
     except Exception as error:  # of damaged bytes almost anything
         return str(error)
     return f"{len(names)} tensors are missing" if names else ""
