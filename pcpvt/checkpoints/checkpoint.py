@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -53,13 +52,8 @@ def digest(meta: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     total.update(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for name, value in tensors:
         total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        total.update(_bytes(value).data)
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def _bytes(value: Tensor) -> np.ndarray:
-    """The bytes of a tensor on the host, uint8 `[n]`."""
-    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -84,27 +78,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
     def write(temporary: Path) -> None:
         safetensors.torch.save_file(tensors, temporary, {KEY: json.dumps(meta)})
         sync(temporary)
-        if reason := _difference(temporary, tensors, meta):
-            raise OSError(f"{path}: what was written does not read back ({reason})")
+        try:
+            _read(temporary, keep_tensors=False)
+        except CheckpointError as error:
+            raise OSError(f"{path}: what was written does not read back ({error})") from error
 
     write_atomically(path, write)
     return meta["digest"]
-
-
-def _difference(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """How a file differs from what it should hold, to the bit; empty if it does not. Ten times as fast as a digest."""
-    try:
-        if json.dumps(_header(path), sort_keys=True) != json.dumps(meta, sort_keys=True):  # as text, nan equals nan
-            return "its header is another"
-        names = set(tensors)
-        for name, value in tensorfile.tensors(path):
-            names.remove(name)
-            own = tensors[name]
-            if (value.dtype, value.shape) != (own.dtype, own.shape) or not np.array_equal(_bytes(value), _bytes(own)):
-                return f"{name} is not what was to be written"
-    except Exception as error:  # of damaged bytes almost anything
-        return str(error)
-    return f"{len(names)} tensors are missing" if names else ""
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
